@@ -1,0 +1,78 @@
+"""Patchwire: causal experiments inside language models that live somewhere else.
+
+    import patchwire
+
+    model = patchwire.connect("gpu-box:50051").model("gpt2")    # on a server
+    model = patchwire.local("path-or-hub-id")                    # or on this machine, the same way
+
+    with model.trace("The Eiffel Tower is in the city of"):
+        hidden = model.layers[5].output.save()                   # read
+        model.layers[10].mixer.output[:, -1] = 0                 # ablate
+        logits = model.logits.save()
+    logits[0, -1].argmax()                                       # a saved value now behaves as its tensor
+"""
+
+from __future__ import annotations
+
+from patchwire.client import Client, connect, local
+from patchwire.connection import TLS
+from patchwire.errors import (
+    AuthenticationError,
+    BranchError,
+    BusyError,
+    CancelledError,
+    ConnectionFailedError,
+    ConnectionLostError,
+    ExecutionError,
+    GraphError,
+    InputError,
+    LimitError,
+    ModelNotFoundError,
+    OperationError,
+    OrderError,
+    PatchwireError,
+    PatchwireWarning,
+    ShapeError,
+    SiteError,
+    TimeoutError,
+    VersionError,
+)
+from patchwire.model import Model, Module
+from patchwire.proxy import Structure, Value
+from patchwire.results import Stats
+from patchwire.tracing import Trace
+from patchwire.version import VERSION as __version__
+
+__all__ = [
+    "TLS",
+    "AuthenticationError",
+    "BranchError",
+    "BusyError",
+    "CancelledError",
+    "Client",
+    "ConnectionFailedError",
+    "ConnectionLostError",
+    "ExecutionError",
+    "GraphError",
+    "InputError",
+    "LimitError",
+    "Model",
+    "ModelNotFoundError",
+    "Module",
+    "OperationError",
+    "OrderError",
+    "PatchwireError",
+    "PatchwireWarning",
+    "ShapeError",
+    "SiteError",
+    "Stats",
+    "Structure",
+    "TLS",
+    "TimeoutError",
+    "Trace",
+    "Value",
+    "VersionError",
+    "__version__",
+    "connect",
+    "local",
+]

@@ -1,0 +1,281 @@
+"""Does a graph fit its models? Sites exist, shapes fit, every write has its value in time, nothing is too large.
+
+Every node is run on tensors without memory ("fakes", PyTorch's meta device) before anything runs for real: a site's fake
+has the shape that the catalogue states for the call's rows and tokens. The client does this while it records, so that
+an error surfaces at the line that caused it; the worker does it again with the same code, for it trusts nobody.
+
+A node's `meta["fake"]` is its fake, or None where the shape depends on data; `meta["after"]` says when in the forward
+pass its value exists: the latest site it depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor
+from torch.fx.node import map_arg
+
+from patchwire import graph as g
+from patchwire import ops
+from patchwire.errors import (
+    GraphError,
+    LimitError,
+    OperationError,
+    OrderError,
+    PatchwireError,
+    ShapeError,
+    SiteError,
+    SourceLine,
+    with_code,
+)
+from patchwire.sites import Axis, Catalogue, Leaf, Module
+
+
+@dataclass(frozen=True)
+class After:
+    """When a value exists."""
+
+    order: int
+    """The position of the latest site it depends on, among all sites of a forward pass."""
+    site: g.Site
+    """That site."""
+    line: SourceLine | None
+    """The line that read it."""
+
+
+def fake_of(node: torch.fx.Node) -> Any:
+    """What a node's value looks like: a tensor without memory, a tuple of them, or None if that is not known."""
+    return node.meta.get("fake")
+
+
+def describe(fake: Any) -> str:
+    """A value's shape and dtype as text: "[1, 10, 768] float32"."""
+    if isinstance(fake, Tensor):
+        return f"{list(fake.shape)} {str(fake.dtype).removeprefix('torch.')}"
+    if isinstance(fake, tuple):
+        return f"a tuple of {len(fake)}"
+    return "a value of unknown shape"
+
+
+class Checker:
+    """Checks the nodes of one graph, in order."""
+
+    def __init__(
+        self, graph: g.Graph, catalogue: Callable[[str], Catalogue], *, value_bytes: int | None = None
+    ) -> None:
+        """
+        Args:
+            graph: The graph; its constants are tensors by now.
+            catalogue: The catalogue of a model, by the model's name.
+            value_bytes: How large the value of one node may be.
+        """
+        self.graph = graph
+        self.catalogue = catalogue
+        self.value_bytes = value_bytes
+        self._rules = {
+            g.read: self._read,
+            g.write: self._write,
+            g.edit: self._edit,
+            g.apply: self._apply,
+            g.constant: self._constant,
+            g.parameter: self._parameter,
+            g.save: self._save,
+        }
+
+    def all(self) -> None:
+        """Check every node.
+
+        Raises:
+            SiteError, ShapeError, OrderError, OperationError, LimitError, GraphError: at the line of the first node
+                that does not fit.
+        """
+        for node in self.graph.fx.nodes:
+            self.node(node)
+
+    def node(self, node: torch.fx.Node) -> None:
+        """Check one node whose inputs have been checked."""
+        after = [each.meta["after"] for each in node.all_input_nodes if each.meta["after"] is not None]
+        node.meta["after"] = max(after, key=lambda each: each.order, default=None)
+        try:
+            fake = self._rules.get(node.target, self._call)(node)  # type: ignore[arg-type]
+        except PatchwireError as error:
+            line = g.line_of(node)
+            if error.lines or line is None:
+                raise
+            raise type(error)(error.message, hint=error.hint, lines=[with_code(line)]) from None
+        node.meta["fake"] = fake
+        self._size(fake)
+
+    def leaf(self, site: g.Site) -> Leaf:
+        """The catalogue's entry of a site."""
+        trace = self.graph.traces[site.trace]
+        return self.catalogue(trace.model).leaf(site.address)
+
+    def fake_site(self, site: g.Site) -> Tensor | None:
+        """What the value of a site looks like."""
+        lengths = self.graph.traces[site.trace].invokes[site.invoke].lengths
+        leaf = self.leaf(site)
+        if not leaf.packs and len(set(lengths)) > 1:
+            raise SiteError(
+                f"`{site}` {leaf.symbolic} cannot be told apart for prompts of different lengths.",
+                hint="Give it prompts of one length, or one trace for each prompt.",
+            )
+        return leaf.fake(len(lengths), max(lengths))
+
+    # --- one rule for each kind of node -----------------------------------------------------------------------------
+
+    def _read(self, node: torch.fx.Node) -> Tensor | None:
+        (site,) = node.args
+        assert isinstance(site, g.Site)
+        node.meta["after"] = After(self.leaf(site).order, site, g.line_of(node))
+        return self.fake_site(site)
+
+    def _write(self, node: torch.fx.Node) -> None:
+        site, value = node.args
+        assert isinstance(site, g.Site) and isinstance(value, torch.fx.Node)
+        leaf = self.leaf(site)
+        place = self.fake_site(site)
+        fake = fake_of(value)
+        if isinstance(fake, tuple):
+            raise ShapeError(f"`{site}` is a tensor and cannot become a tuple.")
+        if fake is not None and (fake.dtype != leaf.dtype or (place is not None and fake.shape != place.shape)):
+            hint = "Assign a value of the same shape, or part of it: `value[:, -1] = ...`."
+            if place is None or fake.shape == place.shape:
+                hint = f"Convert it: `.to({leaf.dtype})`."
+            raise ShapeError(
+                f"`{site}` is {describe(place)} ({leaf.symbolic}) and cannot become {describe(fake)}.", hint=hint
+            )
+        after: After | None = node.meta["after"]
+        if after is not None and after.order > leaf.order:
+            lines = [with_code(line) for line in (g.line_of(node), after.line) if line is not None]
+            raise OrderError(
+                f"`{site}` cannot be changed with a value of `{after.site}`, which comes later in the forward pass.",
+                hint="Save the later value, and write it in a second trace.",
+                lines=lines,
+            )
+
+    def _call(self, node: torch.fx.Node) -> Any:
+        operation = g.operation_of(node)
+        assert operation is not None
+        return self.evaluate(operation, node.args, node.kwargs)
+
+    def evaluate(self, operation: ops.Operation, args: Any, kwargs: Any) -> Any:
+        """What the result of an operation on nodes looks like."""
+        return self._run(operation.name, operation.function, args, kwargs)
+
+    def _edit(self, node: torch.fx.Node) -> Any:
+        names = [name for name, _, _ in (*node.args[1], node.args[2])]  # type: ignore[union-attr, misc]
+        edited = self._run(names[-1], g.edit, node.args, {}, unknown_is_fine=True)
+        return fake_of(node.args[0]) if edited is None else edited  # type: ignore[arg-type]
+
+    def _run(self, name: str, function: Any, args: Any, kwargs: Any, *, unknown_is_fine: bool = False) -> Any:
+        unknown = False
+
+        def fake(node: torch.fx.Node) -> Any:
+            nonlocal unknown
+            value = fake_of(node)
+            unknown = unknown or value is None
+            return value
+
+        args, kwargs = map_arg(args, fake), map_arg(kwargs, fake)
+        if unknown:
+            return None
+        try:
+            result = function(*args, **kwargs)
+        except NotImplementedError as error:
+            if unknown_is_fine or name in ops.DATA_DEPENDENT:
+                return None
+            raise OperationError(f"The size of `{name}` depends on values: {_first_line(error)}") from None
+        except (RuntimeError, IndexError, TypeError, ValueError, AttributeError, KeyError) as error:
+            tensors = ", ".join(describe(each) for each in _tensors((args, kwargs)))
+            raise ShapeError(f"`{name.rsplit('.', 1)[-1]}` cannot be done with {tensors}: {_first_line(error)}") from None
+        return _results(name, result)
+
+    def _apply(self, node: torch.fx.Node) -> Any:
+        trace, name, args, kwargs = node.args
+        module = self.catalogue(self.graph.traces[trace].model).module(name)  # type: ignore[index, arg-type]
+        values = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.fx.Node)]  # type: ignore[misc, union-attr]
+        if not module.leaves or not values:
+            return None
+        return applied(module, fake_of(values[0]))
+
+    def _constant(self, node: torch.fx.Node) -> Tensor:
+        tensor = self.graph.constants[node.args[0]]  # type: ignore[index]
+        if isinstance(tensor, bytes):
+            raise GraphError("A constant was not looked up.")
+        return tensor.to("meta")
+
+    def _parameter(self, node: torch.fx.Node) -> Tensor:
+        trace, path = node.args
+        found = self.catalogue(self.graph.traces[trace].model).parameter(path)  # type: ignore[index, arg-type]
+        return torch.empty(found.shape, dtype=found.dtype, device="meta")
+
+    def _save(self, node: torch.fx.Node) -> None:
+        if isinstance(fake_of(node.args[0]), tuple):  # type: ignore[arg-type]
+            raise GraphError("A tuple cannot be saved as one value.")
+
+    def _size(self, fake: Any) -> None:
+        if self.value_bytes is None:
+            return
+        for tensor in _tensors(fake):
+            if tensor.numel() * tensor.itemsize > self.value_bytes:
+                raise LimitError(
+                    f"A value of shape {list(tensor.shape)} has {tensor.numel() * tensor.itemsize:,} bytes; "
+                    f"the server allows {self.value_bytes:,}."
+                )
+
+
+def applied(module: Module, fake: Any) -> Tensor | None:
+    """What a module of the model returns for a value, or None if that is not known.
+
+    Dimensions that a module's input and output have in common (rows, tokens) pass through whatever their length;
+    the others must be those of the model's own call.
+
+    Raises:
+        ShapeError: the value cannot be given to the module.
+    """
+    source, result = module.main("input"), module.main("output")
+    if source is None or result is None or result.path or not isinstance(fake, Tensor):
+        return None
+    common = 0
+    for one, other in zip(source.shape, result.shape, strict=False):
+        if one != other or one.axis is Axis.CONSTANT:
+            break
+        common += 1
+    wanted, given = source.shape[common:], result.shape[common:]
+    if any(dim.axis is not Axis.CONSTANT for dim in (*wanted, *given)):
+        return None
+    split = fake.ndim - len(wanted)
+    trailing = tuple(dim.size for dim in wanted)
+    if split < 0 or tuple(fake.shape[split:]) != trailing:
+        ending = ", ".join(str(length) for length in trailing)
+        raise ShapeError(f"`{module.path}` takes values of shape [..., {ending}], not {describe(fake)}.")
+    return torch.empty((*fake.shape[:split], *(dim.size for dim in given)), dtype=result.dtype, device="meta")
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        return [tensor for each in value for tensor in _tensors(each)]
+    return []
+
+
+def _results(name: str, result: Any) -> Any:
+    if isinstance(result, Tensor):
+        return result
+    if hasattr(result, "n_fields"):  # a named result, such as topk's
+        return result
+    if isinstance(result, (tuple, list)):
+        return tuple(_results(name, each) for each in result)
+    raise OperationError(f"`{name}` gives a {type(result).__name__}, which is not a tensor.")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,285 @@
+"""The connection to a server: one channel, its credentials, and the calls of the protocol in Python's terms."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+from torch import Tensor
+
+from patchwire import graph as g
+from patchwire import ops, tensors
+from patchwire.errors import ConnectionLostError, GraphError, LimitError, MissingTensorsError, VersionError
+from patchwire.results import Progress, Stats
+from patchwire.status import error_from_call
+from patchwire.v1 import graph_pb2, model_pb2, service_pb2, service_pb2_grpc, tensor_pb2
+from patchwire.version import PROTOCOL_VERSION, VERSION
+
+T = TypeVar("T")
+
+_CONNECT_SECONDS = 10.0
+_REMEMBERED_UPLOADS = 65536
+_LARGEST_RESULT = 1 << 36
+
+
+@dataclass(frozen=True)
+class TLS:
+    """How to encrypt a connection; each file in PEM form."""
+
+    ca: str | Path | None = None
+    """Certificates to trust instead of the system's."""
+    certificate: str | Path | None = None
+    """The client's own certificate, if the server asks for one."""
+    key: str | Path | None = None
+    """The key of the client's certificate."""
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """What gRPC makes of them."""
+
+        def content(path: str | Path | None) -> bytes | None:
+            return None if path is None else Path(path).read_bytes()
+
+        return grpc.ssl_channel_credentials(content(self.ca), content(self.key), content(self.certificate))
+
+
+class Connection:
+    """A channel to one server."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str | None = None,
+        tls: bool | TLS = False,
+        compression: str | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """
+        Args:
+            address: "host:port".
+            token: The server's token, if it asks for one.
+            tls: Encrypt the connection: `True` trusts the system's certificates, `TLS(...)` names others.
+            compression: "zstd" to compress the tensors that come back.
+            timeout: Seconds after which a request is given up.
+
+        Raises:
+            ConnectionFailedError: no server answers.
+            VersionError: it speaks another version of the protocol.
+            AuthenticationError: the token is missing or wrong.
+        """
+        if compression not in (None, "zstd"):
+            raise ValueError(f"compression is None or 'zstd', not {compression!r}")
+        self.address = address
+        self.timeout = timeout
+        self.compression = tensor_pb2.COMPRESSION_ZSTD if compression else tensor_pb2.COMPRESSION_UNSPECIFIED
+        options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+        if tls:
+            credentials = (TLS() if tls is True else tls).credentials()
+            self._channel = grpc.secure_channel(address, credentials, options=options)
+        else:
+            self._channel = grpc.insecure_channel(address, options=options)
+        self._metadata = [("authorization", f"Bearer {token}")] if token else []
+        self._stub = service_pb2_grpc.PatchwireServiceStub(self._channel)
+        self._uploaded: set[bytes] = set()
+        self._lock = threading.Lock()
+        weakref.finalize(self, self._channel.close)
+        try:
+            self.server = self._handshake()
+        except BaseException:
+            self._channel.close()
+            raise
+
+    def close(self) -> None:
+        """End the connection."""
+        self._channel.close()
+
+    @property
+    def limits(self) -> service_pb2.Limits:
+        """What a request may be at most."""
+        return self.server.limits
+
+    def _call(self, call: Callable[..., T], request: Any, timeout: float | None = None) -> T:
+        try:
+            return call(request, metadata=self._metadata, timeout=timeout or self.timeout)
+        except grpc.RpcError as error:
+            raise error_from_call(error, self.address) from None
+
+    def _handshake(self) -> service_pb2.HandshakeResponse:
+        request = service_pb2.HandshakeRequest(
+            client_version=VERSION, protocol_version=PROTOCOL_VERSION, operations_version=ops.VERSION
+        )
+        server = self._call(self._stub.Handshake, request, _CONNECT_SECONDS)
+        if server.protocol_version != PROTOCOL_VERSION:
+            raise VersionError(
+                f"The server at {self.address} speaks protocol {server.protocol_version} (version "
+                f"{server.server_version}), this client protocol {PROTOCOL_VERSION} (version {VERSION}).",
+                hint="Install the same version of patchwire on both sides.",
+            )
+        return server
+
+    def models(self) -> list[model_pb2.ModelSummary]:
+        """The models that the server holds."""
+        return list(self._call(self._stub.ListModels, service_pb2.ListModelsRequest()).models)
+
+    def describe(self, model: str) -> model_pb2.ModelDescription:
+        """Everything about one model.
+
+        Raises:
+            ModelNotFoundError: the server does not hold it.
+        """
+        return self._call(self._stub.DescribeModel, service_pb2.DescribeModelRequest(model=model)).model
+
+    def tokenize(
+        self, model: str, *, texts: Sequence[str] = (), messages: Sequence[dict[str, str]] = ()
+    ) -> list[list[int]]:
+        """The token ids of texts, or of a conversation.
+
+        Raises:
+            InputError: the model has no tokenizer, or no chat template.
+        """
+        request = service_pb2.TokenizeRequest(
+            model=model,
+            texts=texts,
+            messages=[service_pb2.ChatMessage(role=each["role"], content=each["content"]) for each in messages],
+        )
+        return [list(row.ids) for row in self._call(self._stub.Tokenize, request).rows]
+
+    def upload(self, constants: Sequence[Tensor]) -> list[bytes]:
+        """Store tensors on the server; those that it has are not sent again.
+
+        Returns:
+            The hash of each.
+        """
+        hashes = [tensors.digest(each) for each in constants]
+        with self._lock:
+            wanted = {name: each for name, each in zip(hashes, constants, strict=True) if name not in self._uploaded}
+        if wanted:
+            self._send(wanted)
+        return hashes
+
+    def _send(self, wanted: dict[bytes, Tensor]) -> None:
+        for each in wanted.values():
+            if each.nbytes > self.limits.constant_bytes:
+                raise LimitError(
+                    f"A tensor of {each.nbytes:,} bytes is too large: the server takes {self.limits.constant_bytes:,}."
+                )
+
+        def parts() -> Iterator[service_pb2.UploadRequest]:
+            for each in wanted.values():
+                yield service_pb2.UploadRequest(header=tensors.header(each))
+                for chunk in tensors.chunks(each):
+                    yield service_pb2.UploadRequest(chunk=chunk)
+
+        stored = self._call(self._stub.Upload, parts()).hashes
+        if list(stored) != list(wanted):
+            raise GraphError("The server stored other tensors than were sent.")
+        with self._lock:
+            if len(self._uploaded) > _REMEMBERED_UPLOADS:
+                self._uploaded.clear()
+            self._uploaded.update(wanted)
+
+    def run(self, graph: g.Graph, progress: Progress) -> tuple[list[Tensor], Stats]:
+        """Run a graph.
+
+        Args:
+            graph: What to run.
+            progress: Told what happens.
+
+        Returns:
+            The saved tensors, in the order of the graph's saves, and what it cost.
+
+        Raises:
+            PatchwireError: of the kind that the server says.
+            ConnectionLostError: the server went away.
+        """
+        expected = [node.args[0].meta.get("fake") for node in graph.fx.nodes if node.target is g.save]  # type: ignore[union-attr]
+        try:
+            return self._stream(self._message(graph), expected, progress)
+        except MissingTensorsError as error:
+            with self._lock:
+                self._uploaded.difference_update(error.missing)
+            return self._stream(self._message(graph), expected, progress)
+
+    def check(self, graph: g.Graph) -> list[tensor_pb2.TensorHeader]:
+        """Check a graph on the server without running it: the shape and dtype of each saved value."""
+        message = self._message(graph)
+        return list(self._call(self._stub.Check, service_pb2.CheckRequest(graph=message)).saved)
+
+    def _message(self, graph: g.Graph) -> graph_pb2.Graph:
+        large = [
+            index
+            for index, each in enumerate(graph.constants)
+            if isinstance(each, Tensor) and each.nbytes > g.INLINE_BYTES
+        ]
+        constants = list(graph.constants)
+        hashes = self.upload([constants[index] for index in large])  # type: ignore[misc]
+        for index, name in zip(large, hashes, strict=True):
+            constants[index] = name
+        message = g.graph_to_proto(g.Graph(graph.traces, graph.fx, constants))
+        if self.limits.message_bytes and message.ByteSize() > self.limits.message_bytes:
+            raise LimitError(
+                f"The request has {message.ByteSize():,} bytes; the server takes {self.limits.message_bytes:,}.",
+                hint="Split it into several traces.",
+            )
+        return message
+
+    def _stream(
+        self, message: graph_pb2.Graph, expected: list[Tensor | None], progress: Progress
+    ) -> tuple[list[Tensor], Stats]:
+        saves = [index for index, node in enumerate(message.nodes) if node.HasField("save")]
+        fakes = dict(zip(saves, expected, strict=True))
+        found: dict[int, Tensor] = {}
+        assembly: tensors.Assembly | None = None
+        current = -1
+        started = False
+        request = service_pb2.RunRequest(graph=message, compression=self.compression)
+        call = self._stub.Run(request, metadata=self._metadata, timeout=self.timeout)
+        try:
+            for event in call:
+                started = True
+                match event.WhichOneof("event"):
+                    case "queued":
+                        progress.queued(event.queued.position)
+                    case "running":
+                        progress.running(event.running.number, event.running.passes)
+                    case "saved":
+                        current = event.saved.node
+                        if current not in fakes or current in found:
+                            raise GraphError("The server sent a value that was not asked for.")
+                        fake = fakes[current]
+                        if fake is not None and list(fake.shape) != list(event.saved.header.shape):
+                            raise GraphError(
+                                f"The server sent a value of shape {list(event.saved.header.shape)} where "
+                                f"{list(fake.shape)} was asked for."
+                            )
+                        assembly = tensors.Assembly(event.saved.header, _LARGEST_RESULT)
+                        progress.bytes(0, assembly.total)
+                    case "chunk":
+                        if assembly is None:
+                            raise GraphError("The server sent bytes of no value.")
+                        assembly.add(event.chunk)
+                        progress.bytes(len(event.chunk), 0)
+                    case "done":
+                        stats = Stats.from_proto(event.done)
+                        return [found[index] for index in saves], stats
+                if assembly is not None and assembly.complete:
+                    found[current] = assembly.tensor()
+                    assembly = None
+        except grpc.RpcError as error:
+            raise error_from_call(error, self.address, started=started) from None
+        except KeyError:
+            raise GraphError("The server ended the request without all saved values.") from None
+        finally:
+            # After the end this does nothing; before it, it stops the pass at its next site.
+            with contextlib.suppress(Exception):
+                call.cancel()
+            progress.close()
+        raise ConnectionLostError(f"The server at {self.address} ended the request early.")
+
+

@@ -1,0 +1,135 @@
+"""How a model looks: its module tree, in a terminal and in a notebook.
+
+Runs of alike modules (the layers) are shown once, with their count. Each module is shown with its class, the shape of
+what it returns, its parameters, and the canonical names that stand for it.
+"""
+
+from __future__ import annotations
+
+import html as escaping
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from patchwire.sites import Catalogue, Module
+
+
+@dataclass
+class _Row:
+    """A module of the tree as it is shown; `count` alike ones as one."""
+
+    label: str
+    class_name: str
+    output: str
+    parameters: str
+    canonical: str
+    children: list[_Row] = field(default_factory=list)
+
+
+def text(catalogue: Catalogue, name: str = "") -> str:
+    """The tree under a name, for a terminal."""
+    rows = _rows(catalogue, name)
+    if not rows:
+        return f"<{name or catalogue.model}>"
+    lines = [line for row in rows for line in _lines(row)]
+    width = max(len(left) for left, _ in lines)
+    return "\n".join(f"{left:<{width}}  {right}".rstrip() for left, right in lines)
+
+
+def html(catalogue: Catalogue, name: str = "") -> str:
+    """The tree under a name, for a notebook: foldable, the first levels open."""
+    body = "".join(_details(row, depth=0) for row in _rows(catalogue, name))
+    return f'<div style="font-family: monospace; line-height: 1.5">{body}</div>'
+
+
+def _rows(catalogue: Catalogue, name: str) -> list[_Row]:
+    raw = catalogue.raw(name) if name else ""
+    if raw is not None:
+        return [_row(catalogue, raw, name or catalogue.model)]
+    keys = catalogue.prefixes.get(name, [])
+    raws = [catalogue.names[f"{name}.{key}"].module for key in keys if f"{name}.{key}" in catalogue.names]
+    return [_row(catalogue, same[0], _label(name, keys, start, len(same))) for start, same in _runs(catalogue, raws)]
+
+
+def _label(name: str, keys: list[str], start: int, count: int) -> str:
+    if count == 1:
+        return f"{name}[{keys[start]}]"
+    return f"{name}[{keys[start]}…{keys[start + count - 1]}] ({count} alike)"
+
+
+def _row(catalogue: Catalogue, path: str, label: str) -> _Row:
+    module = catalogue.modules[path]
+    row = _Row(label, module.class_name, _output(module), _parameters(module), _canonical(catalogue, path))
+    names = catalogue.children[path]
+    paths = [f"{path}.{name}" if path else name for name in names]
+    for start, same in _runs(catalogue, paths):
+        name = names[start] if len(same) == 1 else f"{names[start]}…{names[start + len(same) - 1]} ({len(same)} alike)"
+        row.children.append(_row(catalogue, same[0], name))
+    return row
+
+
+def _runs(catalogue: Catalogue, paths: list[str]) -> Iterator[tuple[int, list[str]]]:
+    """Neighbours that look the same, as (position of the first, paths)."""
+    start = 0
+    while start < len(paths):
+        end = start + 1
+        numbered = paths[start].rpartition(".")[2].isdigit()
+        shape = _shape(catalogue, paths[start]) if numbered else None
+        while numbered and end < len(paths) and _shape(catalogue, paths[end]) == shape:
+            end += 1
+        yield start, paths[start:end]
+        start = end
+
+
+def _shape(catalogue: Catalogue, path: str) -> tuple[object, ...]:
+    module = catalogue.modules[path]
+    children = tuple((name, _shape(catalogue, f"{path}.{name}")) for name in catalogue.children[path])
+    return (module.class_name, tuple((each.name, each.shape) for each in module.parameters), children)
+
+
+def _output(module: Module) -> str:
+    leaves = module.side("output")
+    if not leaves:
+        return "" if module.calls else "(not called)"
+    if leaves[0].path == ():
+        return leaves[0].symbolic
+    return "(" + ", ".join(f"{leaf.path[0]}: {leaf.symbolic}" for leaf in leaves if len(leaf.path) == 1) + ")"
+
+
+def _parameters(module: Module) -> str:
+    return " ".join(f"{each.name}{list(each.shape)}" for each in module.parameters)
+
+
+def _canonical(catalogue: Catalogue, path: str) -> str:
+    names = [each.name for each in catalogue.names.values() if each.module == path and each.value is None]
+    return " ".join(_python(name) for name in names)
+
+
+def _python(name: str) -> str:
+    """A canonical name as it is typed: "layers.5.mixer" is `layers[5].mixer`."""
+    return "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".")).removeprefix(".")
+
+
+def _lines(row: _Row, indent: str = "") -> Iterator[tuple[str, str]]:
+    right = "  ".join(part for part in (row.output, row.parameters, row.canonical and f"= {row.canonical}") if part)
+    yield f"{indent}{row.label}: {row.class_name}", right
+    for child in row.children:
+        yield from _lines(child, indent + "  ")
+
+
+def _details(row: _Row, depth: int) -> str:
+    def span(value: str, colour: str) -> str:
+        return f' <span style="color: {colour}">{escaping.escape(value)}</span>' if value else ""
+
+    line = (
+        f"<b>{escaping.escape(row.label)}</b>: {escaping.escape(row.class_name)}"
+        + span(row.output, "#2a7")
+        + span(row.parameters, "#888")
+        + span(row.canonical and f"= {row.canonical}", "#47c")
+    )
+    if not row.children:
+        return f'<div style="margin-left: {0 if depth == 0 else 1.5}em">{line}</div>'
+    inside = "".join(_details(child, depth + 1) for child in row.children)
+    return (
+        f'<details {"open" if depth < 3 else ""} style="margin-left: {0 if depth == 0 else 1}em">'
+        f"<summary>{line}</summary>{inside}</details>"
+    )

@@ -1,0 +1,462 @@
+"""The graph of a request: a `torch.fx.Graph` and the traces it belongs to, to and from messages.
+
+Nodes are calls of the functions below and of the operations in `patchwire.ops`; an edge is a value. There is no memory
+in a graph: an in-place edit is an `edit` node, whose value is the edited copy, and what a site holds after all edits is
+what its one `write` node says. So a graph may be evaluated in any order that respects its edges.
+
+A decoded graph is structurally sound (every reference is to an earlier node, every operation is on the list, every
+argument is plain data); whether its sites exist and its shapes fit is for `patchwire.checking` to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor
+
+from patchwire import ops, tensors
+from patchwire.errors import GraphError, OperationError, SourceLine, with_code
+from patchwire.sites import Address, path_from_proto, path_to_proto
+from patchwire.v1 import graph_pb2 as pb
+
+INLINE_BYTES = 64 * 1024
+"""Constants up to this size travel inside the graph; larger ones are uploaded once and referred to by hash."""
+
+_MAX_DEPTH = 16
+_MAX_TEXT = 256
+_MAX_ITEMS = 1 << 16
+
+
+def read(site: Site) -> Tensor:
+    """Take the value of a site."""
+    raise AssertionError("a site has a value only inside a pass")
+
+
+def write(site: Site, value: Tensor) -> None:
+    """Replace the value of a site."""
+    raise AssertionError("a site has a value only inside a pass")
+
+
+def apply(trace: int, module: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Apply a module of the model."""
+    raise AssertionError("modules are on the worker")
+
+
+def parameter(trace: int, path: str) -> Tensor:
+    """A parameter of the model."""
+    raise AssertionError("parameters are on the worker")
+
+
+def constant(index: int) -> Tensor:
+    """A tensor that came with the request."""
+    raise AssertionError("constants are looked up by whoever evaluates the graph")
+
+
+def save(value: Tensor, dtype: torch.dtype | None) -> None:
+    """Send a value back."""
+    raise AssertionError("saving is done by whoever evaluates the graph")
+
+
+Change = tuple[str, tuple[Any, ...], Mapping[str, Any]]
+"""An operation's name and its arguments, the first left out."""
+
+
+def edit(base: Any, views: Sequence[Change], change: Change) -> Any:
+    """A copy of `base` in which the place that `views` lead to is changed in place by `change`.
+
+    This is PyTorch's own view semantics: the copy is made, the views are taken of it one after the other, and the
+    operation runs on the last. Tuples on the way are copied too.
+
+    Raises:
+        ValueError: a step on the way copied its argument, so that the change would be lost.
+    """
+    if isinstance(base, (tuple, list)):
+        (_, (index,), _), *rest = views
+        items = list(base)
+        items[index] = edit(items[index], rest, change)
+        return type(base)(items)
+    copy = base.clone(memory_format=torch.contiguous_format)
+    place = copy
+    for name, args, kwargs in views:
+        place = ops.OPERATIONS[name].function(place, *args, **kwargs)
+    if not same_storage(place, copy):
+        raise ValueError(f"the edit would be lost: {' or '.join(name for name, _, _ in views)} made a copy")
+    name, args, kwargs = change
+    ops.OPERATIONS[name].function(place, *args, **kwargs)
+    return copy
+
+
+def same_storage(one: Any, other: Any) -> bool:
+    """Whether two tensors share memory, or would if they had any."""
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return False
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
+
+
+for _function in (write, save):
+    torch.fx.node.has_side_effect(_function)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One tensor of one invoke of one trace."""
+
+    trace: int
+    """The trace, as a position in the graph's traces."""
+    invoke: int
+    """The invoke, as a position in the trace's invokes."""
+    address: Address
+    """The tensor."""
+
+    def __str__(self) -> str:
+        return str(self.address)
+
+
+@dataclass(frozen=True)
+class Invoke:
+    """Rows that have their own inputs: the token ids of each."""
+
+    rows: tuple[tuple[int, ...], ...]
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens each row has."""
+        return [len(row) for row in self.rows]
+
+
+@dataclass
+class Trace:
+    """One call of a model."""
+
+    model: str
+    """The model's name on the server."""
+    invokes: list[Invoke] = field(default_factory=list)
+    """Its rows."""
+
+
+@dataclass
+class Graph:
+    """Everything one request asks for."""
+
+    traces: list[Trace] = field(default_factory=list)
+    """The calls of models."""
+    fx: torch.fx.Graph = field(default_factory=torch.fx.Graph)
+    """The operations. A node's `meta["line"]` is the line of the user's program that it came from."""
+    constants: list[Tensor | bytes] = field(default_factory=list)
+    """Tensors that come with the request; the SHA-256 of those that are uploaded apart."""
+
+    @property
+    def nodes(self) -> list[torch.fx.Node]:
+        """The operations, in order."""
+        return list(self.fx.nodes)
+
+
+def line_of(node: torch.fx.Node) -> SourceLine | None:
+    """The line of the user's program that a node came from."""
+    line: SourceLine | None = node.meta.get("line")
+    return line
+
+
+def operation_of(node: torch.fx.Node) -> ops.Operation | None:
+    """The operation of the list that a node is, if it is one."""
+    operation: ops.Operation | None = node.meta.get("operation")
+    return operation
+
+
+# --- to messages ------------------------------------------------------------------------------------------------------
+
+
+class _Encoder:
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.positions: dict[torch.fx.Node, int] = {}
+        self.lines: dict[SourceLine, int] = {}
+
+    def message(self) -> pb.Graph:
+        message = pb.Graph(
+            traces=[
+                pb.Trace(
+                    model=trace.model,
+                    invokes=[pb.Invoke(rows=[pb.TokenRow(ids=row) for row in each.rows]) for each in trace.invokes],
+                )
+                for trace in self.graph.traces
+            ],
+            constants=[
+                pb.Constant(uploaded=each) if isinstance(each, bytes) else pb.Constant(inline=tensors.to_proto(each))
+                for each in self.graph.constants
+            ],
+        )
+        # Line 0 stands for "unknown", so that a node without a line needs no field of its own.
+        message.lines.add()
+        for node in self.graph.fx.nodes:
+            self.node(node, message.nodes.add())
+        for line in self.lines:
+            text = with_code(line)
+            message.lines.add(file=text.file, line=text.line, code=text.code[:_MAX_TEXT])
+        return message
+
+    def node(self, node: torch.fx.Node, out: pb.Node) -> None:
+        args = node.args
+        match node.target:
+            case target if target is read:
+                self.site(args[0], out.read.site)
+            case target if target is write:
+                self.site(args[0], out.write.site)
+                out.write.value = self.position(args[1])
+            case target if target is edit:
+                out.edit.base = self.position(args[0])
+                for view in args[1]:  # type: ignore[union-attr]
+                    self.change(view, out.edit.views.add())
+                self.change(args[2], out.edit.change)
+            case target if target is apply:
+                out.apply.trace, out.apply.module = args[0], args[1]  # type: ignore[assignment]
+                self.arguments(args[2], args[3], out.apply)
+            case target if target is constant:
+                out.constant = args[0]  # type: ignore[assignment]
+            case target if target is parameter:
+                out.parameter.trace, out.parameter.path = args  # type: ignore[assignment]
+            case target if target is save:
+                out.save.value = self.position(args[0])
+                if isinstance(args[1], torch.dtype):
+                    out.save.dtype = tensors.dtype_to_proto(args[1])
+            case _:
+                operation = operation_of(node)
+                assert operation is not None, node.format_node()
+                out.call.op = operation.name
+                self.arguments(args, node.kwargs, out.call)
+        line = line_of(node)
+        if line is not None:
+            out.line = self.lines.setdefault(line, len(self.lines) + 1)
+        self.positions[node] = len(self.positions)
+
+    def position(self, node: Any) -> int:
+        return self.positions[node]
+
+    def site(self, site: Any, out: pb.Site) -> None:
+        out.trace, out.invoke, out.address = site.trace, site.invoke, site.address.name
+        out.path.extend(path_to_proto(site.address.path))
+
+    def change(self, change: Any, out: pb.Call) -> None:
+        out.op, args, kwargs = change
+        self.arguments(args, kwargs, out)
+
+    def arguments(self, args: Any, kwargs: Any, out: pb.Call | pb.Apply) -> None:
+        for each in args:
+            self.argument(each, out.args.add())
+        for name, each in kwargs.items():
+            self.argument(each, out.kwargs[name])
+
+    def argument(self, value: Any, out: pb.Argument) -> None:
+        match value:
+            case None:
+                out.none.SetInParent()
+            case bool():
+                out.boolean = value
+            case int():
+                if not -(2**63) <= value < 2**63:
+                    raise GraphError(f"{value} does not fit into 64 bits.")
+                out.integer = value
+            case float():
+                out.real = value
+            case str():
+                out.text = value
+            case torch.fx.Node():
+                out.node = self.position(value)
+            case slice():
+                self.argument(value.start, out.slice.start)
+                self.argument(value.stop, out.slice.stop)
+                self.argument(value.step, out.slice.step)
+            case _ if value is Ellipsis:
+                out.ellipsis.SetInParent()
+            case list():
+                out.list.SetInParent()
+                for each in value:
+                    self.argument(each, out.list.items.add())
+            case tuple():
+                out.tuple.SetInParent()
+                for each in value:
+                    self.argument(each, out.tuple.items.add())
+            case torch.dtype():
+                out.dtype = tensors.dtype_to_proto(value)
+            case _:
+                raise GraphError(
+                    f"A {type(value).__name__} cannot be an argument in a graph.",
+                    hint="Numbers, strings, dtypes, slices, tensors, and lists and tuples of them can.",
+                )
+
+
+def graph_to_proto(graph: Graph) -> pb.Graph:
+    """The message of a graph.
+
+    Raises:
+        GraphError: an argument is not plain data.
+    """
+    return _Encoder(graph).message()
+
+
+# --- from messages ----------------------------------------------------------------------------------------------------
+
+
+def _kind(change: Change) -> ops.Kind:
+    return ops.OPERATIONS[change[0]].kind
+
+
+class _Decoder:
+    """Builds a graph from a message that may be hostile: every index, name and length is checked before it is used."""
+
+    def __init__(self, message: pb.Graph, constant_bytes: int | None) -> None:
+        self.message = message
+        self.constant_bytes = constant_bytes
+        self.graph = Graph()
+        self.nodes: list[torch.fx.Node] = []
+        self.lines = [
+            SourceLine(each.file[:1024], each.line, each.code[:_MAX_TEXT]) if each.file else None
+            for each in message.lines
+        ]
+        self.line: SourceLine | None = None
+
+    def error(self, message: str, kind: type[GraphError] | type[OperationError] = GraphError) -> Exception:
+        return kind(message, lines=[self.line] if self.line else [])
+
+    def decode(self) -> Graph:
+        for trace in self.message.traces:
+            invokes = [Invoke(tuple(tuple(row.ids) for row in each.rows)) for each in trace.invokes]
+            self.graph.traces.append(Trace(trace.model, invokes))
+        for each in self.message.constants:
+            match each.WhichOneof("source"):
+                case "inline":
+                    self.graph.constants.append(tensors.from_proto(each.inline, self.constant_bytes))
+                case "uploaded":
+                    self.graph.constants.append(each.uploaded)
+                case _:
+                    raise GraphError("A constant has no content.")
+        for message in self.message.nodes:
+            self.line = self.lines[message.line] if message.line < len(self.lines) else None
+            node = self.node(message)
+            node.meta["line"] = self.line
+            self.nodes.append(node)
+        return self.graph
+
+    def node(self, message: pb.Node) -> torch.fx.Node:
+        create = self.graph.fx.call_function
+        match message.WhichOneof("body"):
+            case "read":
+                return create(read, (self.site(message.read.site),))
+            case "write":
+                return create(write, (self.site(message.write.site), self.value(message.write.value)))
+            case "call":
+                name, args, kwargs = self.change(message.call)
+                operation = ops.OPERATIONS[name]
+                if operation.kind == "inplace":
+                    raise self.error(f"`{name}` changes its argument: it belongs into an edit.")
+                node = create(operation.function, args, kwargs)
+                node.meta["operation"] = operation
+                return node
+            case "edit":
+                views = tuple(self.change(each) for each in message.edit.views)
+                change = self.change(message.edit.change)
+                if any(_kind(view) == "inplace" for view in views) or _kind(change) != "inplace":
+                    raise self.error("An edit is views and then one in-place operation.")
+                return create(edit, (self.value(message.edit.base), views, change))
+            case "apply":
+                self.trace(message.apply.trace)
+                args, kwargs = self.arguments(message.apply)
+                return create(apply, (message.apply.trace, message.apply.module, args, kwargs))
+            case "constant":
+                if message.constant >= len(self.graph.constants):
+                    raise self.error(f"There is no constant {message.constant}.")
+                return create(constant, (message.constant,))
+            case "parameter":
+                self.trace(message.parameter.trace)
+                return create(parameter, (message.parameter.trace, message.parameter.path))
+            case "save":
+                dtype = tensors.dtype_from_proto(message.save.dtype) if message.save.dtype else None
+                return create(save, (self.value(message.save.value), dtype))  # type: ignore[arg-type]
+            case _:
+                raise self.error(f"Node {len(self.nodes)} is of a kind that this version does not know.")
+
+    def trace(self, index: int) -> Trace:
+        if index >= len(self.graph.traces):
+            raise self.error(f"There is no trace {index}.")
+        return self.graph.traces[index]
+
+    def value(self, index: int) -> torch.fx.Node:
+        if index >= len(self.nodes):
+            raise self.error(f"Node {len(self.nodes)} refers to node {index}, which is not before it.")
+        node = self.nodes[index]
+        if node.target in (write, save):
+            raise self.error(f"Node {index} has no value.")
+        return node
+
+    def site(self, message: pb.Site) -> Site:
+        if message.invoke >= len(self.trace(message.trace).invokes):
+            raise self.error(f"Trace {message.trace} has no invoke {message.invoke}.")
+        return Site(message.trace, message.invoke, Address(message.address, path_from_proto(message.path)))
+
+    def change(self, message: pb.Call) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+        operation = ops.OPERATIONS.get(message.op)
+        if operation is None:
+            raise self.error(f"`{message.op[:_MAX_TEXT]}` is not an operation of this server.", OperationError)
+        args, kwargs = self.arguments(message)
+        for name in ops.FORBIDDEN_ARGUMENTS & kwargs.keys():
+            raise self.error(f"`{operation.name}` takes no `{name}` in a graph.", OperationError)
+        return operation.name, args, kwargs
+
+    def arguments(self, message: pb.Call | pb.Apply) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (
+            tuple(self.argument(each) for each in message.args),
+            {name: self.argument(each) for name, each in message.kwargs.items()},
+        )
+
+    def argument(self, message: pb.Argument, depth: int = 0) -> Any:
+        if depth > _MAX_DEPTH:
+            raise self.error("An argument is nested too deeply.")
+        match message.WhichOneof("kind"):
+            case "none":
+                return None
+            case "boolean":
+                return message.boolean
+            case "integer":
+                return message.integer
+            case "real":
+                return message.real
+            case "text":
+                if len(message.text) > _MAX_TEXT:
+                    raise self.error("A string argument is too long.")
+                return message.text
+            case "node":
+                return self.value(message.node)
+            case "slice":
+                parts = (message.slice.start, message.slice.stop, message.slice.step)
+                return slice(*(self.argument(part, depth + 1) for part in parts))
+            case "ellipsis":
+                return Ellipsis
+            case "list" | "tuple" as kind:
+                items = getattr(message, kind).items
+                if len(items) > _MAX_ITEMS:
+                    raise self.error("A list argument is too long.")
+                values = [self.argument(each, depth + 1) for each in items]
+                return values if kind == "list" else tuple(values)
+            case "dtype":
+                return tensors.dtype_from_proto(message.dtype)
+            case _:
+                raise self.error("An argument is of a kind that this version does not know.")
+
+
+def graph_from_proto(message: pb.Graph, *, constant_bytes: int | None = None) -> Graph:
+    """The graph of a message, structurally sound.
+
+    Args:
+        message: What came over the wire.
+        constant_bytes: How large a constant inside the message may be.
+
+    Raises:
+        GraphError: the message does not follow the protocol.
+        OperationError: an operation is not on the list.
+        LimitError: a constant is too large.
+    """
+    return _Decoder(message, constant_bytes).decode()

@@ -1,0 +1,165 @@
+"""What a trace is given: text, texts, token ids or chat messages, turned into rows of token ids.
+
+The tokens that are counted on the laptop are the tokens that run: text becomes ids once, here, with the tokenizer that
+the server sent (or by asking the server, for chat templates and for tokenizers that cannot be sent).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from patchwire.errors import InputError, here
+from patchwire.graph import Invoke
+
+Rows = list[list[int]]
+
+
+def to_invoke(
+    given: Any,
+    *,
+    texts_to_ids: Callable[[Sequence[str]], Rows],
+    messages_to_ids: Callable[[Sequence[Mapping[str, str]]], Rows],
+    vocabulary: int,
+    max_positions: int,
+) -> Invoke:
+    """The rows of an input.
+
+    Args:
+        given: A text, a list of texts, a list of token ids or of such lists, a tensor of token ids `[seq]` or
+            `[batch, seq]`, chat messages (dicts with "role" and "content"), or a mapping with "input_ids" and
+            perhaps "attention_mask" `[batch, seq]`, whose masked tokens are left out.
+        texts_to_ids: Tokenizes texts.
+        messages_to_ids: Tokenizes a conversation.
+        vocabulary: Ids must be below it; 0 if that is not known.
+        max_positions: No row may be longer; 0 if there is no such limit.
+
+    Raises:
+        InputError: it is none of these, or the model cannot take it.
+    """
+    rows = _rows(given, texts_to_ids, messages_to_ids)
+    if not rows:
+        raise InputError("There is no prompt.", lines=here())
+    for index, row in enumerate(rows):
+        which = "The prompt" if len(rows) == 1 else f"Prompt {index}"
+        if not row:
+            raise InputError(f"{which} has no tokens.", lines=here())
+        if max_positions and len(row) > max_positions:
+            raise InputError(f"{which} has {len(row)} tokens; the model takes {max_positions}.", lines=here())
+        if min(row) < 0 or (vocabulary and max(row) >= vocabulary):
+            wrong = next(each for each in row if each < 0 or each >= vocabulary)
+            raise InputError(f"{which} has the token id {wrong}; ids go from 0 to {vocabulary - 1}.", lines=here())
+    return Invoke(tuple(tuple(row) for row in rows))
+
+
+def _rows(
+    given: Any,
+    texts_to_ids: Callable[[Sequence[str]], Rows],
+    messages_to_ids: Callable[[Sequence[Mapping[str, str]]], Rows],
+) -> Rows:
+    if isinstance(given, str):
+        return texts_to_ids([given])
+    if isinstance(given, Mapping):
+        return _masked(given)
+    if isinstance(given, (Tensor, np.ndarray)):
+        return _matrix(given)
+    if isinstance(given, Sequence) and given:
+        if all(isinstance(each, str) for each in given):
+            return texts_to_ids(given)
+        if all(isinstance(each, Mapping) and {"role", "content"} <= each.keys() for each in given):
+            return messages_to_ids(given)
+        if all(_is_id(each) for each in given):
+            return [[int(each) for each in given]]
+        if all(isinstance(each, (Sequence, Tensor, np.ndarray)) and not isinstance(each, str) for each in given):
+            return [row for each in given for row in _rows(each, texts_to_ids, messages_to_ids)]
+    if hasattr(given, "keys") and "input_ids" in given:  # a tokenizer's batch
+        return _masked(given)
+    raise InputError(
+        f"A {type(given).__name__} is not a prompt." if given else "There is no prompt.",
+        hint="Give a text, a list of texts, token ids, or messages with a role and a content.",
+        lines=here(),
+    )
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _matrix(given: Tensor | np.ndarray[Any, Any]) -> Rows:
+    ids = torch.as_tensor(given)
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool or ids.ndim not in (1, 2):
+        raise InputError(
+            f"Token ids are integers of shape [seq] or [batch, seq], not {list(ids.shape)} {ids.dtype}.", lines=here()
+        )
+    rows: Rows = ids.reshape(-1, ids.shape[-1]).tolist()
+    return rows
+
+
+def _masked(given: Mapping[str, Any]) -> Rows:
+    unknown = set(given) - {"input_ids", "attention_mask", "token_type_ids"}
+    if unknown or "input_ids" not in given:
+        raise InputError(
+            f"A mapping with {', '.join(sorted(map(repr, given)))} is not a prompt.",
+            hint='It has "input_ids", and "attention_mask" if some tokens are padding.',
+            lines=here(),
+        )
+    ids = torch.as_tensor(given["input_ids"])
+    ids = ids[None] if ids.ndim == 1 else ids
+    rows = _matrix(ids)
+    if given.get("attention_mask") is None:
+        return rows
+    mask = torch.as_tensor(given["attention_mask"]).bool().reshape(ids.shape)
+    kept = [[each for each, seen in zip(row, seens, strict=True) if seen] for row, seens in zip(rows, mask, strict=True)]
+    for seens in mask:
+        where = seens.nonzero().flatten().tolist()
+        if where and where[-1] - where[0] + 1 != len(where):
+            raise InputError("The attention mask hides tokens in the middle of a row; only padding can be left out.")
+    return kept
+
+
+class ModelTokenizer:
+    """A model's tokenizer: works offline with what the server sent, and asks the server otherwise.
+
+    `encode`, `decode` and `tokens` are enough to find positions; `backend` is the `tokenizers.Tokenizer`, if the server
+    could send one.
+    """
+
+    def __init__(self, json: str, ask: Callable[[Sequence[str]], Rows]) -> None:
+        self.backend: Tokenizer | None = Tokenizer.from_str(json) if json else None
+        if self.backend is not None:
+            self.backend.no_padding()
+            self.backend.no_truncation()
+        self._ask = ask
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text, special tokens as the model's tokenizer adds them."""
+        return self.batch([text])[0]
+
+    def batch(self, texts: Sequence[str]) -> Rows:
+        """The token ids of several texts."""
+        if self.backend is None:
+            return self._ask(texts)
+        return [each.ids for each in self.backend.encode_batch(list(texts))]
+
+    def _offline(self) -> Tokenizer:
+        if self.backend is None:
+            raise InputError("The server could not send this model's tokenizer; only encoding works, by asking it.")
+        return self.backend
+
+    def decode(self, ids: int | Sequence[int] | Tensor) -> str:
+        """The text of token ids, special tokens included."""
+        ids = torch.as_tensor(ids).reshape(-1).tolist()
+        return self._offline().decode(ids, skip_special_tokens=False)
+
+    def tokens(self, text: str | Sequence[int]) -> list[str]:
+        """The text of each token, one by one."""
+        ids = self.encode(text) if isinstance(text, str) else text
+        return [self.decode(each) for each in ids]
+
+    def __call__(self, text: str) -> list[int]:
+        return self.encode(text)

@@ -1,0 +1,339 @@
+"""The proxy of a model: its modules by raw path and by canonical name, the same on every architecture.
+
+`model.transformer.h[5].attn.c_proj.output` is what a hook on that module of GPT-2 sees; `model.layers[5].mixer.output`
+is the same value on GPT-2 and its counterpart on Mamba. A proxy holds no weights: outside a block it can be printed
+and asked for names and shapes, inside a block its sites can be read and written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from patchwire import display
+from patchwire import graph as g
+from patchwire.connection import Connection
+from patchwire.errors import GraphError, InputError, SiteError, here
+from patchwire.inputs import ModelTokenizer, to_invoke
+from patchwire.proxy import Structure, Value
+from patchwire.recording import Recorder
+from patchwire.sites import INPUT, OUTPUT, Address, Catalogue, Leaf, Parameter
+from patchwire.tracing import Trace, current, recording
+from patchwire.v1 import model_pb2
+
+
+class Module:
+    """A module of the model: `model.layers[5].mixer`.
+
+    Inside a block:
+
+    - `module.output`, `module.input`: the value that it returns, and its first argument. Reading gives a value,
+      assigning replaces it, and an in-place edit of the value is a write too. Where that is a tuple or mapping,
+      index it: `attn.output[0]`.
+    - `module.inputs`: all arguments, `inputs[0]` the positional and `inputs[1]` the named ones.
+    - `module(value)`: the module, applied to a value.
+    - `module.weight`: a parameter, as a value.
+    """
+
+    _model: Model
+    _name: str
+
+    def __init__(self, model: Model, name: str) -> None:
+        object.__setattr__(self, "_model", model)
+        object.__setattr__(self, "_name", name)
+
+    # --- the tree -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _catalogue(self) -> Catalogue:
+        return self._model.catalogue
+
+    @property
+    def path(self) -> str:
+        """Its raw path in the model; for a list of canonical names, such as `layers`, that name."""
+        raw = self._catalogue.raw(self._name)
+        return self._name if raw is None else raw
+
+    def _child(self, name: str) -> str | None:
+        """The name of what `.name` or `[name]` stands for: a canonical name, else a raw child."""
+        full = f"{self._name}.{name}" if self._name else name
+        if full in self._catalogue.names or full in self._catalogue.prefixes:
+            return full
+        return full if self._catalogue.raw(full) is not None else None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        child = self._child(name)
+        named = self._catalogue.names.get(child or "")
+        if named is not None and named.value is not None:
+            assert child is not None
+            return self._read(Address(child))
+        if child is not None:
+            return Module(self._model, child)
+        return self._parameter(name)
+
+    def _parameter(self, name: str) -> Value | Parameter:
+        raw = self._catalogue.raw(self._name)
+        full = f"{self._name}.{name}" if self._name else name
+        if raw is None or not any(each.name == name for each in self._catalogue.modules[raw].parameters):
+            # An AttributeError, so that `hasattr` and tab completion work.
+            raise _NoSuchName(
+                f"`{full}` is not in {self._model.name}.", hint=self._catalogue.suggestion(full), lines=here()
+            )
+        if not recording():
+            return self._catalogue.parameter(full)
+        scope = current(full, self._model)
+        return scope.recorder.parameter(scope.trace, full)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("output", "input"):
+            object.__setattr__(self, name, value)
+            return
+        full = f"{self._name}.{name}" if self._name else name
+        named = self._catalogue.names.get(full)
+        if named is None or named.value is None:
+            raise SiteError(
+                f"`{full}` cannot be assigned: only values can, not modules or weights.",
+                hint=f"Write `{full}.output = …` inside a block.",
+                lines=here(),
+            )
+        self._write(Address(full), value)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return list(self)[index]
+        keys = self._indices()
+        if not keys:
+            raise SiteError(f"`{self._name or self._model.name}` is not a list of modules.", lines=here())
+        if not -len(keys) <= index < len(keys):
+            raise SiteError(
+                f"`{self._name}[{index}]` does not exist.",
+                hint=f"`{self._name}` has the indices 0 to {len(keys) - 1}.",
+                lines=here(),
+            )
+        return Module(self._model, f"{self._name}.{keys[index]}")
+
+    def _indices(self) -> list[str]:
+        keys = self._catalogue.prefixes.get(self._name, [])
+        if not any(each.isdigit() for each in keys):
+            raw = self._catalogue.raw(self._name)
+            keys = self._catalogue.children.get(raw, []) if raw is not None else []
+        return [each for each in keys if each.isdigit()]
+
+    def __len__(self) -> int:
+        return len(self._indices())
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[Module]:
+        for key in self._indices():
+            yield Module(self._model, f"{self._name}.{key}")
+
+    def __dir__(self) -> list[str]:
+        raw = self._catalogue.raw(self._name)
+        below = self._catalogue.prefixes.get(self._name, [])
+        children = self._catalogue.children.get(raw, []) if raw is not None else []
+        parameters = [each.name for each in self._catalogue.modules[raw].parameters] if raw is not None else []
+        return sorted({*super().__dir__(), *(each for each in (*below, *children, *parameters) if not each.isdigit())})
+
+    # --- values -------------------------------------------------------------------------------------------------------
+
+    @property
+    def output(self) -> Any:
+        """What the module returns: a value, or a structure if that is a tuple or mapping."""
+        return self._side(OUTPUT)
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        self._assign(OUTPUT, value)
+
+    @property
+    def input(self) -> Any:
+        """The module's first argument."""
+        return self._side(INPUT)
+
+    @input.setter
+    def input(self, value: Any) -> None:
+        self._assign(INPUT, value)
+
+    @property
+    def inputs(self) -> Structure:
+        """All arguments of the module: `inputs[0]` the positional, `inputs[1]` the named ones."""
+        address = self._address(INPUT)
+        scope = current(str(address), self._model)
+        leaves = self._leaves(INPUT)
+        return Structure(scope.recorder, scope.site(Address(address.name)), leaves)
+
+    def _address(self, side: str) -> Address:
+        return Address(f"{self._name}.{side}" if self._name else side)
+
+    def _leaves(self, side: str) -> tuple[Leaf, ...]:
+        try:
+            module = self._catalogue.module(self._name)
+        except SiteError as error:
+            raise SiteError(error.message, hint=error.hint, lines=here()) from None
+        leaves = module.side(side)
+        if leaves:
+            return leaves
+        address = self._address(side)
+        if not module.calls:
+            raise SiteError(f"`{address}` never exists: a forward pass does not call this module.", lines=here())
+        raise SiteError(f"`{address}` is not a tensor and has none in it.", lines=here())
+
+    def _side(self, side: str) -> Value | Structure:
+        address = self._address(side)
+        scope = current(str(address), self._model)
+        leaves = self._leaves(side)
+        if self._name in self._catalogue.names:
+            return self._read(address)
+        if side == INPUT:  # the first argument only
+            address = Address(address.name, leaves[0].path[:2])
+            leaves = tuple(leaf for leaf in leaves if leaf.path[:2] == address.path)
+        if len(leaves) == 1 and leaves[0].path == address.path:
+            return self._read(address)
+        return Structure(scope.recorder, scope.site(address), leaves)
+
+    def _assign(self, side: str, value: Any) -> None:
+        here_now = self._side(side)
+        if isinstance(here_now, Structure):
+            if isinstance(value, (tuple, list)):
+                for index, item in enumerate(value):
+                    if item is not None:
+                        here_now[index] = item
+                return
+            raise SiteError(
+                f"`{self._address(side)}` is a tuple or mapping.", hint="Assign its items one by one.", lines=here()
+            )
+        address = self._address(side)
+        if side == INPUT and self._name not in self._catalogue.names:
+            address = Address(address.name, self._leaves(side)[0].path)
+        self._write(address, value)
+
+    def _read(self, address: Address) -> Value:
+        scope = current(str(address), self._model)
+        return scope.recorder.read(scope.site(address))
+
+    def _write(self, address: Address, value: Any) -> None:
+        scope = current(str(address), self._model)
+        scope.recorder.assign(scope.site(address), value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Value:
+        scope = current(f"{self._name}(…)", self._model)
+        self._leaves(OUTPUT)
+        return scope.recorder.apply(scope.trace, self._name, args, kwargs)
+
+    # --- looks --------------------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        return display.text(self._catalogue, self._name)
+
+    def _repr_html_(self) -> str:
+        return display.html(self._catalogue, self._name)
+
+
+class _NoSuchName(SiteError, AttributeError):
+    """A name that is not in the model; also an AttributeError, so that `hasattr` works."""
+
+
+class Model(Module):
+    """A model on a server.
+
+    Attributes:
+        name: What the server calls it.
+        connection: The connection to the server.
+        catalogue: Its modules and sites.
+        tokenizer: Its tokenizer, for finding positions: `encode`, `decode`, `tokens`.
+        config: Its configuration, as the JSON of Hugging Face says it.
+        summary: Its class, size, dtype and device.
+        fingerprint: SHA-256 of its module tree, as hexadecimal digits.
+        progress: Whether to show progress bars.
+    """
+
+    name: str
+    connection: Connection
+    catalogue: Catalogue
+    tokenizer: ModelTokenizer
+    config: dict[str, Any]
+    summary: model_pb2.ModelSummary
+    fingerprint: str
+    progress: bool
+
+    def __init__(self, connection: Connection, description: model_pb2.ModelDescription, *, progress: bool = True) -> None:
+        import json
+
+        name = description.summary.name
+        put = object.__setattr__
+        put(self, "_model", self)
+        put(self, "_name", "")
+        put(self, "name", name)
+        put(self, "connection", connection)
+        put(self, "catalogue", Catalogue.from_proto(name, description.modules, description.names))
+        put(self, "tokenizer", ModelTokenizer(description.tokenizer_json, self._texts))
+        put(self, "config", json.loads(description.config_json or "{}"))
+        put(self, "summary", description.summary)
+        put(self, "fingerprint", description.fingerprint.hex())
+        put(self, "progress", progress)
+        put(self, "_description", description)
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers `model.layers` has."""
+        return self.catalogue.num_layers
+
+    def trace(self, given: Any = None) -> Trace:
+        """A block that records one call of the model.
+
+        Args:
+            given: A text, a list of texts, a list of token ids or of such lists, a tensor of token ids `[seq]` or
+                `[batch, seq]`, chat messages (dicts with "role" and "content"), or a tokenizer's mapping with
+                "input_ids" and "attention_mask". Left out if the block opens `trace.invoke(…)`s.
+
+        Texts of different lengths end together, as in a batch padded on the left, so that `[:, -1]` is everyone's last
+        token; positions before a shorter text hold NaN, and `trace.mask()` says which.
+
+        Example:
+            >>> with model.trace("The Eiffel Tower is in the city of"):
+            ...     hidden = model.layers[5].output.save()
+            ...     model.layers[10].mixer.output[:, -1] = 0
+            ...     logits = model.logits.save()
+            >>> hidden.shape
+            torch.Size([1, 10, 768])
+        """
+        return Trace(self, given)
+
+    def module(self, path: str) -> Module:
+        """The module of a path, for names that Python cannot spell or that this class uses itself.
+
+        Raises:
+            SiteError: there is none.
+        """
+        self.catalogue.module(path)
+        return Module(self, path)
+
+    def tokenize(self, given: Any) -> list[list[int]]:
+        """The token ids of each row of a prompt, as `trace` would run it."""
+        return [list(row) for row in self._invoke(given).rows]
+
+    def _recorder(self) -> Recorder:
+        return Recorder(self._catalogue_of, value_bytes=self.connection.limits.value_bytes or None)
+
+    def _catalogue_of(self, name: str) -> Catalogue:
+        if name != self.name:
+            raise GraphError(f"This trace is of {self.name}, not of {name}.", lines=here())
+        return self.catalogue
+
+    def _invoke(self, given: Any) -> g.Invoke:
+        return to_invoke(
+            given,
+            texts_to_ids=self.tokenizer.batch,
+            messages_to_ids=lambda messages: self.connection.tokenize(self.name, messages=list(messages)),  # type: ignore[arg-type]
+            vocabulary=self._description.vocabulary,
+            max_positions=self._description.max_positions,
+        )
+
+    def _texts(self, texts: Any) -> list[list[int]]:
+        if not self._description.tokenizes_text:
+            raise InputError(f"{self.name} has no tokenizer.", hint="Give token ids.", lines=here())
+        return self.connection.tokenize(self.name, texts=list(texts))

@@ -1,0 +1,378 @@
+"""Values that do not exist yet: what user code holds while a block is being recorded.
+
+A `Value` stands for one tensor. Inside the block every operator, method and `torch.*` function on it adds a node to the
+graph; after the block a saved value behaves as its tensor. It keeps PyTorch's rules of memory: a view shares what it
+views, and an in-place edit is seen through every alias. Underneath there is no memory but a chain of edited copies: the
+aliases share a `Memory`, which knows the newest one.
+
+A `Structure` stands for a tuple or mapping of tensors, such as the output of an attention module.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+import torch.fx
+from torch import Tensor
+
+from patchwire import ops
+from patchwire.checking import describe
+from patchwire.errors import (
+    BranchError,
+    GraphError,
+    OperationError,
+    SiteError,
+    SourceLine,
+    here,
+    nearest,
+)
+from patchwire.graph import Change, Site
+from patchwire.sites import Address, Leaf, Path, Step
+
+if TYPE_CHECKING:
+    from patchwire.recording import Recorder
+
+
+class Memory:
+    """What the aliases of one tensor share: its newest version, and the sites whose value it is."""
+
+    def __init__(self, node: torch.fx.Node, *, constant: str = "") -> None:
+        self.node = node
+        self.version = 0
+        self.sites: list[tuple[Site, Value]] = []
+        self.edits: list[tuple[Value, SourceLine | None]] = []
+        self.constant = constant
+        """Why it must not be edited, if it must not."""
+
+
+class Value(torch.fx.Proxy):
+    """A tensor that will exist on the worker.
+
+    Inside the block it can be computed with, edited in place, written to sites and saved; its `shape`, `dtype` and
+    length are known, its numbers are not. After the block, if it was saved, it behaves as its tensor, which is
+    `value.value`.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        node: torch.fx.Node,
+        memory: Memory | None = None,
+        views: tuple[Change, ...] = (),
+        parent: Value | None = None,
+    ) -> None:
+        self.memory = memory or Memory(node)
+        self.views = views
+        self.parent = parent
+        self._version = self.memory.version
+        self._tensor: Tensor | None = None
+        self._saved = False
+        super().__init__(node, recorder)
+
+    @property
+    def node(self) -> torch.fx.Node:  # type: ignore[override]
+        """The node of the newest version of this value."""
+        if self._version != self.memory.version:
+            self._node = self.tracer.derived(self)  # type: ignore[attr-defined]
+            self._version = self.memory.version
+        return self._node
+
+    @node.setter
+    def node(self, node: torch.fx.Node) -> None:
+        self._node = node
+
+    @property
+    def recorder(self) -> Recorder:
+        """The recording that this value belongs to."""
+        recorder: Recorder = self.tracer  # type: ignore[assignment]
+        return recorder
+
+    # --- saving ------------------------------------------------------------------------------------------------------
+
+    def save(self, *, dtype: torch.dtype | None = None) -> Value:
+        """Ask for the tensor: after the block, this value behaves as it.
+
+        Args:
+            dtype: Send it in this element type, for example `torch.bfloat16` to halve the bytes of a float32.
+
+        Returns:
+            This value; another one of the same tensor if `dtype` is given.
+        """
+        if self._tensor is not None:
+            return self
+        value = self if dtype is None else Value(self.recorder, self.node, self.memory, self.views, self)
+        self.recorder.save(value, dtype)
+        return value
+
+    @property
+    def value(self) -> Tensor:
+        """The tensor, on the CPU.
+
+        Raises:
+            BranchError: the block has not ended.
+            GraphError: the value was not saved, or the run failed.
+        """
+        if self._tensor is None:
+            self._not_there("its tensor")
+        return self._tensor
+
+    @property
+    def ready(self) -> bool:
+        """Whether the tensor is here."""
+        return self._tensor is not None
+
+    def _not_there(self, what: str) -> NoReturn:
+        if self.recorder.open:
+            raise BranchError(
+                f"The value exists only when the block has ended; {what} is not known while it is recorded.",
+                hint=(
+                    "Write `torch.where(condition, a, b)` for a choice between values; for anything else, "
+                    "`.save()` the value and go on after the block."
+                ),
+                lines=here(),
+            )
+        if self._saved:
+            raise GraphError("The value was saved, but its run did not end well.", lines=here())
+        raise GraphError(
+            "The value was not saved, so it stayed on the server.", hint="Write `.save()` inside the block.", lines=here()
+        )
+
+    # --- what is known while recording -------------------------------------------------------------------------------
+
+    @property
+    def fake(self) -> Tensor:
+        """A tensor without memory of this value's shape and dtype."""
+        if self._tensor is not None:
+            return self._tensor
+        fake = self.node.meta.get("fake")
+        if not isinstance(fake, Tensor):
+            self._not_there("its shape (it depends on data)")
+        return fake
+
+    @property
+    def shape(self) -> torch.Size:
+        """The lengths of its dimensions."""
+        return self.fake.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its element type."""
+        return self.fake.dtype
+
+    @property
+    def ndim(self) -> int:
+        """How many dimensions it has."""
+        return self.fake.ndim
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU, where a saved value arrives; where the model runs is the worker's business."""
+        return torch.device("cpu")
+
+    def size(self, dim: int | None = None) -> Any:
+        """The lengths of its dimensions, or of one."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        """How many dimensions it has."""
+        return self.ndim
+
+    def numel(self) -> int:
+        """How many elements it has."""
+        return self.fake.numel()
+
+    def __len__(self) -> int:
+        return len(self.fake)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._tensor is not None:
+            return iter(self._tensor)
+        return iter([self[index] for index in range(len(self.fake))])
+
+    # --- operations --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        orig_method: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        values = list(_values((args, kwargs)))
+        recorder = next((value.recorder for value in values if value._tensor is None), values[0].recorder)
+        return recorder.function(orig_method, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or "_tensor" not in self.__dict__:
+            raise AttributeError(name)
+        if self._tensor is not None:
+            return getattr(self._tensor, name)
+        if name in _NUMBERS:
+            self._not_there(f"`.{name}()`")
+        if name in _PLACES:
+            return lambda *args, **kwargs: self
+        operation = ops.of_method(name)
+        if operation is None:
+            if not self.recorder.open:
+                self._not_there(f"`.{name}`")
+            near = nearest(name, [each.rsplit(".", 1)[-1] for each in ops.OPERATIONS if each.startswith("torch.Tensor")])
+            raise OperationError(
+                f"`.{name}` is not an operation that a graph may contain.",
+                hint=f"Did you mean {' or '.join(f'`.{each}`' for each in near)}?" if near else "",
+                lines=here(),
+            )
+        if isinstance(operation.function, ops.Property):
+            return self.recorder.call(operation, (self,), {})
+        return functools.partial(self.recorder.method, operation, self)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if self._tensor is not None:
+            self._tensor[index] = value.value if isinstance(value, Value) else value
+            return
+        self.recorder.call(ops.OPERATIONS["operator.setitem"], (self, index, value), {})
+
+    def __bool__(self) -> bool:
+        if self._tensor is None:
+            self._not_there("whether it is true")
+        return bool(self._tensor)
+
+    def __float__(self) -> float:
+        return float(self.value)
+
+    def __int__(self) -> int:
+        return int(self.value)
+
+    def __index__(self) -> int:
+        return self.value.__index__()
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self.value
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.value.__array__(*args, **kwargs)
+
+    def __format__(self, spec: str) -> str:
+        return format(self._tensor, spec) if self._tensor is not None else format(repr(self), spec)
+
+    def __repr__(self) -> str:
+        if self._tensor is not None:
+            return repr(self._tensor)
+        return f"<value, {describe(self.node.meta.get('fake'))}, of {self.node.name}>"
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise GraphError("A value is a tensor and cannot be called.", lines=here())
+
+    def __reduce__(self) -> Any:
+        return (_same, (self.value,))
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.value.clone()
+
+
+_NUMBERS = frozenset({"item", "tolist", "numpy"})
+_PLACES = frozenset({"cpu", "cuda"})
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _values(argument: Any) -> Iterator[Value]:
+    if isinstance(argument, Value):
+        yield argument
+    elif isinstance(argument, dict):
+        for each in argument.values():
+            yield from _values(each)
+    elif isinstance(argument, (tuple, list)):
+        for each in argument:
+            yield from _values(each)
+    elif isinstance(argument, slice):
+        yield from _values((argument.start, argument.stop, argument.step))
+
+
+class Structure:
+    """A tuple or mapping of tensors at a site: `attn.output[0]`, `block.inputs[1]["attention_mask"]`.
+
+    Its items can be read, edited and assigned one by one; `save` asks for all of them.
+    """
+
+    def __init__(self, recorder: Recorder, site: Site, leaves: tuple[Leaf, ...]) -> None:
+        self._recorder = recorder
+        self._site = site
+        self._leaves = leaves
+        self._items: dict[Path, Value] = {}
+
+    def _path(self, key: Any) -> Path:
+        path = self._site.address.path
+        if not path and isinstance(key, int) and all(leaf.path[0] in ("args", "kwargs") for leaf in self._leaves):
+            key = ("args", "kwargs")[key] if key in (0, 1) else key
+        return (*path, key)
+
+    def _at(self, path: Path) -> Site:
+        return Site(self._site.trace, self._site.invoke, Address(self._site.address.name, path))
+
+    def _check(self, path: Path) -> tuple[Leaf, ...]:
+        below = tuple(leaf for leaf in self._leaves if leaf.path[: len(path)] == path)
+        if not below:
+            known = ", ".join(
+                f"`{Address(self._site.address.name, leaf.path)}` {leaf.symbolic}" for leaf in self._leaves
+            )
+            raise SiteError(
+                f"`{Address(self._site.address.name, path)}` is not a tensor here.",
+                hint=f"The tensors there are {known}.",
+                lines=here(),
+            )
+        return below
+
+    def __getitem__(self, key: Step) -> Value | Structure:
+        path = self._path(key)
+        below = self._check(path)
+        if path in self._items:
+            return self._items[path]
+        if below[0].path == path:
+            return self._recorder.read(self._at(path))
+        return Structure(self._recorder, self._at(path), below)
+
+    def __setitem__(self, key: Step, value: Any) -> None:
+        path = self._path(key)
+        if self._check(path)[0].path != path:
+            raise SiteError(f"`{self._at(path)}` is not one tensor: assign its items.", lines=here())
+        self._recorder.assign(self._at(path), value)
+
+    def __getattr__(self, name: str) -> Value | Structure:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if not any(self._path(name) == leaf.path[: len(self._site.address.path) + 1] for leaf in self._leaves):
+            known = " or ".join(f"`{self._site.address.name}{_steps(leaf.path)}`" for leaf in self._leaves)
+            raise SiteError(
+                f"`{self._site}` is a tuple or mapping, not a tensor: it has no `{name}`.",
+                hint=f"Write {known}.",
+                lines=here(),
+            )
+        return self[name]
+
+    def save(self) -> Structure:
+        """Ask for all tensors; after the block, index this to get them."""
+        for leaf in self._leaves:
+            self._items[leaf.path] = self._recorder.read(self._at(leaf.path)).save()
+        return self
+
+    @property
+    def value(self) -> dict[str, Tensor]:
+        """The tensors, by what follows the site's name: {"[0]": …}."""
+        return {_steps(path[len(self._site.address.path) :]): item.value for path, item in self._items.items()}
+
+    def __repr__(self) -> str:
+        return f"<{self._site}: {', '.join(f'{_steps(leaf.path)} {leaf.symbolic}' for leaf in self._leaves)}>"
+
+
+def _steps(path: Path) -> str:
+    return str(Address("x", path))[1:]

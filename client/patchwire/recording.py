@@ -1,0 +1,419 @@
+"""Recording: user code runs once, eagerly, on values that do not exist yet, and what it does becomes a graph.
+
+A `Recorder` is the tracer behind the `Value`s of one request. Every node is checked on fakes as soon as it is made, so
+that a wrong shape or an impossible order is an ordinary exception at the line that wrote it.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.fx
+from torch import Tensor
+from torch.fx.proxy import TracerBase
+
+from patchwire import graph as g
+from patchwire import ops
+from patchwire.checking import Checker, fake_of
+from patchwire.errors import (
+    GraphError,
+    OperationError,
+    PatchwireWarning,
+    ShapeError,
+    SiteError,
+    SourceLine,
+    here,
+    user_line,
+    with_code,
+)
+from patchwire.graph import Graph, Site
+from patchwire.proxy import Memory, Structure, Value
+from patchwire.sites import Catalogue, Leaf
+
+_SETITEM = ops.OPERATIONS["operator.setitem"]
+_GETITEM = ops.OPERATIONS["operator.getitem"]
+
+_Place = tuple[int, int, Leaf]
+"""What a site means, however its address is spelled: a trace, an invoke, and a tensor of the model."""
+
+
+class Recorder(TracerBase):
+    """Turns what user code does with values into the nodes of one graph."""
+
+    def __init__(self, catalogue: Callable[[str], Catalogue], *, value_bytes: int | None = None) -> None:
+        """
+        Args:
+            catalogue: The catalogue of a model, by the model's name.
+            value_bytes: How large one value may be.
+        """
+        super().__init__()
+        self.request = Graph()
+        self.graph = self.request.fx
+        self.checker = Checker(self.request, catalogue, value_bytes=value_bytes)
+        self.open = True
+        self.saved: list[tuple[Value, torch.dtype | None, int, SourceLine | None]] = []
+        self._sites: dict[_Place, Value] = {}
+        self._writes: dict[_Place, torch.fx.Node] = {}
+        self._constants: dict[int, tuple[Tensor, int, torch.fx.Node]] = {}
+
+    # --- nodes --------------------------------------------------------------------------------------------------------
+
+    def _create(
+        self,
+        target: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any] | None = None,
+        operation: ops.Operation | None = None,
+    ) -> torch.fx.Node:
+        node = self.graph.call_function(target, args, dict(kwargs or {}))
+        node.meta["line"] = user_line()
+        node.meta["operation"] = operation
+        try:
+            self.checker.node(node)
+        except Exception:
+            self.graph.erase_node(node)
+            raise
+        return node
+
+    def argument(self, value: Any) -> Any:
+        """What stands in a graph for an argument: nodes for values and tensors, plain data as it is.
+
+        Raises:
+            GraphError: it is none of these, or a value that will never exist here.
+        """
+        match value:
+            case Value():
+                return self._value(value)
+            case Tensor():
+                return self._constant(value)
+            case None | bool() | int() | float() | str() | torch.dtype():
+                return value
+            case tuple():
+                return tuple(self.argument(each) for each in value)
+            case list():
+                return [self.argument(each) for each in value]
+            case slice():
+                return slice(self.argument(value.start), self.argument(value.stop), self.argument(value.step))
+            case np.ndarray():
+                return self._constant(torch.from_numpy(value))
+            case np.generic():
+                return value.item()
+            case range():
+                return list(value)
+        if value is Ellipsis:
+            return value
+        if isinstance(value, Structure):
+            raise GraphError(f"{value!r} is not one tensor: take one of its items.", lines=here())
+        raise GraphError(
+            f"A {type(value).__name__} cannot be used inside the block: a graph is data.",
+            hint="Numbers, strings, dtypes, tensors, values, and lists and tuples of them can.",
+            lines=here(),
+        )
+
+    def _value(self, value: Value) -> torch.fx.Node:
+        if value.ready:
+            return self._constant(value.value)
+        if value.recorder is not self:
+            raise GraphError(
+                "This value belongs to another trace, and was not saved there.",
+                hint="Write `.save()` in that trace and use it after its block, or record both in one trace.",
+                lines=here(),
+            )
+        return value.node
+
+    def _constant(self, tensor: Tensor) -> torch.fx.Node:
+        known = self._constants.get(id(tensor))
+        if known is not None and known[0] is tensor and known[1] == tensor._version:
+            return known[2]
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise GraphError("Only ordinary dense tensors can go into a graph.", lines=here())
+        # What counts is the tensor as it is now: the program may change it before the graph is sent.
+        self.request.constants.append(tensor.detach().to("cpu", copy=True).contiguous())
+        node = self._create(g.constant, (len(self.request.constants) - 1,))
+        self._constants[id(tensor)] = (tensor, tensor._version, node)
+        return node
+
+    # --- operations ---------------------------------------------------------------------------------------------------
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
+        """What `torch.fx.Proxy` calls for operators."""
+        operation = ops.of_function(target)
+        if operation is None:
+            raise self._refused(getattr(target, "__name__", str(target)))
+        return self.call(operation, args, kwargs)
+
+    def function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record a `torch.*` function, or a method of a tensor that met a value."""
+        operation = ops.of_function(function)
+        name = getattr(function, "__name__", str(function))
+        if operation is None and torch.overrides.is_tensor_method_or_property(function):
+            if name == "__get__":  # a property of a tensor
+                return getattr(args[0], getattr(function, "__self__").__name__)  # noqa: B009
+            operation = ops.of_method(name)
+            reflected = ops.of_method(f"__{name[3:]}") if name.startswith("__r") else None
+            if operation is None and reflected is not None:
+                operation, args = reflected, (args[1], args[0])
+        if operation is None and not self.open:
+            return function(*_tensors(args), **_tensors(kwargs))
+        if operation is None:
+            raise self._refused(name)
+        return self.call(operation, args, kwargs, function)
+
+    def _refused(self, name: str) -> OperationError:
+        return OperationError(
+            f"`{name}` is not an operation that a graph may contain.",
+            hint="`patchwire.ops` lists those that are; save the value and compute the rest after the block.",
+            lines=here(),
+        )
+
+    def method(self, operation: ops.Operation, value: Value, *args: Any, **kwargs: Any) -> Any:
+        """Record a method of a value."""
+        if operation.name == "torch.Tensor.to":
+            # Where a value lives is the worker's business: only a dtype counts.
+            args = tuple(
+                each.dtype if isinstance(each, (Tensor, Value)) else each
+                for each in args
+                if not isinstance(each, (str, torch.device))
+            )
+            kwargs.pop("device", None)
+            if not args and not kwargs:
+                return value
+        return self.call(operation, (value, *args), kwargs)
+
+    def call(
+        self,
+        operation: ops.Operation,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        function: Callable[..., Any] | None = None,
+    ) -> Any:
+        """Record an operation; compute it at once if the block has ended.
+
+        Raises:
+            ShapeError: it cannot be done with values of these shapes.
+            OperationError: it is not possible in a graph.
+        """
+        if not self.open:
+            return (function or operation.function)(*_tensors(args), **_tensors(kwargs))
+        if refused := ops.FORBIDDEN_ARGUMENTS & {name for name, each in kwargs.items() if each is not None}:
+            raise OperationError(f"`{operation.name}` takes no `{refused.pop()}` inside the block.", lines=here())
+        kwargs = {name: each for name, each in kwargs.items() if name not in ops.FORBIDDEN_ARGUMENTS}
+        if operation.kind == "inplace":
+            return self._edit(operation, args[0], args[1:], kwargs)
+        arguments = self.argument(args)
+        keywords = {name: self.argument(each) for name, each in kwargs.items()}
+        node = self._create(operation.function, arguments, keywords, operation)
+        source = args[0] if args and isinstance(args[0], Value) and not args[0].ready else None
+        return self._result(node, source, (operation.name, arguments[1:], keywords), operation)
+
+    def _result(
+        self, node: torch.fx.Node, source: Value | None, change: g.Change, operation: ops.Operation
+    ) -> Value | tuple[Value, ...]:
+        """The value of a node, or the values of one that yields several; views of `source` if they share its memory."""
+        fake = fake_of(node)
+        views = (*source.views, change) if source is not None else ()
+        if isinstance(fake, tuple):
+            items = []
+            for index in range(len(fake)):
+                item = self._create(operator.getitem, (node, index), None, _GETITEM)
+                items.append(self._alias(item, source, (*views, (_GETITEM.name, (index,), {})), operation))
+            return type(fake)(items)
+        return self._alias(node, source, views, operation)
+
+    def _alias(
+        self, node: torch.fx.Node, source: Value | None, views: tuple[g.Change, ...], operation: ops.Operation
+    ) -> Value:
+        if source is None:
+            return Value(self, node)
+        fake, base = fake_of(node), fake_of(source.node)
+        shared = g.same_storage(fake, base) if fake is not None and base is not None else operation.kind == "view"
+        return Value(self, node, source.memory, views, source) if shared else Value(self, node)
+
+    def derived(self, value: Value) -> torch.fx.Node:
+        """The node of a view of the newest version of its memory."""
+        node = value.memory.node
+        for name, args, kwargs in value.views:
+            operation = ops.OPERATIONS[name]
+            node = self._create(operation.function, (node, *args), kwargs, operation)
+        return node
+
+    def _edit(self, operation: ops.Operation, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+        if not isinstance(value, Value) or value.ready:
+            raise GraphError(
+                "A tensor of this program cannot be changed in place with a value that does not exist yet.",
+                hint="Start from a value, for example `value.new_zeros(shape)` or `value.clone()`.",
+                lines=here(),
+            )
+        memory = value.memory
+        if memory.constant:
+            raise GraphError(memory.constant, hint="Edit a `.clone()` of it.", lines=here())
+        if operation is _SETITEM and self._is_itself(value, *args):
+            return value
+        self._value(value)
+        change = (operation.name, self.argument(args), {name: self.argument(each) for name, each in kwargs.items()})
+        memory.node = self._create(g.edit, (memory.node, value.views, change))
+        memory.version += 1
+        memory.edits.append((value, user_line()))
+        for site, alias in memory.sites:
+            self._write(self._place(site), site, alias)
+        return value
+
+    def _is_itself(self, value: Value, index: Any, item: Any) -> bool:
+        """Whether `value[index] = item` puts a view back where it was taken, as `value[index] += 1` does in the end."""
+        if not isinstance(item, Value) or item.ready or item.memory is not value.memory:
+            return False
+        view = (_GETITEM.name, (self.argument(index),), {})
+        return item.views == (*value.views, view)
+
+    # --- sites --------------------------------------------------------------------------------------------------------
+
+    def _place(self, site: Site) -> _Place:
+        try:
+            return (site.trace, site.invoke, self.checker.leaf(site))
+        except SiteError as error:
+            raise SiteError(error.message, hint=error.hint, lines=here()) from None
+
+    def read(self, site: Site) -> Value:
+        """The value of a site: what the model gives, or what was written there before.
+
+        Raises:
+            SiteError: there is no such site.
+        """
+        place = self._place(site)
+        known = self._sites.get(place)
+        if known is not None:
+            return Value(self, known.node, known.memory, known.views)
+        value = Value(self, self._create(g.read, (site,)))
+        self._bind(place, site, value)
+        return value
+
+    def assign(self, site: Site, value: Any) -> None:
+        """Make a value the value of a site.
+
+        Raises:
+            ShapeError: its shape or dtype is not that of the site.
+            OrderError: it exists only later in the forward pass.
+            SiteError: there is no such site.
+        """
+        place = self._place(site)
+        if isinstance(value, (Tensor, np.ndarray)) or (isinstance(value, Value) and value.ready):
+            value = Value(self, self.argument(value))
+        if not isinstance(value, Value):
+            raise ShapeError(
+                f"`{site}` cannot become a {type(value).__name__}.",
+                hint="Assign a tensor, or set the elements: `value[:] = 0`.",
+                lines=here(),
+            )
+        self._value(value)
+        known = self._sites.get(place)
+        if known is not None:
+            if known.memory is value.memory and known.views == value.views:
+                return  # `site += 1` has edited the value and now assigns it
+            known.memory.sites = [each for each in known.memory.sites if self._place(each[0]) != place]
+        self._write(place, site, value)
+        self._bind(place, site, value)
+
+    def _bind(self, place: _Place, site: Site, value: Value) -> None:
+        self._sites[place] = value
+        value.memory.sites.append((site, value))
+
+    def _write(self, place: _Place, site: Site, value: Value) -> None:
+        node = self._create(g.write, (site, value.node))
+        former = self._writes.pop(place, None)
+        if former is not None:
+            self.graph.erase_node(former)
+        self._writes[place] = node
+
+    def parameter(self, trace: int, path: str) -> Value:
+        """A parameter of a model."""
+        node = self._create(g.parameter, (trace, path))
+        return Value(self, node, Memory(node, constant=f"`{path}` is a weight, which a trace does not change."))
+
+    def apply(self, trace: int, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+        """Apply a module of a model to values."""
+        arguments = self.argument(args)
+        keywords = {name: self.argument(each) for name, each in kwargs.items()}
+        return Value(self, self._create(g.apply, (trace, module, arguments, keywords)))
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def save(self, value: Value, dtype: torch.dtype | None) -> None:
+        """Ask for a value.
+
+        Raises:
+            GraphError: the block has ended, or the value belongs to another one.
+        """
+        if not self.open:
+            raise GraphError(
+                "The block has ended: nothing can be saved any more.", hint="Write `.save()` inside it.", lines=here()
+            )
+        if value._saved and dtype is None:
+            return
+        value._saved = True
+        self.saved.append((value, dtype, value.memory.version, user_line()))
+
+    def finish(self) -> Graph:
+        """End the recording: the graph, without what nobody needs.
+
+        Warns:
+            PatchwireWarning: a saved value was edited in place afterwards, through another name.
+        """
+        for value, dtype, version, line in self.saved:
+            node = self._create(g.save, (value.node, dtype))
+            node.meta["line"] = line
+            self._warn_if_edited(value, version, line)
+        self.open = False
+        self.graph.eliminate_dead_code()
+        self._drop_unused_constants()
+        return self.request
+
+    def resolve(self, tensors: list[Tensor]) -> None:
+        """Give every saved value its tensor."""
+        for (value, *_), tensor in zip(self.saved, tensors, strict=True):
+            value._tensor = tensor
+
+    def _warn_if_edited(self, value: Value, version: int, line: SourceLine | None) -> None:
+        for editor, where in value.memory.edits[version:]:
+            origin: Value | None = editor
+            while origin is not None and origin is not value:
+                origin = origin.parent
+            if origin is None and where is not None and line is not None:
+                warnings.warn_explicit(
+                    PatchwireWarning(
+                        "A saved value was edited in place afterwards, and shows the edit, as a tensor would:\n\n"
+                        f"{with_code(line)}\n{with_code(where)}\n\nWrite `.clone().save()` to keep it as it was."
+                    ),
+                    None,
+                    line.file,
+                    line.line,
+                )
+                return
+
+    def _drop_unused_constants(self) -> None:
+        kept: list[Tensor | bytes] = []
+        for node in self.graph.find_nodes(op="call_function", target=g.constant):
+            kept.append(self.request.constants[node.args[0]])  # type: ignore[index]
+            node.args = (len(kept) - 1,)
+        self.request.constants = kept
+
+
+def _tensors(argument: Any) -> Any:
+    """The same argument, with tensors in the place of values."""
+    match argument:
+        case Value():
+            return argument.value
+        case tuple():
+            items = [_tensors(each) for each in argument]
+            return tuple(items)
+        case list():
+            return [_tensors(each) for each in argument]
+        case dict():
+            return {name: _tensors(each) for name, each in argument.items()}
+        case slice():
+            return slice(_tensors(argument.start), _tensors(argument.stop), _tensors(argument.step))
+    return argument

@@ -1,0 +1,88 @@
+"""What a run cost, and how far it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TransferSpeedColumn
+from rich.progress import Progress as RichProgress
+
+from patchwire.v1 import service_pb2
+
+_SHOWN_FROM_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a request cost."""
+
+    passes: int = 0
+    """Forward passes of models."""
+    rows: int = 0
+    """Rows in all of them."""
+    modules_skipped: int = 0
+    """Modules that were left out because nobody needed what came after the last site."""
+    seconds_queued: float = 0.0
+    """How long it waited."""
+    seconds_running: float = 0.0
+    """How long it ran."""
+    result_bytes: int = 0
+    """Bytes of the saved values."""
+
+    @classmethod
+    def from_proto(cls, message: service_pb2.Done) -> Stats:
+        """The statistics of a message."""
+        return cls(
+            message.passes,
+            message.rows,
+            message.modules_skipped,
+            message.seconds_queued,
+            message.seconds_running,
+            message.result_bytes,
+        )
+
+
+class Progress:
+    """Shows a bar when a request brings many bytes, and a line when it has to wait."""
+
+    def __init__(self, show: bool = True) -> None:
+        self.show = show
+        self._total = 0
+        self._done = 0
+        self._bar: RichProgress | None = None
+        self._task: TaskID | None = None
+
+    def queued(self, position: int) -> None:
+        """The request waits behind `position` others."""
+        if position and self.show:
+            self._describe(f"waiting behind {position}")
+
+    def running(self, number: int, passes: int) -> None:
+        """A pass has begun."""
+        if self._bar is not None or (passes > 1 and self.show):
+            self._describe(f"pass {number} of {passes}")
+
+    def bytes(self, arrived: int, announced: int) -> None:
+        """Bytes have arrived, or have been announced."""
+        self._done += arrived
+        self._total += announced
+        if self.show and self._total >= _SHOWN_FROM_BYTES:
+            self._describe("receiving")
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self._done, total=self._total)
+
+    def _describe(self, text: str) -> None:
+        if self._bar is None:
+            columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()]
+            self._bar = RichProgress(*columns, transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task(text, total=None)
+        assert self._task is not None
+        self._bar.update(self._task, description=text)
+
+    def close(self) -> None:
+        """The request has ended."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,413 @@
+"""Sites: the addresses of values inside a model, and the catalogue of those that a model has.
+
+An address names a module, by its canonical name ("layers.5.mixer") or by its raw path ("transformer.h.5.attn"), a side
+of it ("input" or "output"), and, where that side is a tuple or a mapping, which tensor of it. It has one string form
+that round-trips: "layers.5.mixer.output", "transformer.h.5.attn.output[1]", 'transformer.h.5.input["kwargs"]["mask"]'.
+A few canonical names are of a value rather than of a module: "logits".
+
+The catalogue is learnt by the worker once per model and sent to clients, so both sides resolve an address with the code
+below, and a wrong one is found on the laptop.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+
+import torch
+
+from patchwire.errors import SiteError, nearest
+from patchwire.tensors import dtype_from_proto, dtype_to_proto
+from patchwire.v1 import graph_pb2, model_pb2
+
+Step = int | str
+Path = tuple[Step, ...]
+
+INPUT = "input"
+OUTPUT = "output"
+_SIDES = {INPUT: model_pb2.SIDE_INPUT, OUTPUT: model_pb2.SIDE_OUTPUT}
+_SIDE_NAMES = {wire: name for name, wire in _SIDES.items()}
+
+
+@dataclass(frozen=True)
+class Address:
+    """The address of a value in a model."""
+
+    name: str
+    """What and which side: "layers.5.mixer.output", "logits"."""
+    path: Path = ()
+    """Which tensor, where the value there is a tuple or a mapping."""
+
+    def __str__(self) -> str:
+        return self.name + "".join(f"[{step}]" if isinstance(step, int) else f"[{json.dumps(step)}]" for step in self.path)
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """The address of a string form.
+
+        Raises:
+            SiteError: the text is not an address.
+        """
+        match = re.fullmatch(r'([A-Za-z_][\w.]*)((?:\[(?:\d+|"(?:[^"\\]|\\.)*")\])*)', text)
+        if match is None:
+            raise SiteError(f"`{text}` is not the address of a site.", hint="One looks like `layers.5.mixer.output`.")
+        steps = re.findall(r'\[(\d+|"(?:[^"\\]|\\.)*")\]', match[2])
+        return cls(match[1], tuple(json.loads(step) for step in steps))
+
+
+def path_to_proto(path: Path) -> list[graph_pb2.Item]:
+    """The steps of a path as messages."""
+    return [graph_pb2.Item(index=step) if isinstance(step, int) else graph_pb2.Item(key=step) for step in path]
+
+
+def path_from_proto(items: Iterable[graph_pb2.Item]) -> Path:
+    """The steps of a path from messages."""
+    return tuple(item.index if item.WhichOneof("step") == "index" else item.key for item in items)
+
+
+class Axis(Enum):
+    """What the length of a dimension grows with."""
+
+    CONSTANT = model_pb2.AXIS_UNSPECIFIED
+    BATCH = model_pb2.AXIS_BATCH
+    SEQ = model_pb2.AXIS_SEQ
+    BATCH_SEQ = model_pb2.AXIS_BATCH_SEQ
+    UNKNOWN = model_pb2.AXIS_UNKNOWN
+
+
+_AXIS_NAMES = {Axis.BATCH: "batch", Axis.SEQ: "seq", Axis.BATCH_SEQ: "batch*seq"}
+
+
+@dataclass(frozen=True)
+class Dim:
+    """The length of one dimension: `size` more than what `axis` stands for."""
+
+    axis: Axis
+    size: int = 0
+
+    def __str__(self) -> str:
+        if self.axis is Axis.CONSTANT:
+            return str(self.size)
+        if self.axis is Axis.UNKNOWN:
+            return "?"
+        return _AXIS_NAMES[self.axis] + (f"{self.size:+d}" if self.size else "")
+
+    def length(self, batch: int, seq: int) -> int | None:
+        """The length in a call with this many rows of this many tokens; None if unknown."""
+        match self.axis:
+            case Axis.CONSTANT:
+                return self.size
+            case Axis.BATCH:
+                return batch + self.size
+            case Axis.SEQ:
+                return seq + self.size
+            case Axis.BATCH_SEQ:
+                return batch * seq + self.size
+            case Axis.UNKNOWN:
+                return None
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One tensor that a module is called with or returns."""
+
+    module: str
+    """The raw path of the module; empty for the model itself."""
+    side: str
+    """`INPUT` or `OUTPUT`."""
+    path: Path
+    """Where in that side it is. Inputs start with "args" or "kwargs"."""
+    shape: tuple[Dim, ...]
+    """Its symbolic shape."""
+    dtype: torch.dtype
+    """Its element type."""
+    order: int
+    """When in a forward pass it exists: the position among all sides of all modules."""
+
+    @property
+    def location(self) -> tuple[str, str]:
+        """The module and the side, which all leaves of one value share."""
+        return (self.module, self.side)
+
+    @property
+    def symbolic(self) -> str:
+        """The shape as text: "[batch, seq, 768]"."""
+        return f"[{', '.join(str(dim) for dim in self.shape)}]"
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows of different lengths can be told apart in it."""
+        return all(
+            dim.axis is Axis.CONSTANT or (dim.axis is not Axis.UNKNOWN and dim.size == 0) for dim in self.shape
+        )
+
+    def lengths(self, batch: int, seq: int) -> tuple[int, ...] | None:
+        """The shape in a call with this many rows of this many tokens; None if it is not known beforehand."""
+        lengths = [dim.length(batch, seq) for dim in self.shape]
+        return None if None in lengths else tuple(length for length in lengths if length is not None)
+
+    def fake(self, batch: int, seq: int) -> torch.Tensor | None:
+        """A tensor without memory of that shape and dtype; None if the shape is not known beforehand."""
+        lengths = self.lengths(batch, seq)
+        return None if lengths is None else torch.empty(lengths, dtype=self.dtype, device="meta")
+
+    def to_proto(self) -> model_pb2.Leaf:
+        """This leaf as a message."""
+        return model_pb2.Leaf(
+            side=model_pb2.Side.ValueType(_SIDES[self.side]),
+            path=path_to_proto(self.path),
+            shape=[model_pb2.Dim(axis=model_pb2.Axis.ValueType(dim.axis.value), size=dim.size) for dim in self.shape],
+            dtype=dtype_to_proto(self.dtype),
+            order=self.order,
+        )
+
+    @classmethod
+    def from_proto(cls, module: str, message: model_pb2.Leaf) -> Leaf:
+        """The leaf of a message."""
+        return cls(
+            module,
+            _SIDE_NAMES[message.side],
+            path_from_proto(message.path),
+            tuple(Dim(Axis(dim.axis), dim.size) for dim in message.shape),
+            dtype_from_proto(message.dtype),
+            message.order,
+        )
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter or buffer of a module."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module of the model, as the catalogue knows it."""
+
+    path: str
+    """Its raw path; empty for the model itself."""
+    class_name: str
+    """Its class."""
+    parameters: tuple[Parameter, ...] = ()
+    """Its parameters and buffers, its children's not included."""
+    leaves: tuple[Leaf, ...] = ()
+    """The tensors that it is called with and returns; empty if a forward pass does not call it."""
+    calls: int = 0
+    """How often one forward pass calls it."""
+
+    def side(self, side: str) -> tuple[Leaf, ...]:
+        """The tensors of one side."""
+        return tuple(leaf for leaf in self.leaves if leaf.side == side)
+
+    def main(self, side: str) -> Leaf | None:
+        """The tensor that is meant when a side is named and nothing else: the first."""
+        return next(iter(self.side(side)), None)
+
+
+@dataclass(frozen=True)
+class Name:
+    """A canonical name and what it stands for."""
+
+    name: str
+    module: str
+    """The raw path of the module."""
+    value: Leaf | None = None
+    """The value, if the name is of a value rather than of a module."""
+    role: str = ""
+    """What the part is, where a name covers several kinds: "attention", "ssm", "mlp", "moe"."""
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Every module, site and canonical name of a model."""
+
+    model: str
+    """The model's name, for messages."""
+    modules: dict[str, Module]
+    """By raw path, parents before children."""
+    names: dict[str, Name] = field(default_factory=dict)
+    """By canonical name."""
+
+    @cached_property
+    def children(self) -> dict[str, list[str]]:
+        """The raw names of every module's children, in order."""
+        children: dict[str, list[str]] = {path: [] for path in self.modules}
+        for path in self.modules:
+            if path:
+                parent, _, name = path.rpartition(".")
+                children[parent].append(name)
+        return children
+
+    @cached_property
+    def prefixes(self) -> dict[str, list[str]]:
+        """What may follow each canonical name, in order: {"": ["embed", "layers", …], "layers": ["0", …]}."""
+        prefixes: dict[str, dict[str, None]] = {}
+        for name in self.names:
+            parts = name.split(".")
+            for end in range(len(parts)):
+                prefixes.setdefault(".".join(parts[:end]), {})[parts[end]] = None
+        return {prefix: list(names) for prefix, names in prefixes.items()}
+
+    @cached_property
+    def num_layers(self) -> int:
+        """How many layers have canonical names."""
+        return len(self.prefixes.get("layers", []))
+
+    def raw(self, name: str) -> str | None:
+        """The raw path of a module's canonical name or raw path, or of one that continues the other; None if none."""
+        if name in self.names and self.names[name].value is None:
+            return self.names[name].module
+        if name in self.modules:
+            return name
+        head, _, tail = name.rpartition(".")
+        parent = self.raw(head) if head else None
+        if parent is None:
+            return None
+        path = f"{parent}.{tail}" if parent else tail
+        return path if path in self.modules else None
+
+    def module(self, name: str) -> Module:
+        """The module of a canonical name or raw path.
+
+        Raises:
+            SiteError: there is none; the message tells the nearest names.
+        """
+        path = self.raw(name)
+        if path is None:
+            raise SiteError(f"`{name}` is not a module of {self.model}.", hint=self.suggestion(name))
+        return self.modules[path]
+
+    def leaf(self, address: Address) -> Leaf:
+        """The tensor at an address.
+
+        Raises:
+            SiteError: there is none, or a forward pass does not call that module.
+        """
+        named = self.names.get(address.name)
+        if named is not None and named.value is not None and not address.path:
+            return named.value
+        name, _, side = address.name.rpartition(".")
+        if address.name in _SIDES:
+            name, side = "", address.name
+        if side not in _SIDES:
+            hint = self.suggestion(address.name)
+            if self.raw(address.name) is not None:
+                hint = f"`{address.name}` is a module: write `{address.name}.output` or `{address.name}.input`."
+            raise SiteError(f"`{address}` is not a site of {self.model}.", hint=hint)
+        module = self.module(name)
+        leaves = module.side(side)
+        if not leaves:
+            raise SiteError(
+                f"`{address}` never exists: a forward pass of {self.model} does not call {module.path or 'the model'}"
+                if not module.calls
+                else f"`{address}` is not a tensor and has none in it."
+            )
+        if not address.path and name in self.names:
+            return leaves[0]
+        for leaf in leaves:
+            if leaf.path == address.path:
+                return leaf
+        found = ", ".join(f"`{Address(address.name, leaf.path)}` {leaf.symbolic}" for leaf in leaves)
+        raise SiteError(f"`{address}` is not a tensor.", hint=f"The tensors there are {found}.")
+
+    def suggestion(self, name: str) -> str:
+        """A sentence with the nearest valid names, or the first ones if none is near."""
+        head, _, tail = name.rpartition(".")
+        while head and self.raw(head) is None and head not in self.prefixes:
+            head, _, tail = head.rpartition(".")
+        raw = self.raw(head) if head else ""
+        below = [*self.prefixes.get(head, []), *(self.children.get(raw, []) if raw is not None else [])]
+        below = list(dict.fromkeys(below))
+        dot = f"{head}." if head else ""
+        if tail.isdigit() and below and all(each.isdigit() for each in below):
+            return f"`{head}` has the indices {below[0]} to {below[-1]}."
+        close = [f"{dot}{each}" for each in nearest(tail, below)]
+        if not close:
+            close = nearest(name, [*self.names, *self.modules]) or [f"{dot}{each}" for each in below[:6]]
+        return f"Did you mean {_either(close)}?" if close else ""
+
+    def parameter(self, path: str) -> Parameter:
+        """The parameter at a module's name or path and its own name: "lm_head.weight".
+
+        Raises:
+            SiteError: there is none.
+        """
+        owner, _, name = path.rpartition(".")
+        module = self.module(owner)
+        for parameter in module.parameters:
+            if parameter.name == name:
+                return parameter
+        known = [f"`{owner}.{each.name}`" for each in module.parameters]
+        raise SiteError(
+            f"`{path}` is not a parameter of {self.model}.",
+            hint=f"`{owner}` has {', '.join(known)}." if known else f"`{owner}` has no parameters of its own.",
+        )
+
+    def to_proto(self) -> tuple[list[model_pb2.Module], list[model_pb2.Name]]:
+        """The modules and names as messages."""
+        modules = [
+            model_pb2.Module(
+                path=module.path,
+                class_name=module.class_name,
+                parameters=[
+                    model_pb2.ParameterInfo(name=each.name, shape=each.shape, dtype=dtype_to_proto(each.dtype))
+                    for each in module.parameters
+                ],
+                leaves=[leaf.to_proto() for leaf in module.leaves],
+                calls=module.calls,
+            )
+            for module in self.modules.values()
+        ]
+        names = [
+            model_pb2.Name(
+                name=name.name,
+                module=name.module,
+                value=None if name.value is None else name.value.to_proto(),
+                role=name.role,
+            )
+            for name in self.names.values()
+        ]
+        return modules, names
+
+    @classmethod
+    def from_proto(
+        cls, model: str, modules: Iterable[model_pb2.Module], names: Iterable[model_pb2.Name]
+    ) -> Catalogue:
+        """The catalogue of messages."""
+        return cls(
+            model,
+            {
+                each.path: Module(
+                    each.path,
+                    each.class_name,
+                    tuple(
+                        Parameter(info.name, tuple(info.shape), dtype_from_proto(info.dtype))
+                        for info in each.parameters
+                    ),
+                    tuple(Leaf.from_proto(each.path, leaf) for leaf in each.leaves),
+                    each.calls,
+                )
+                for each in modules
+            },
+            {
+                each.name: Name(
+                    each.name,
+                    each.module,
+                    Leaf.from_proto(each.module, each.value) if each.HasField("value") else None,
+                    each.role,
+                )
+                for each in names
+            },
+        )
+
+
+def _either(names: Sequence[str]) -> str:
+    quoted = [f"`{name}`" for name in names]
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"

@@ -1,0 +1,189 @@
+"""Tensors on the wire: dtype, shape and raw little-endian bytes, in chunks.
+
+A tensor is one header and as many chunks as it needs. Bytes are never re-ordered or re-typed: what leaves the device is
+what is written, and what is read is viewed in place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import zstandard
+from torch import Tensor
+
+from patchwire.errors import GraphError, LimitError
+from patchwire.v1 import tensor_pb2 as pb
+
+if sys.byteorder != "little":  # pragma: no cover
+    raise ImportError("patchwire needs a little-endian machine: tensors travel as little-endian bytes")
+
+MIB = 1 << 20
+
+DTYPES: Mapping[int, torch.dtype] = {
+    pb.DTYPE_BOOL: torch.bool,
+    pb.DTYPE_UINT8: torch.uint8,
+    pb.DTYPE_INT8: torch.int8,
+    pb.DTYPE_INT16: torch.int16,
+    pb.DTYPE_INT32: torch.int32,
+    pb.DTYPE_INT64: torch.int64,
+    pb.DTYPE_FLOAT16: torch.float16,
+    pb.DTYPE_BFLOAT16: torch.bfloat16,
+    pb.DTYPE_FLOAT32: torch.float32,
+    pb.DTYPE_FLOAT64: torch.float64,
+    pb.DTYPE_COMPLEX64: torch.complex64,
+    pb.DTYPE_COMPLEX128: torch.complex128,
+    pb.DTYPE_FLOAT8_E4M3FN: torch.float8_e4m3fn,
+    pb.DTYPE_FLOAT8_E5M2: torch.float8_e5m2,
+}
+_WIRE = {dtype: wire for wire, dtype in DTYPES.items()}
+_MAX_DIMENSIONS = 64
+
+
+def dtype_to_proto(dtype: torch.dtype) -> pb.Dtype:
+    """The wire's name of a dtype.
+
+    Raises:
+        GraphError: the wire has no name for it.
+    """
+    try:
+        return pb.Dtype.ValueType(_WIRE[dtype])
+    except KeyError:
+        raise GraphError(
+            f"{dtype} cannot be sent.", hint=f"These can: {', '.join(str(each) for each in _WIRE)}."
+        ) from None
+
+
+def dtype_from_proto(wire: int) -> torch.dtype:
+    """The dtype of a wire name.
+
+    Raises:
+        GraphError: there is no such name.
+    """
+    try:
+        return DTYPES[wire]
+    except KeyError:
+        raise GraphError(f"dtype {wire} is not known to this version.") from None
+
+
+def header(tensor: Tensor, compression: pb.Compression = pb.COMPRESSION_UNSPECIFIED) -> pb.TensorHeader:
+    """What `tensor` is, before its bytes."""
+    return pb.TensorHeader(dtype=dtype_to_proto(tensor.dtype), shape=tensor.shape, compression=compression)
+
+
+def size(head: pb.TensorHeader, limit: int | None = None) -> int:
+    """The number of bytes of a tensor with this header.
+
+    Raises:
+        GraphError: a length is negative, there are too many dimensions, or the dtype is not known.
+        LimitError: there are more than `limit` bytes.
+    """
+    if len(head.shape) > _MAX_DIMENSIONS or any(length < 0 for length in head.shape):
+        raise GraphError(f"{list(head.shape)[:8]} is not a shape.")
+    total = math.prod(head.shape) * dtype_from_proto(head.dtype).itemsize
+    if limit is not None and total > limit:
+        raise LimitError(f"A tensor of shape {list(head.shape)} has {total:,} bytes; at most {limit:,} are allowed.")
+    return total
+
+
+def data(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, in C order; no copy if it is contiguous and on the CPU."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    if flat.is_conj() or flat.is_neg():
+        flat = flat.resolve_conj().resolve_neg()
+    if flat.numel() == 0:
+        return memoryview(b"")
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def chunks(
+    tensor: Tensor, *, length: int = MIB, compression: pb.Compression = pb.COMPRESSION_UNSPECIFIED
+) -> Iterator[bytes]:
+    """The bytes of a tensor in C order, `length` at a time, each chunk packed on its own."""
+    view = data(tensor)
+    pack = zstandard.ZstdCompressor(level=1).compress if compression == pb.COMPRESSION_ZSTD else bytes
+    for start in range(0, len(view), length):
+        yield pack(view[start : start + length])
+
+
+class Assembly:
+    """A tensor that is being received: memory of the right size, filled chunk by chunk."""
+
+    def __init__(self, head: pb.TensorHeader, limit: int | None = None) -> None:
+        self.total = size(head, limit)
+        self.filled = 0
+        self._tensor = torch.empty(tuple(head.shape), dtype=dtype_from_proto(head.dtype))
+        self._bytes = data(self._tensor)
+        known = (pb.COMPRESSION_UNSPECIFIED, pb.COMPRESSION_ZSTD)
+        if head.compression not in known:
+            raise GraphError(f"compression {head.compression} is not known to this version.")
+        self._unpack = zstandard.ZstdDecompressor() if head.compression == pb.COMPRESSION_ZSTD else None
+
+    @property
+    def complete(self) -> bool:
+        """Whether all bytes are here."""
+        return self.filled == self.total
+
+    def add(self, chunk: bytes) -> None:
+        """Put the next bytes in their place.
+
+        Raises:
+            GraphError: there are more bytes than the header announced, or they cannot be unpacked.
+        """
+        room = self.total - self.filled
+        if self._unpack is not None:
+            chunk = self._decompress(chunk, room)
+        if len(chunk) > room:
+            raise GraphError("A tensor has more bytes than its header announced.")
+        self._bytes[self.filled : self.filled + len(chunk)] = chunk
+        self.filled += len(chunk)
+
+    def _decompress(self, chunk: bytes, room: int) -> bytes:
+        assert self._unpack is not None
+        try:
+            announced = zstandard.frame_content_size(chunk)
+            if announced < 0 or announced > room:
+                raise GraphError("A compressed chunk does not say its size, or it is too large.")
+            return self._unpack.decompress(chunk, max_output_size=room)
+        except zstandard.ZstdError as error:
+            raise GraphError(f"A chunk cannot be decompressed: {error}.") from None
+
+    def tensor(self) -> Tensor:
+        """The tensor.
+
+        Raises:
+            GraphError: bytes are missing.
+        """
+        if not self.complete:
+            raise GraphError(f"A tensor ended after {self.filled:,} of {self.total:,} bytes.")
+        if self._tensor.dtype == torch.bool and self._tensor.view(torch.uint8).gt(1).any():
+            raise GraphError("A bool tensor has bytes other than 0 and 1.")
+        return self._tensor
+
+
+def to_proto(tensor: Tensor) -> pb.Tensor:
+    """A whole tensor in one message."""
+    return pb.Tensor(header=header(tensor), data=bytes(data(tensor)))
+
+
+def from_proto(message: pb.Tensor, limit: int | None = None) -> Tensor:
+    """The tensor of a message; see `Assembly` for errors."""
+    if message.header.compression != pb.COMPRESSION_UNSPECIFIED:
+        raise GraphError("A tensor inside a message is never compressed.")
+    assembly = Assembly(message.header, limit)
+    assembly.add(message.data)
+    return assembly.tensor()
+
+
+def digest(tensor: Tensor) -> bytes:
+    """The name of a tensor's content: SHA-256 of its dtype, shape and bytes."""
+    sha = hashlib.sha256(_identity(dtype_to_proto(tensor.dtype), tensor.shape))
+    sha.update(data(tensor))
+    return sha.digest()
+
+
+def _identity(dtype: int, shape: Sequence[int]) -> bytes:
+    return f"{dtype}:{','.join(str(length) for length in shape)}:".encode()
