@@ -1,15 +1,15 @@
 """Patchwire: causal experiments inside language models that live somewhere else.
 
-    import patchwire
+import patchwire
 
-    model = patchwire.connect("gpu-box:50051").model("gpt2")    # on a server
-    model = patchwire.local("path-or-hub-id")                    # or on this machine, the same way
+model = patchwire.connect("gpu-box:50051").model("gpt2")    # on a server
+model = patchwire.local("path-or-hub-id")                    # or on this machine, the same way
 
-    with model.trace("The Eiffel Tower is in the city of"):
-        hidden = model.layers[5].output.save()                   # read
-        model.layers[10].mixer.output[:, -1] = 0                 # ablate
-        logits = model.logits.save()
-    logits[0, -1].argmax()                                       # a saved value now behaves as its tensor
+with model.trace("The Eiffel Tower is in the city of"):
+    hidden = model.layers[5].output.save()                   # read
+    model.layers[10].mixer.output[:, -1] = 0                 # ablate
+    logits = model.logits.save()
+logits[0, -1].argmax()                                       # a saved value now behaves as its tensor
 """
 
 from __future__ import annotations
@@ -67,7 +67,6 @@ __all__ = [
     "SiteError",
     "Stats",
     "Structure",
-    "TLS",
     "TimeoutError",
     "Trace",
     "Value",

@@ -39,8 +39,8 @@ from patchwire.sites import Axis, Catalogue, Leaf, Module
 class After:
     """When a value exists."""
 
-    order: int
-    """The position of the latest site it depends on, among all sites of a forward pass."""
+    order: tuple[int, int]
+    """The trace of the latest site it depends on, and the site's position among all sites of a forward pass."""
     site: g.Site
     """That site."""
     line: SourceLine | None
@@ -108,7 +108,7 @@ class Checker:
                 raise
             raise type(error)(error.message, hint=error.hint, lines=[with_code(line)]) from None
         node.meta["fake"] = fake
-        self._size(fake)
+        self.check_size(fake)
 
     def leaf(self, site: g.Site) -> Leaf:
         """The catalogue's entry of a site."""
@@ -131,7 +131,7 @@ class Checker:
     def _read(self, node: torch.fx.Node) -> Tensor | None:
         (site,) = node.args
         assert isinstance(site, g.Site)
-        node.meta["after"] = After(self.leaf(site).order, site, g.line_of(node))
+        node.meta["after"] = After((site.trace, self.leaf(site).order), site, g.line_of(node))
         return self.fake_site(site)
 
     def _write(self, node: torch.fx.Node) -> None:
@@ -150,7 +150,7 @@ class Checker:
                 f"`{site}` is {describe(place)} ({leaf.symbolic}) and cannot become {describe(fake)}.", hint=hint
             )
         after: After | None = node.meta["after"]
-        if after is not None and after.order > leaf.order:
+        if after is not None and after.order > (site.trace, leaf.order):
             lines = [with_code(line) for line in (g.line_of(node), after.line) if line is not None]
             raise OrderError(
                 f"`{site}` cannot be changed with a value of `{after.site}`, which comes later in the forward pass.",
@@ -161,18 +161,15 @@ class Checker:
     def _call(self, node: torch.fx.Node) -> Any:
         operation = g.operation_of(node)
         assert operation is not None
-        return self.evaluate(operation, node.args, node.kwargs)
-
-    def evaluate(self, operation: ops.Operation, args: Any, kwargs: Any) -> Any:
-        """What the result of an operation on nodes looks like."""
-        return self._run(operation.name, operation.function, args, kwargs)
+        return self.run(operation.name, operation.function, node.args, node.kwargs)
 
     def _edit(self, node: torch.fx.Node) -> Any:
         names = [name for name, _, _ in (*node.args[1], node.args[2])]  # type: ignore[union-attr, misc]
-        edited = self._run(names[-1], g.edit, node.args, {}, unknown_is_fine=True)
+        edited = self.run(names[-1], g.edit, node.args, {}, unknown_is_fine=True)
         return fake_of(node.args[0]) if edited is None else edited  # type: ignore[arg-type]
 
-    def _run(self, name: str, function: Any, args: Any, kwargs: Any, *, unknown_is_fine: bool = False) -> Any:
+    def run(self, name: str, function: Any, args: Any, kwargs: Any, *, unknown_is_fine: bool = False) -> Any:
+        """What the result of a function on nodes or fakes looks like; None if that depends on data."""
         unknown = False
 
         def fake(node: torch.fx.Node) -> Any:
@@ -192,7 +189,9 @@ class Checker:
             raise OperationError(f"The size of `{name}` depends on values: {_first_line(error)}") from None
         except (RuntimeError, IndexError, TypeError, ValueError, AttributeError, KeyError) as error:
             tensors = ", ".join(describe(each) for each in _tensors((args, kwargs)))
-            raise ShapeError(f"`{name.rsplit('.', 1)[-1]}` cannot be done with {tensors}: {_first_line(error)}") from None
+            raise ShapeError(
+                f"`{name.rsplit('.', 1)[-1]}` cannot be done with {tensors}: {_first_line(error)}"
+            ) from None
         return _results(name, result)
 
     def _apply(self, node: torch.fx.Node) -> Any:
@@ -218,7 +217,8 @@ class Checker:
         if isinstance(fake_of(node.args[0]), tuple):  # type: ignore[arg-type]
             raise GraphError("A tuple cannot be saved as one value.")
 
-    def _size(self, fake: Any) -> None:
+    def check_size(self, fake: Any) -> None:
+        """Refuse a value that is too large."""
         if self.value_bytes is None:
             return
         for tensor in _tensors(fake):

@@ -281,5 +281,3 @@ class Connection:
                 call.cancel()
             progress.close()
         raise ConnectionLostError(f"The server at {self.address} ended the request early.")
-
-

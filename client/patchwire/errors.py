@@ -77,9 +77,7 @@ class PatchwireError(Exception):
         return (_rebuild, (type(self), self.message, self.hint, self.lines))
 
 
-def _rebuild(
-    kind: type[PatchwireError], message: str, hint: str, lines: Sequence[SourceLine]
-) -> PatchwireError:
+def _rebuild(kind: type[PatchwireError], message: str, hint: str, lines: Sequence[SourceLine]) -> PatchwireError:
     return kind(message, hint=hint, lines=lines)
 
 

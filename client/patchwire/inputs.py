@@ -114,7 +114,9 @@ def _masked(given: Mapping[str, Any]) -> Rows:
     if given.get("attention_mask") is None:
         return rows
     mask = torch.as_tensor(given["attention_mask"]).bool().reshape(ids.shape)
-    kept = [[each for each, seen in zip(row, seens, strict=True) if seen] for row, seens in zip(rows, mask, strict=True)]
+    kept = [
+        [each for each, seen in zip(row, seens, strict=True) if seen] for row, seens in zip(rows, mask, strict=True)
+    ]
     for seens in mask:
         where = seens.nonzero().flatten().tolist()
         if where and where[-1] - where[0] + 1 != len(where):

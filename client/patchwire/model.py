@@ -260,7 +260,9 @@ class Model(Module):
     fingerprint: str
     progress: bool
 
-    def __init__(self, connection: Connection, description: model_pb2.ModelDescription, *, progress: bool = True) -> None:
+    def __init__(
+        self, connection: Connection, description: model_pb2.ModelDescription, *, progress: bool = True
+    ) -> None:
         import json
 
         name = description.summary.name

@@ -137,7 +137,9 @@ class Value(torch.fx.Proxy):
         if self._saved:
             raise GraphError("The value was saved, but its run did not end well.", lines=here())
         raise GraphError(
-            "The value was not saved, so it stayed on the server.", hint="Write `.save()` inside the block.", lines=here()
+            "The value was not saved, so it stayed on the server.",
+            hint="Write `.save()` inside the block.",
+            lines=here(),
         )
 
     # --- what is known while recording -------------------------------------------------------------------------------
@@ -220,7 +222,9 @@ class Value(torch.fx.Proxy):
         if operation is None:
             if not self.recorder.open:
                 self._not_there(f"`.{name}`")
-            near = nearest(name, [each.rsplit(".", 1)[-1] for each in ops.OPERATIONS if each.startswith("torch.Tensor")])
+            near = nearest(
+                name, [each.rsplit(".", 1)[-1] for each in ops.OPERATIONS if each.startswith("torch.Tensor")]
+            )
             raise OperationError(
                 f"`.{name}` is not an operation that a graph may contain.",
                 hint=f"Did you mean {' or '.join(f'`.{each}`' for each in near)}?" if near else "",

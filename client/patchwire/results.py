@@ -74,7 +74,12 @@ class Progress:
 
     def _describe(self, text: str) -> None:
         if self._bar is None:
-            columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()]
+            columns: list[Any] = [
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+            ]
             self._bar = RichProgress(*columns, transient=True)
             self._bar.start()
             self._task = self._bar.add_task(text, total=None)

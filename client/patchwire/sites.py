@@ -43,7 +43,9 @@ class Address:
     """Which tensor, where the value there is a tuple or a mapping."""
 
     def __str__(self) -> str:
-        return self.name + "".join(f"[{step}]" if isinstance(step, int) else f"[{json.dumps(step)}]" for step in self.path)
+        return self.name + "".join(
+            f"[{step}]" if isinstance(step, int) else f"[{json.dumps(step)}]" for step in self.path
+        )
 
     @classmethod
     def parse(cls, text: str) -> Address:
@@ -141,9 +143,7 @@ class Leaf:
     @property
     def packs(self) -> bool:
         """Whether rows of different lengths can be told apart in it."""
-        return all(
-            dim.axis is Axis.CONSTANT or (dim.axis is not Axis.UNKNOWN and dim.size == 0) for dim in self.shape
-        )
+        return all(dim.axis is Axis.CONSTANT or (dim.axis is not Axis.UNKNOWN and dim.size == 0) for dim in self.shape)
 
     def lengths(self, batch: int, seq: int) -> tuple[int, ...] | None:
         """The shape in a call with this many rows of this many tokens; None if it is not known beforehand."""
@@ -377,9 +377,7 @@ class Catalogue:
         return modules, names
 
     @classmethod
-    def from_proto(
-        cls, model: str, modules: Iterable[model_pb2.Module], names: Iterable[model_pb2.Name]
-    ) -> Catalogue:
+    def from_proto(cls, model: str, modules: Iterable[model_pb2.Module], names: Iterable[model_pb2.Name]) -> Catalogue:
         """The catalogue of messages."""
         return cls(
             model,

@@ -84,9 +84,7 @@ def error_from_call(error: grpc.RpcError, address: str, *, started: bool = False
     detail = _detail(error)
     if detail is not None:
         kind = _BY_KIND.get(detail.kind)
-        found = (kind.error if kind else PatchwireError)(
-            detail.message, hint=detail.hint, lines=_lines(detail.lines)
-        )
+        found = (kind.error if kind else PatchwireError)(detail.message, hint=detail.hint, lines=_lines(detail.lines))
         if isinstance(found, errors.MissingTensorsError):
             found.missing = tuple(detail.missing)
         return found

@@ -1,0 +1,147 @@
+"""Admission: from the message of a request to a graph that may run.
+
+Every input is hostile until it has come through here: sizes, references, operations, token ids, sites, shapes and the
+order of sites are checked, all without touching a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.fx
+from torch import Tensor
+
+from patchwire import graph as g
+from patchwire.checking import Checker, fake_of
+from patchwire.errors import GraphError, InputError, LimitError, ModelNotFoundError, PatchwireError, nearest, with_code
+from patchwire.sites import Catalogue, Leaf
+from patchwire.v1 import graph_pb2
+from patchwire_worker.config import Limits
+from patchwire_worker.models.hosted import HostedModel
+from patchwire_worker.store import TensorStore
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A graph that may run."""
+
+    graph: g.Graph
+    """The graph; its constants are tensors."""
+    model: HostedModel
+    """The model that its traces call."""
+    checker: Checker
+    """What checked it, for the nodes whose shapes are only known while it runs."""
+    leaves: Mapping[g.Site, Leaf]
+    """What each site is."""
+    positions: Mapping[torch.fx.Node, int]
+    """Each node's place in the request."""
+
+
+class Admission:
+    """Checks requests against the models and limits of a server."""
+
+    def __init__(self, models: Mapping[str, HostedModel], limits: Limits, store: TensorStore) -> None:
+        self.models = models
+        self.limits = limits
+        self.store = store
+
+    def model(self, name: str) -> HostedModel:
+        """The model of a name.
+
+        Raises:
+            ModelNotFoundError: there is none.
+        """
+        found = self.models.get(name)
+        if found is None:
+            near = nearest(name, self.models) or list(self.models)
+            raise ModelNotFoundError(
+                f"The server has no model `{name[:200]}`.", hint=f"It has {', '.join(f'`{each}`' for each in near)}."
+            )
+        return found
+
+    def admit(self, message: graph_pb2.Graph) -> Admitted:
+        """The graph of a message.
+
+        Raises:
+            PatchwireError: of the kind of what is wrong with it.
+        """
+        if len(message.nodes) > self.limits.nodes:
+            raise LimitError(f"The graph has {len(message.nodes):,} nodes; the server takes {self.limits.nodes:,}.")
+        if not message.traces:
+            raise GraphError("The graph has no trace.")
+        model = self.model(message.traces[0].model)
+        if any(trace.model != model.name for trace in message.traces):
+            raise GraphError("The traces of one request are of one model.")
+        graph = g.graph_from_proto(message, constant_bytes=self.limits.constant_bytes)
+        for trace in graph.traces:
+            self._check_rows(trace, model)
+        self._look_up_constants(graph)
+        checker = Checker(graph, self._catalogue, value_bytes=self.limits.value_bytes)
+        checker.all()
+        nodes = graph.nodes
+        self._check_results(nodes)
+        leaves = {node.args[0]: checker.leaf(node.args[0]) for node in nodes if node.target in (g.read, g.write)}  # type: ignore[arg-type]
+        self._check_writes(nodes, leaves)  # type: ignore[arg-type]
+        return Admitted(graph, model, checker, leaves, {node: index for index, node in enumerate(nodes)})  # type: ignore[arg-type]
+
+    def _catalogue(self, name: str) -> Catalogue:
+        return self.model(name).catalogue
+
+    def _check_rows(self, trace: g.Trace, model: HostedModel) -> None:
+        if not trace.invokes or any(not invoke.rows for invoke in trace.invokes):
+            raise InputError("A trace has no rows.")
+        lengths = [length for invoke in trace.invokes for length in invoke.lengths]
+        if min(lengths) == 0:
+            raise InputError("A row has no tokens.")
+        if model.max_positions and max(lengths) > model.max_positions:
+            raise InputError(f"A row has {max(lengths)} tokens; {model.name} takes {model.max_positions}.")
+        if len(lengths) * max(lengths) > self.limits.tokens:
+            raise LimitError(
+                f"The rows have {len(lengths) * max(lengths):,} tokens; the server takes {self.limits.tokens:,}.",
+                hint="Split them over several traces.",
+            )
+        rows = (row for invoke in trace.invokes for row in invoke.rows)
+        if any(min(row) < 0 or max(row) >= model.vocabulary for row in rows):
+            raise InputError(f"Token ids go from 0 to {model.vocabulary - 1}.")
+        if not model.pads and any(len(set(invoke.lengths)) > 1 for invoke in trace.invokes):
+            raise InputError(f"{model.name} is not causal: give it prompts of one length, or one trace for each.")
+
+    def _look_up_constants(self, graph: g.Graph) -> None:
+        names = [each for each in graph.constants if isinstance(each, bytes)]
+        if names:
+            found = dict(zip(names, self.store.get(names), strict=True))
+            graph.constants = [found[each] if isinstance(each, bytes) else each for each in graph.constants]
+
+    def _check_results(self, nodes: list[torch.fx.Node]) -> None:
+        total = 0
+        for node in nodes:
+            if node.target is g.save:
+                fake = fake_of(node.args[0])  # type: ignore[arg-type]
+                if isinstance(fake, Tensor):
+                    total += fake.numel() * (node.args[1] or fake.dtype).itemsize  # type: ignore[union-attr]
+        if total > self.limits.result_bytes:
+            raise LimitError(
+                f"The saved values have {total:,} bytes; the server sends {self.limits.result_bytes:,}.",
+                hint="Save less of each (`value[:, -1].save()`), or narrower (`.save(dtype=torch.bfloat16)`).",
+            )
+
+    @staticmethod
+    def _check_writes(nodes: list[torch.fx.Node], leaves: Mapping[g.Site, Leaf]) -> None:
+        written: set[tuple[int, int, Leaf]] = set()
+        for node in nodes:
+            if node.target is g.write:
+                site = node.args[0]
+                assert isinstance(site, g.Site)
+                place = (site.trace, site.invoke, leaves[site])
+                if place in written:
+                    raise at(node, GraphError(f"`{site}` is written twice."))
+                written.add(place)
+
+
+def at(node: torch.fx.Node, error: PatchwireError) -> PatchwireError:
+    """The same error, at the line that a node came from."""
+    line = g.line_of(node)
+    return (
+        error if line is None or error.lines else type(error)(error.message, hint=error.hint, lines=[with_code(line)])
+    )

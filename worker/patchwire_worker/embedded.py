@@ -1,0 +1,63 @@
+"""A server inside the program that uses it: the same service over the same wire, on a free port of this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+import weakref
+from typing import Any
+
+from torch import nn
+
+from patchwire_worker.config import ServerConfig
+from patchwire_worker.models.hosted import HostedModel
+from patchwire_worker.models.loading import load
+from patchwire_worker.server import Server
+
+
+class EmbeddedServer:
+    """A server on a thread of its own. Ends with `stop`, or when it is forgotten, or with the program.
+
+    Attributes:
+        address: Where it listens: "127.0.0.1:port".
+        token: What it asks of clients, so that no other program on this machine gets in.
+    """
+
+    def __init__(self, model: HostedModel) -> None:
+        self.token = secrets.token_urlsafe()
+        self._loop = asyncio.new_event_loop()
+        server = Server({model.name: model}, ServerConfig(token=self.token))
+        thread = threading.Thread(target=self._loop.run_forever, name="patchwire-server", daemon=True)
+        thread.start()
+        try:
+            asyncio.run_coroutine_threadsafe(server.start(), self._loop).result()
+        except BaseException:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            raise
+        self.address = server.address
+        self._finalizer = weakref.finalize(self, _stop, server, self._loop, thread)
+
+    def stop(self) -> None:
+        """End the server."""
+        self._finalizer()
+
+
+def _stop(server: Server, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    asyncio.run_coroutine_threadsafe(server.stop(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def start(spec: str | nn.Module, **options: Any) -> EmbeddedServer:
+    """Load a model and serve it on this machine.
+
+    Args:
+        spec: A hub id, a directory, a `.gguf` file, or a loaded Hugging Face model.
+        options: As for `patchwire_worker.models.loading.load`: `name`, `device`, `dtype`, `tokenizer`.
+
+    Raises:
+        ModelNotFoundError: the model cannot be loaded.
+    """
+    return EmbeddedServer(HostedModel(load(spec, **options)))

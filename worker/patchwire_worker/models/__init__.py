@@ -1,0 +1,1 @@
+"""Models: loading them, learning what flows through them, and naming their parts."""

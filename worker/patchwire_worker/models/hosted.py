@@ -1,0 +1,179 @@
+"""A model that a server holds: its weights, its instruments, its tokenizer and all that clients are told about it."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from nnsight import NNsight
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from patchwire.errors import GraphError, InputError
+from patchwire.tensors import dtype_to_proto
+from patchwire.v1 import model_pb2
+from patchwire_worker.interleaving import PassInterleaver, SiteMediator, Stopping
+from patchwire_worker.models.families import family_of
+from patchwire_worker.models.learning import Learner
+from patchwire_worker.models.loading import Loaded
+
+log = logging.getLogger(__name__)
+
+_PROBE = "The quick brown fox, 3.14! Ünï→cødé\n  two lines"
+
+
+class HostedModel:
+    """A model, instrumented and described.
+
+    Attributes:
+        name: What clients call it.
+        module: The Hugging Face model.
+        catalogue: Its modules and sites.
+        pads: Whether rows of different lengths may share a pass.
+    """
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.name = loaded.name
+        self.module = loaded.module
+        self.tokenizer = loaded.tokenizer
+        self.device = next(self.module.parameters()).device
+        self.config = getattr(self.module, "config", None)
+        self.interleaver = PassInterleaver()
+        with warnings.catch_warnings():
+            # nnsight says where a module's own name hides behind one of nnsight's; raw paths are not affected.
+            warnings.simplefilter("ignore")
+            self._envoy = NNsight(self.module, interleaver=self.interleaver)
+        self._options = self._call_options()
+        family, how = family_of(self.module, getattr(self.config, "model_type", ""))
+        learner = Learner(self.module, self.interleaver, self._options, self.device, self.vocabulary)
+        self.catalogue = learner.catalogue(self.name, family)
+        self.pads = learner.pads()
+        log.info("%s: %d layers named (%s), %s rows of different lengths", self.name, self.catalogue.num_layers, how,
+                 "packs" if self.pads else "does not pack")  # fmt: skip
+
+    def _call_options(self) -> dict[str, Any]:
+        """What every call of the model gets besides its tokens: a forward pass needs no cache."""
+        parameters = inspect.signature(type(self.module).forward).parameters
+        return {"use_cache": False} if "use_cache" in parameters else {}
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Token ids are below this."""
+        embeddings = self.module.get_input_embeddings()  # type: ignore[operator]
+        return int(embeddings.weight.shape[0])
+
+    @cached_property
+    def max_positions(self) -> int:
+        """The longest row that has positions; 0 if any length has."""
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+            found = getattr(self.config, name, None)
+            if isinstance(found, int) and found > 0:
+                return found
+        return 0
+
+    def run(self, ids: Tensor, mediators: list[SiteMediator], stopping: Stopping) -> None:
+        """One forward pass over token ids `[batch, seq]`."""
+        self.interleaver.run(self.module, mediators, stopping, input_ids=ids.to(self.device), **self._options)
+
+    def apply(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Apply one of its modules, in the middle of a pass or outside of one."""
+        return self.interleaver.call(self.module.get_submodule(path), args, kwargs)
+
+    def parameter(self, path: str) -> Tensor:
+        """A parameter or buffer, by its module's name or path and its own name."""
+        owner, _, name = path.rpartition(".")
+        found = getattr(self.module.get_submodule(self.catalogue.module(owner).path), name)
+        assert isinstance(found, Tensor)
+        return found.detach()
+
+    # --- tokens -------------------------------------------------------------------------------------------------------
+
+    def tokenize_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of texts.
+
+        Raises:
+            InputError: the model has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise InputError(f"{self.name} has no tokenizer.", hint="Give token ids.")
+        return [list(self.tokenizer(text)["input_ids"]) for text in texts]
+
+    def tokenize_messages(self, messages: Sequence[Mapping[str, str]]) -> list[list[int]]:
+        """The token ids of a conversation, up to where the assistant would answer.
+
+        Raises:
+            InputError: the model has no chat template, or the template refuses the messages.
+        """
+        if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
+            raise InputError(f"{self.name} has no chat template.", hint="Give it text.")
+        try:
+            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # templates are Jinja programs, and raise what they like
+            raise InputError(f"The chat template of {self.name} refuses the messages: {error}") from error
+        return [list(self.tokenizer(text, add_special_tokens=False)["input_ids"])]
+
+    @cached_property
+    def tokenizer_json(self) -> str:
+        """The tokenizer for clients; empty if there is none that gives them the very same ids."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None or self.tokenizer is None:
+            return ""
+        text = str(backend.to_str())
+        copy = Tokenizer.from_str(text)
+        copy.no_padding()
+        copy.no_truncation()
+        same = all(copy.encode(probe).ids == list(self.tokenizer(probe)["input_ids"]) for probe in (_PROBE, "", " a"))
+        return text if same else ""
+
+    # --- what clients are told ----------------------------------------------------------------------------------------
+
+    @cached_property
+    def summary(self) -> model_pb2.ModelSummary:
+        """The model in one line."""
+        parameters = list(self.module.parameters())
+        largest = max(parameters, key=lambda each: each.numel())
+        summary = model_pb2.ModelSummary(
+            name=self.name,
+            architecture=type(self.module).__name__,
+            parameters=sum(each.numel() for each in parameters),
+            device=str(self.device),
+            layers=self.catalogue.num_layers,
+        )
+        try:
+            summary.dtype = dtype_to_proto(largest.dtype)
+        except GraphError:  # quantized
+            log.info("%s: its weights are %s, which has no name on the wire", self.name, largest.dtype)
+        return summary
+
+    @cached_property
+    def description(self) -> model_pb2.ModelDescription:
+        """The model in full."""
+        modules, names = self.catalogue.to_proto()
+        return model_pb2.ModelDescription(
+            summary=self.summary,
+            fingerprint=self._fingerprint(),
+            modules=modules,
+            names=names,
+            config_json=self._config_json(),
+            tokenizer_json=self.tokenizer_json,
+            tokenizes_text=self.tokenizer is not None,
+            tokenizes_messages=bool(getattr(self.tokenizer, "chat_template", None)),
+            max_positions=self.max_positions,
+            vocabulary=self.vocabulary,
+        )
+
+    def _config_json(self) -> str:
+        return "{}" if self.config is None else str(self.config.to_json_string(use_diff=False))
+
+    def _fingerprint(self) -> bytes:
+        tree = [
+            (module.path, module.class_name, [(each.name, each.shape, str(each.dtype)) for each in module.parameters])
+            for module in self.catalogue.modules.values()
+        ]
+        return hashlib.sha256(json.dumps([tree, self._config_json()]).encode()).digest()

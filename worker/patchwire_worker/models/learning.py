@@ -1,0 +1,199 @@
+"""Learning what flows through a model: every site's shape in terms of the call, and the order of sites.
+
+The model runs twice on a handful of tokens, with other numbers of rows and tokens. A length that is the same in both is
+constant; one that follows the rows or the tokens is named after them. A third run tells whether padding on the right
+leaves a row's own numbers alone, as it must before rows of different lengths may share a pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patchwire.errors import GraphError
+from patchwire.sites import INPUT, OUTPUT, Axis, Catalogue, Dim, Leaf, Module, Name, Parameter, Path
+from patchwire.tensors import dtype_to_proto
+from patchwire_worker import containers
+from patchwire_worker.interleaving import Location, PassInterleaver, Stopping, location_of
+from patchwire_worker.models.families import ATTENTION, Family
+
+# Small, so that it costs nothing; no two of the four alike, so that rows and tokens cannot be taken for each other.
+_FIRST = (2, 7)
+_SECOND = (3, 11)
+
+
+@dataclass
+class _Seen:
+    """What one run showed."""
+
+    order: dict[Location, int] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    leaves: dict[tuple[Location, Path], tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+
+    def observe(self, provider: str, value: Any) -> None:
+        location = location_of(provider)
+        if location is None:
+            return
+        if location[1] == OUTPUT:
+            self.calls[location[0]] = self.calls.get(location[0], 0) + 1
+        if location in self.order:
+            return
+        self.order[location] = len(self.order)
+        for path, tensor in containers.tensors(value, location[1]):
+            self.leaves[location, path] = (tuple(tensor.shape), tensor.dtype)
+
+
+class Learner:
+    """Runs a model on a few tokens and tells what it saw."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        interleaver: PassInterleaver,
+        options: dict[str, Any],
+        device: torch.device,
+        vocabulary: int,
+    ) -> None:
+        self.module = module
+        self.interleaver = interleaver
+        self.options = options
+        self.device = device
+        self.vocabulary = vocabulary
+
+    def catalogue(self, name: str, family: Family | None) -> Catalogue:
+        """Every module of the model, with the tensors that it takes and returns."""
+        first, second = self._run(*_FIRST), self._run(*_SECOND)
+        modules = {
+            path: Module(
+                path,
+                type(module).__name__,
+                _parameters(module),
+                tuple(_leaves(path, first, second)),
+                first.calls.get(path, 0),
+            )
+            for path, module in self.module.named_modules()
+        }
+        return Catalogue(name, modules, _names(modules, family))
+
+    def _run(self, batch: int, seq: int) -> _Seen:
+        seen = _Seen()
+        self.interleaver.observe = seen.observe
+        try:
+            self._forward(self._ids(batch, seq))
+        finally:
+            self.interleaver.observe = None
+        return seen
+
+    def _forward(self, ids: Tensor) -> None:
+        with torch.no_grad():
+            self.interleaver.run(self.module, [], Stopping(), input_ids=ids, **self.options)
+
+    def _ids(self, batch: int, seq: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(0, self.vocabulary, (batch, seq), generator=generator).to(self.device)
+
+    def pads(self) -> bool:
+        """Whether padding on the right leaves a row's own numbers alone, as in every causal model."""
+        batch, seq = _SECOND
+        short = seq // 2
+        ids = self._ids(batch, seq)
+        padded, alone = self._result(ids)[:, :short], self._result(ids[:, :short])
+        scale = alone.abs().max().clamp(min=1e-6)
+        tolerance = 1e-4 if alone.dtype is torch.float32 else 5e-2
+        return bool(((padded - alone).abs().max() / scale) < tolerance)
+
+    def _result(self, ids: Tensor) -> Tensor:
+        found: list[Tensor] = []
+
+        def observe(provider: str, value: Any) -> None:
+            if location_of(provider) == ("", OUTPUT):
+                found.extend(tensor for _, tensor in containers.tensors(value, OUTPUT))
+
+        self.interleaver.observe = observe
+        try:
+            self._forward(ids)
+        finally:
+            self.interleaver.observe = None
+        return found[0].float() if found[0].dtype is torch.float64 else found[0]
+
+
+def _parameters(module: nn.Module) -> tuple[Parameter, ...]:
+    found = []
+    for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        try:
+            dtype_to_proto(tensor.dtype)
+        except GraphError:  # a quantized weight: it stays on the worker
+            continue
+        found.append(Parameter(name, tuple(tensor.shape), tensor.dtype))
+    return tuple(found)
+
+
+def _leaves(path: str, first: _Seen, second: _Seen) -> list[Leaf]:
+    leaves = []
+    for side in (INPUT, OUTPUT):
+        location = (path, side)
+        for (where, inside), (shape, dtype) in first.leaves.items():
+            other = second.leaves.get((where, inside))
+            if where != location or other is None or dtype != other[1]:
+                continue
+            try:
+                dtype_to_proto(dtype)
+            except GraphError:
+                continue
+            dims = (
+                tuple(_dim(one, two) for one, two in zip(shape, other[0], strict=True))
+                if len(shape) == len(other[0])
+                else (Dim(Axis.UNKNOWN),)
+            )
+            leaves.append(Leaf(path, side, inside, dims, dtype, first.order[location]))
+    return leaves
+
+
+def _dim(first: int, second: int) -> Dim:
+    """What a length is, that was `first` in the first run and `second` in the second."""
+    if first == second:
+        return Dim(Axis.CONSTANT, first)
+    for axis, one, two in (
+        (Axis.BATCH, _FIRST[0], _SECOND[0]),
+        (Axis.SEQ, _FIRST[1], _SECOND[1]),
+        (Axis.BATCH_SEQ, _FIRST[0] * _FIRST[1], _SECOND[0] * _SECOND[1]),
+    ):
+        if first - one == second - two:
+            return Dim(axis, first - one)
+    return Dim(Axis.UNKNOWN)
+
+
+def _names(modules: dict[str, Module], family: Family | None) -> dict[str, Name]:
+    names: dict[str, Name] = {}
+
+    def add(name: str, path: str, role: str = "", value: Leaf | None = None) -> None:
+        if path in modules:
+            names[name] = Name(name, path, value, role)
+
+    if family is not None:
+        if family.embed:
+            add("embed", family.embed)
+        index = 0
+        while (layer := f"{family.layers}.{index}") in modules:
+            add(f"layers.{index}", layer)
+            for part, role in family.mixers.items():
+                if f"{layer}.{part}" in modules:
+                    add(f"layers.{index}.mixer", f"{layer}.{part}", role)
+                    add(f"layers.{index}.{'attn' if role == ATTENTION else 'ssm'}", f"{layer}.{part}", role)
+                    break
+            for part, role in family.mlps.items():
+                if f"{layer}.{part}" in modules:
+                    add(f"layers.{index}.mlp", f"{layer}.{part}", role)
+                    break
+            index += 1
+        if family.norm:
+            add("norm", family.norm)
+        if family.lm_head:
+            add("lm_head", family.lm_head)
+    for leaf in modules[""].side(OUTPUT):
+        if leaf.path == ("logits",):
+            add("logits", "", value=leaf)
+    return names

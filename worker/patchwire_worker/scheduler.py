@@ -1,0 +1,147 @@
+"""One queue for each model: requests run one after the other, each on the model's own thread.
+
+The event loop serves RPCs meanwhile; what happens on the thread comes back to it as events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from patchwire.errors import BusyError, CancelledError, TimeoutError
+from patchwire_worker.admission import Admitted
+from patchwire_worker.config import Limits
+from patchwire_worker.executor import Cost, Execution
+from patchwire_worker.interleaving import Stopping
+from patchwire_worker.planner import Plan
+
+
+@dataclass(frozen=True)
+class Queued:
+    """The request waits behind so many others."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class Running:
+    """A pass begins."""
+
+    number: int
+    passes: int
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A saved value exists."""
+
+    node: int
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class Done:
+    """All is done."""
+
+    cost: Cost
+    seconds_queued: float
+
+
+Event = Queued | Running | Saved | Done
+
+
+@dataclass
+class _Job:
+    admitted: Admitted
+    plan: Plan
+    stopping: Stopping = field(default_factory=Stopping)
+    events: asyncio.Queue[Event | BaseException] = field(default_factory=asyncio.Queue)
+    arrived: float = field(default_factory=time.perf_counter)
+
+
+class Scheduler:
+    """The queue of one model."""
+
+    def __init__(self, name: str, limits: Limits) -> None:
+        self.limits = limits
+        self._waiting: list[_Job] = []
+        self._running: _Job | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"model-{name}")
+
+    def close(self) -> None:
+        """Stop what runs and take nothing more."""
+        for job in (*self._waiting, *([self._running] if self._running else [])):
+            job.stopping.stop(CancelledError("The server is shutting down."))
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def run(self, admitted: Admitted, plan: Plan) -> AsyncIterator[Event]:
+        """Run a plan when its turn has come, and tell what happens.
+
+        Leaving the iteration early stops the pass at its next site.
+
+        Raises:
+            BusyError: too many requests wait.
+            PatchwireError: of the kind of what went wrong.
+        """
+        if len(self._waiting) >= self.limits.queued:
+            raise BusyError("The server's queue is full.", hint="Try again in a while.")
+        job = _Job(admitted, plan)
+        loop = asyncio.get_running_loop()
+        position = len(self._waiting) + (self._running is not None)
+        self._waiting.append(job)
+        loop.run_in_executor(self._thread, self._execute, job, loop)
+        if position:
+            yield Queued(position)
+        timer: asyncio.TimerHandle | None = None
+        try:
+            while True:
+                event = await job.events.get()
+                if isinstance(event, BaseException):
+                    raise event
+                if isinstance(event, Running) and timer is None:
+                    late = TimeoutError(f"The request ran longer than the server's {self.limits.seconds:g} seconds.")
+                    timer = loop.call_later(self.limits.seconds, job.stopping.stop, late)
+                yield event
+                if isinstance(event, Done):
+                    return
+        finally:
+            if timer is not None:
+                timer.cancel()
+            job.stopping.stop(CancelledError("The request was cancelled."))
+
+    def _execute(self, job: _Job, loop: asyncio.AbstractEventLoop) -> None:
+        """On the model's thread: run the job and send its events to the loop."""
+
+        def send(event: Event | BaseException) -> None:
+            # The loop is gone only when the server is, and then nobody listens.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(job.events.put_nowait, event)
+
+        self._waiting.remove(job)
+        self._running = job
+        try:
+            if job.stopping.reason is not None:
+                raise job.stopping.reason
+            queued = time.perf_counter() - job.arrived
+            execution = Execution(
+                job.admitted,
+                job.plan,
+                lambda node, tensor: send(Saved(node, tensor)),
+                job.stopping,
+                result_bytes=self.limits.result_bytes,
+            )
+            send(Done(execution.run(_told(send)), queued))
+        except BaseException as error:
+            send(error)
+        finally:
+            self._running = None
+
+
+def _told(send: Callable[[Event], None]) -> Callable[[int, int], None]:
+    return lambda number, passes: send(Running(number, passes))

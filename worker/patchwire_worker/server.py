@@ -1,0 +1,110 @@
+"""The server process: gRPC with our service, health and reflection, until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from patchwire.errors import PatchwireError
+from patchwire.v1 import service_pb2, service_pb2_grpc
+from patchwire_worker.config import ServerConfig
+from patchwire_worker.models.hosted import HostedModel
+from patchwire_worker.service import PatchwireService
+
+log = logging.getLogger(__name__)
+
+SERVICE_NAME = service_pb2.DESCRIPTOR.services_by_name["PatchwireService"].full_name
+_GRACE_SECONDS = 2.0
+
+
+class Server:
+    """A gRPC server over some models. Belongs to the event loop in which it is started."""
+
+    def __init__(self, models: Mapping[str, HostedModel], config: ServerConfig) -> None:
+        self.config = config
+        self.service = PatchwireService(models, config)
+        self.port = 0
+        self._server: grpc.aio.Server | None = None
+        self._health = health.aio.HealthServicer()
+
+    @property
+    def address(self) -> str:
+        """ "host:port", once it is started."""
+        return f"{self.config.host}:{self.port}"
+
+    async def start(self) -> None:
+        """Listen.
+
+        Raises:
+            PatchwireError: the address cannot be had.
+        """
+        options = [
+            ("grpc.max_receive_message_length", self.config.limits.message_bytes),
+            ("grpc.max_send_message_length", -1),
+            # A second server on the same port is a mistake, not load balancing.
+            ("grpc.so_reuseport", 0),
+        ]
+        server = grpc.aio.server(options=options)
+        service_pb2_grpc.add_PatchwireServiceServicer_to_server(self.service, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        try:
+            self.port = self._listen(server)
+        except RuntimeError as error:
+            raise PatchwireError(
+                f"The server cannot listen on {self.config.host}:{self.config.port}.",
+                hint="Something else may be listening there; take another with `--port`.",
+            ) from error
+        await server.start()
+        for name in ("", SERVICE_NAME):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._server = server
+
+    def _listen(self, server: grpc.aio.Server) -> int:
+        address = f"{self.config.host}:{self.config.port}"
+        if self.config.certificate is None or self.config.key is None:
+            return server.add_insecure_port(address)
+        pair = (self.config.key.read_bytes(), self.config.certificate.read_bytes())
+        ca = _content(self.config.client_ca)
+        return server.add_secure_port(
+            address, grpc.ssl_server_credentials([pair], root_certificates=ca, require_client_auth=ca is not None)
+        )
+
+    async def stop(self) -> None:
+        """Stop listening; what runs has a moment to end."""
+        if self._server is not None:
+            await self._health.enter_graceful_shutdown()
+            await self._server.stop(_GRACE_SECONDS)
+        self.service.close()
+
+
+def _content(path: Path | None) -> bytes | None:
+    return None if path is None else path.read_bytes()
+
+
+async def serve(models: Mapping[str, HostedModel], config: ServerConfig, started: Callable[[Server], None]) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Args:
+        models: What to serve, by name.
+        config: Where and how.
+        started: Told the server once it listens.
+    """
+    server = Server(models, config)
+    await server.start()
+    started(server)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for each in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(each, stop.set)
+    try:
+        await stop.wait()
+    finally:
+        await server.stop()

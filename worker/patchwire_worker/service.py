@@ -1,0 +1,242 @@
+"""The gRPC service: who asks, what they ask, and what goes back.
+
+Each method is a few lines over the rooms below it; `answering` around all of them checks the token and turns errors
+into a status with our detail in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import hmac
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from importlib import metadata
+from typing import Any, TypeVar
+
+import grpc
+from grpc_status import rpc_status
+from torch import Tensor
+
+from patchwire import graph as g
+from patchwire import ops, tensors
+from patchwire.checking import fake_of
+from patchwire.errors import (
+    AuthenticationError,
+    CancelledError,
+    GraphError,
+    PatchwireError,
+    VersionError,
+)
+from patchwire.status import error_to_status
+from patchwire.v1 import graph_pb2, service_pb2, service_pb2_grpc, tensor_pb2
+from patchwire.version import PROTOCOL_VERSION, VERSION
+from patchwire_worker import scheduler
+from patchwire_worker.admission import Admission
+from patchwire_worker.config import ServerConfig
+from patchwire_worker.models.hosted import HostedModel
+from patchwire_worker.planner import plan
+from patchwire_worker.scheduler import Scheduler
+from patchwire_worker.store import TensorStore
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+_LIBRARIES = ("torch", "transformers", "nnsight")
+_SMALL_GRAPH = 256
+
+
+async def _refuse(context: Context, error: BaseException) -> None:
+    """End the RPC with the status of an error."""
+    if isinstance(error, CancelledError):
+        await context.abort(grpc.StatusCode.CANCELLED, error.message)
+    if not isinstance(error, PatchwireError):
+        log.error("a request failed in a way that it must not", exc_info=error)
+        await context.abort(
+            grpc.StatusCode.INTERNAL, f"internal error ({type(error).__name__}); the server's log has it"
+        )
+    status = rpc_status.to_status(error_to_status(_short(error), VERSION))  # type: ignore[arg-type]
+    await context.abort(status.code, status.details or "", status.trailing_metadata or ())
+
+
+def _short(error: PatchwireError) -> PatchwireError:
+    """The same error, small enough for gRPC's trailing metadata."""
+    error.message, error.hint, error.lines = error.message[:2000], error.hint[:1000], error.lines[:3]
+    if hasattr(error, "missing"):
+        error.missing = error.missing[:64]
+    return error
+
+
+def _answering(method: Callable[..., Awaitable[Response]]) -> Callable[..., Awaitable[Response]]:
+    """A unary method that checks the token and answers errors with a status."""
+
+    @functools.wraps(method)
+    async def wrapper(self: PatchwireService, request: Any, context: Context) -> Response:
+        try:
+            self.authenticate(context)
+            return await method(self, request, context)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            await _refuse(context, error)
+            raise  # not reached: `abort` raises
+
+    return wrapper
+
+
+class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
+    """The methods of the protocol, over the models of one server."""
+
+    def __init__(self, models: Mapping[str, HostedModel], config: ServerConfig) -> None:
+        self.models = models
+        self.config = config
+        self.store = TensorStore(config.limits.stored_bytes)
+        self.admission = Admission(models, config.limits, self.store)
+        self.schedulers = {name: Scheduler(name, config.limits) for name in models}
+
+    def close(self) -> None:
+        """Stop what runs."""
+        for each in self.schedulers.values():
+            each.close()
+
+    def authenticate(self, context: Context) -> None:
+        """Check the token of an RPC.
+
+        Raises:
+            AuthenticationError: it is missing or wrong.
+        """
+        if self.config.token is None:
+            return
+        given = dict(context.invocation_metadata() or ()).get("authorization", "")
+        given = given.decode() if isinstance(given, bytes) else given
+        if not hmac.compare_digest(given.encode(), f"Bearer {self.config.token}".encode()):
+            raise AuthenticationError(
+                "The token is wrong." if given else "This server asks for a token.",
+                hint="Write `patchwire.connect(address, token=…)`.",
+            )
+
+    @_answering
+    async def Handshake(self, request: service_pb2.HandshakeRequest, context: Context) -> service_pb2.HandshakeResponse:
+        if request.protocol_version != PROTOCOL_VERSION:
+            raise VersionError(
+                f"The server (version {VERSION}) speaks protocol {PROTOCOL_VERSION}, the client (version "
+                f"{request.client_version[:50]}) protocol {request.protocol_version}.",
+                hint="Install the same version of patchwire on both sides.",
+            )
+        return service_pb2.HandshakeResponse(
+            server_version=VERSION,
+            protocol_version=PROTOCOL_VERSION,
+            operations_version=ops.VERSION,
+            limits=self.config.limits.to_proto(),
+            libraries={name: metadata.version(name) for name in _LIBRARIES},
+        )
+
+    @_answering
+    async def ListModels(
+        self, request: service_pb2.ListModelsRequest, context: Context
+    ) -> service_pb2.ListModelsResponse:
+        return service_pb2.ListModelsResponse(models=[each.summary for each in self.models.values()])
+
+    @_answering
+    async def DescribeModel(
+        self, request: service_pb2.DescribeModelRequest, context: Context
+    ) -> service_pb2.DescribeModelResponse:
+        return service_pb2.DescribeModelResponse(model=self.admission.model(request.model).description)
+
+    @_answering
+    async def Tokenize(self, request: service_pb2.TokenizeRequest, context: Context) -> service_pb2.TokenizeResponse:
+        model = self.admission.model(request.model)
+        if request.texts:
+            rows = model.tokenize_texts(list(request.texts))
+        else:
+            rows = model.tokenize_messages([{"role": each.role, "content": each.content} for each in request.messages])
+        return service_pb2.TokenizeResponse(rows=[graph_pb2.TokenRow(ids=row) for row in rows])
+
+    @_answering
+    async def Upload(
+        self, request: AsyncIterator[service_pb2.UploadRequest], context: Context
+    ) -> service_pb2.UploadResponse:
+        hashes: list[bytes] = []
+        assembly: tensors.Assembly | None = None
+
+        def keep() -> None:
+            if assembly is not None:
+                hashes.append(self.store.put(assembly.tensor()))
+
+        async for message in request:
+            match message.WhichOneof("part"):
+                case "header":
+                    keep()
+                    assembly = tensors.Assembly(message.header, self.config.limits.constant_bytes)
+                case "chunk" if assembly is not None:
+                    assembly.add(message.chunk)
+                case _:
+                    raise GraphError("An upload starts with a header.")
+        keep()
+        return service_pb2.UploadResponse(hashes=hashes)
+
+    @_answering
+    async def Check(self, request: service_pb2.CheckRequest, context: Context) -> service_pb2.CheckResponse:
+        admitted = (await self._admit(request.graph))[0]
+        response = service_pb2.CheckResponse()
+        for node in admitted.graph.fx.find_nodes(op="call_function", target=g.save):
+            fake = fake_of(node.args[0])
+            header = response.saved.add()
+            if isinstance(fake, Tensor):
+                header.dtype = tensors.dtype_to_proto(node.args[1] or fake.dtype)
+                header.shape.extend(fake.shape)
+        return response
+
+    async def _admit(self, message: graph_pb2.Graph) -> Any:
+        def work() -> Any:
+            admitted = self.admission.admit(message)
+            return admitted, plan(admitted)
+
+        # A small graph is checked faster than a thread takes it over; a large one must not keep others waiting.
+        return work() if len(message.nodes) <= _SMALL_GRAPH else await asyncio.to_thread(work)
+
+    async def Run(self, request: service_pb2.RunRequest, context: Context) -> AsyncIterator[service_pb2.RunResponse]:
+        try:
+            self.authenticate(context)
+            admitted, planned = await self._admit(request.graph)
+            events = self.schedulers[admitted.model.name].run(admitted, planned)
+            async with contextlib.aclosing(events):
+                async for event in events:
+                    for message in _messages(event, request.compression):
+                        yield message
+        except grpc.aio.AbortError:
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            log.info("a request was cancelled by its client")
+            raise
+        except Exception as error:
+            await _refuse(context, error)
+
+
+def _messages(event: scheduler.Event, compression: tensor_pb2.Compression) -> Any:
+    match event:
+        case scheduler.Queued():
+            yield service_pb2.RunResponse(queued=service_pb2.Queued(position=event.position))
+        case scheduler.Running():
+            yield service_pb2.RunResponse(running=service_pb2.Running(number=event.number, passes=event.passes))
+        case scheduler.Saved():
+            header = tensors.header(event.tensor, compression)
+            yield service_pb2.RunResponse(saved=service_pb2.Saved(node=event.node, header=header))
+            for chunk in tensors.chunks(event.tensor, compression=compression):
+                yield service_pb2.RunResponse(chunk=chunk)
+        case scheduler.Done():
+            cost = event.cost
+            yield service_pb2.RunResponse(
+                done=service_pb2.Done(
+                    passes=cost.passes,
+                    rows=cost.rows,
+                    modules_skipped=cost.modules_skipped,
+                    seconds_queued=event.seconds_queued,
+                    seconds_running=cost.seconds,
+                    result_bytes=cost.result_bytes,
+                )
+            )
