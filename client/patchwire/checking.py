@@ -1,8 +1,8 @@
 """Does a graph fit its models? Sites exist, shapes fit, every write has its value in time, nothing is too large.
 
-Every node is run on tensors without memory ("fakes", PyTorch's meta device) before anything runs for real: a site's fake
-has the shape that the catalogue states for the call's rows and tokens. The client does this while it records, so that
-an error surfaces at the line that caused it; the worker does it again with the same code, for it trusts nobody.
+Every node is run on tensors without memory ("fakes", PyTorch's meta device) before anything runs for real: a site's
+fake has the shape that the catalogue states for the call's rows and tokens. The client does this while it records, so
+that an error surfaces at the line that caused it; the worker does it again with the same code, for it trusts nobody.
 
 A node's `meta["fake"]` is its fake, or None where the shape depends on data; `meta["after"]` says when in the forward
 pass its value exists: the latest site it depends on.
@@ -136,7 +136,8 @@ class Checker:
 
     def _write(self, node: torch.fx.Node) -> None:
         site, value = node.args
-        assert isinstance(site, g.Site) and isinstance(value, torch.fx.Node)
+        assert isinstance(site, g.Site)
+        assert isinstance(value, torch.fx.Node)
         leaf = self.leaf(site)
         place = self.fake_site(site)
         fake = fake_of(value)
@@ -164,7 +165,7 @@ class Checker:
         return self.run(operation.name, operation.function, node.args, node.kwargs)
 
     def _edit(self, node: torch.fx.Node) -> Any:
-        names = [name for name, _, _ in (*node.args[1], node.args[2])]  # type: ignore[union-attr, misc]
+        names = [name for name, _, _ in (*node.args[1], node.args[2])]  # type: ignore[misc]
         edited = self.run(names[-1], g.edit, node.args, {}, unknown_is_fine=True)
         return fake_of(node.args[0]) if edited is None else edited  # type: ignore[arg-type]
 

@@ -84,7 +84,7 @@ class Connection:
             self._channel = grpc.secure_channel(address, credentials, options=options)
         else:
             self._channel = grpc.insecure_channel(address, options=options)
-        self._metadata = [("authorization", f"Bearer {token}")] if token else []
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._stub = service_pb2_grpc.PatchwireServiceStub(self._channel)
         self._uploaded: set[bytes] = set()
         self._lock = threading.Lock()
@@ -198,7 +198,7 @@ class Connection:
             PatchwireError: of the kind that the server says.
             ConnectionLostError: the server went away.
         """
-        expected = [node.args[0].meta.get("fake") for node in graph.fx.nodes if node.target is g.save]  # type: ignore[union-attr]
+        expected = [node.args[0].meta.get("fake") for node in graph.fx.nodes if node.target is g.save]
         try:
             return self._stream(self._message(graph), expected, progress)
         except MissingTensorsError as error:

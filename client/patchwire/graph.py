@@ -345,9 +345,10 @@ class _Decoder:
         create = self.graph.fx.call_function
         match message.WhichOneof("body"):
             case "read":
-                return create(read, (self.site(message.read.site),))
+                return create(read, (self.site(message.read.site),))  # type: ignore[arg-type]
             case "write":
-                return create(write, (self.site(message.write.site), self.value(message.write.value)))
+                value = self.value(message.write.value)
+                return create(write, (self.site(message.write.site), value))  # type: ignore[arg-type]
             case "call":
                 name, args, kwargs = self.change(message.call)
                 operation = ops.OPERATIONS[name]
@@ -375,7 +376,7 @@ class _Decoder:
                 return create(parameter, (message.parameter.trace, message.parameter.path))
             case "save":
                 dtype = tensors.dtype_from_proto(message.save.dtype) if message.save.dtype else None
-                return create(save, (self.value(message.save.value), dtype))  # type: ignore[arg-type]
+                return create(save, (self.value(message.save.value), dtype))
             case _:
                 raise self.error(f"Node {len(self.nodes)} is of a kind that this version does not know.")
 

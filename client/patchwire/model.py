@@ -7,6 +7,7 @@ and asked for names and shapes, inside a block its sites can be read and written
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -263,7 +264,6 @@ class Model(Module):
     def __init__(
         self, connection: Connection, description: model_pb2.ModelDescription, *, progress: bool = True
     ) -> None:
-        import json
 
         name = description.summary.name
         put = object.__setattr__

@@ -44,8 +44,8 @@ _OPERATORS_VIEW = "getitem"
 
 _BOTH = """
     abs absolute acos acosh add addbmm addcdiv addcmul addmm addmv addr all amax amin aminmax angle any argmax
-    argmin argsort argwhere asin asinh atan atan2 atanh baddbmm bitwise_and bitwise_not bitwise_or bitwise_xor bmm bucketize
-    ceil cholesky clamp clamp_max clamp_min clip clone copysign corrcoef cos cosh count_nonzero cov cross
+    argmin argsort argwhere asin asinh atan atan2 atanh baddbmm bitwise_and bitwise_not bitwise_or bitwise_xor bmm
+    bucketize ceil cholesky clamp clamp_max clamp_min clip clone copysign corrcoef cos cosh count_nonzero cov cross
     cummax cummin cumprod cumsum deg2rad det diag diag_embed diff dist div divide dot eq erf erfc erfinv exp exp2
     expm1 fix flip fliplr flipud float_power floor floor_divide fmax fmin fmod frac gather ge gcd greater greater_equal
     gt heaviside histc hypot index_add index_copy index_fill index_put index_select inner inverse isclose isfinite
@@ -53,14 +53,15 @@ _BOTH = """
     logaddexp logaddexp2 logcumsumexp logdet logical_and logical_not logical_or logical_xor logit logsumexp lt
     masked_fill masked_scatter masked_select matmul matrix_exp max maximum mean median min minimum mm mode msort mul
     multiply mv nan_to_num nanmean nanmedian nanquantile nansum ne neg negative nextafter nonzero norm not_equal
-    outer pinverse pow prod qr quantile rad2deg reciprocal relu remainder renorm repeat_interleave roll rot90 round rsqrt
-    scatter scatter_add scatter_reduce searchsorted select_scatter sgn sigmoid sign signbit sin sinc sinh slice_scatter
-    slogdet softmax sort sqrt square std sub subtract sum svd take take_along_dim tan tanh tile topk trace
+    outer pinverse pow prod qr quantile rad2deg reciprocal relu remainder renorm repeat_interleave roll rot90 round
+    rsqrt scatter scatter_add scatter_reduce searchsorted select_scatter sgn sigmoid sign signbit sin sinc sinh
+    slice_scatter slogdet softmax sort sqrt square std sub subtract sum svd take take_along_dim tan tanh tile topk trace
     tril triu true_divide trunc unique var where xlogy
 """
 _BOTH_VIEW = """
-    broadcast_to chunk conj detach diagonal dsplit flatten hsplit imag movedim moveaxis narrow permute positive ravel real reshape resolve_conj
-    select split squeeze swapaxes swapdims t tensor_split transpose unbind unflatten unsqueeze vsplit
+    broadcast_to chunk conj detach diagonal dsplit flatten hsplit imag movedim moveaxis narrow permute positive
+    ravel real reshape resolve_conj select split squeeze
+    swapaxes swapdims t tensor_split transpose unbind unflatten unsqueeze vsplit
 """
 _TORCH_ONLY = """
     block_diag cartesian_prod cat cdist chain_matmul column_stack
@@ -176,6 +177,6 @@ def of_method(name: str) -> Operation | None:
     return OPERATIONS.get(f"torch.Tensor.{name}") or _DUNDERS.get(name)
 
 
-def names() -> Iterable[str]:
-    """The last part of every operation's name: what a user types."""
-    return {name.rsplit(".", 1)[-1] for name in OPERATIONS}
+def methods() -> Iterable[str]:
+    """The names of the methods and properties on the list."""
+    return [name.rsplit(".", 1)[-1] for name in OPERATIONS if name.startswith("torch.Tensor.")]

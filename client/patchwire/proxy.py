@@ -73,12 +73,13 @@ class Value(torch.fx.Proxy):
         super().__init__(node, recorder)
 
     @property
-    def node(self) -> torch.fx.Node:  # type: ignore[override]
+    def node(self) -> torch.fx.Node:
         """The node of the newest version of this value."""
         if self._version != self.memory.version:
             self._node = self.tracer.derived(self)  # type: ignore[attr-defined]
             self._version = self.memory.version
-        return self._node
+        node: torch.fx.Node = self._node
+        return node
 
     @node.setter
     def node(self, node: torch.fx.Node) -> None:
@@ -192,7 +193,7 @@ class Value(torch.fx.Proxy):
     def __iter__(self) -> Iterator[Any]:
         if self._tensor is not None:
             return iter(self._tensor)
-        return iter([self[index] for index in range(len(self.fake))])
+        return iter([self[index] for index in range(len(self.fake))])  # type: ignore[index]
 
     # --- operations --------------------------------------------------------------------------------------------------
 
@@ -201,10 +202,10 @@ class Value(torch.fx.Proxy):
         cls,
         orig_method: Callable[..., Any],
         types: Any,
-        args: tuple[Any, ...] = (),
+        args: tuple[Any, ...] | None = None,
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
+        args, kwargs = args or (), kwargs or {}
         values = list(_values((args, kwargs)))
         recorder = next((value.recorder for value in values if value._tensor is None), values[0].recorder)
         return recorder.function(orig_method, args, kwargs)
@@ -258,7 +259,7 @@ class Value(torch.fx.Proxy):
         return item in self.value
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.value.__array__(*args, **kwargs)
+        return self.value.__array__(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __format__(self, spec: str) -> str:
         return format(self._tensor, spec) if self._tensor is not None else format(repr(self), spec)

@@ -200,8 +200,8 @@ class Recorder(TracerBase):
         """
         if not self.open:
             return (function or operation.function)(*_tensors(args), **_tensors(kwargs))
-        if refused := ops.FORBIDDEN_ARGUMENTS & {name for name, each in kwargs.items() if each is not None}:
-            raise OperationError(f"`{operation.name}` takes no `{refused.pop()}` inside the block.", lines=here())
+        for name in ops.FORBIDDEN_ARGUMENTS & {name for name, each in kwargs.items() if each is not None}:
+            raise OperationError(f"`{operation.name}` takes no `{name}` inside the block.", lines=here())
         kwargs = {name: each for name, each in kwargs.items() if name not in ops.FORBIDDEN_ARGUMENTS}
         if operation.kind == "inplace":
             return self._edit(operation, args[0], args[1:], kwargs)
@@ -267,7 +267,7 @@ class Recorder(TracerBase):
         """Whether `value[index] = item` puts a view back where it was taken, as `value[index] += 1` does in the end."""
         if not isinstance(item, Value) or item.ready or item.memory is not value.memory:
             return False
-        view = (_GETITEM.name, (self.argument(index),), {})
+        view: g.Change = (_GETITEM.name, (self.argument(index),), {})
         return item.views == (*value.views, view)
 
     # --- sites --------------------------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ class Recorder(TracerBase):
     def _drop_unused_constants(self) -> None:
         kept: list[Tensor | bytes] = []
         for node in self.graph.find_nodes(op="call_function", target=g.constant):
-            kept.append(self.request.constants[node.args[0]])  # type: ignore[index]
+            kept.append(self.request.constants[node.args[0]])
             node.args = (len(kept) - 1,)
         self.request.constants = kept
 

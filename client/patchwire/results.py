@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, ProgressColumn, TaskID, TextColumn, TransferSpeedColumn
 from rich.progress import Progress as RichProgress
 
 from patchwire.v1 import service_pb2
@@ -74,7 +73,7 @@ class Progress:
 
     def _describe(self, text: str) -> None:
         if self._bar is None:
-            columns: list[Any] = [
+            columns: list[ProgressColumn] = [
                 TextColumn("{task.description}"),
                 BarColumn(),
                 DownloadColumn(),

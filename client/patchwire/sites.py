@@ -158,9 +158,9 @@ class Leaf:
     def to_proto(self) -> model_pb2.Leaf:
         """This leaf as a message."""
         return model_pb2.Leaf(
-            side=model_pb2.Side.ValueType(_SIDES[self.side]),
+            side=_SIDES[self.side],
             path=path_to_proto(self.path),
-            shape=[model_pb2.Dim(axis=model_pb2.Axis.ValueType(dim.axis.value), size=dim.size) for dim in self.shape],
+            shape=[model_pb2.Dim(axis=dim.axis.value, size=dim.size) for dim in self.shape],
             dtype=dtype_to_proto(self.dtype),
             order=self.order,
         )

@@ -6,7 +6,7 @@ One table says which exception class is which kind of error and which status cod
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import grpc
 from google.protobuf import any_pb2
@@ -20,7 +20,7 @@ from patchwire.v1 import graph_pb2
 
 
 class _Row(NamedTuple):
-    kind: int
+    kind: pb.ErrorKind
     error: type[PatchwireError]
     code: grpc.StatusCode
 
@@ -60,7 +60,7 @@ def error_to_status(error: PatchwireError, server_version: str = "") -> status_p
     """The status of an error that the table knows."""
     row = _BY_ERROR[type(error)]
     detail = pb.ErrorDetail(
-        kind=pb.ErrorKind.ValueType(row.kind),
+        kind=row.kind,
         message=error.message,
         hint=error.hint,
         lines=[line_to_proto(line) for line in error.lines],
@@ -88,7 +88,7 @@ def error_from_call(error: grpc.RpcError, address: str, *, started: bool = False
         if isinstance(found, errors.MissingTensorsError):
             found.missing = tuple(detail.missing)
         return found
-    code, words = error.code(), error.details() or ""  # type: ignore[attr-defined]
+    code, words = error.code(), error.details() or ""
     match code:
         case grpc.StatusCode.UNAVAILABLE if started:
             return errors.ConnectionLostError(
@@ -118,7 +118,7 @@ def error_from_call(error: grpc.RpcError, address: str, *, started: bool = False
 
 def _detail(error: grpc.RpcError) -> pb.ErrorDetail | None:
     try:
-        status = rpc_status.from_call(error)  # type: ignore[arg-type]
+        status = rpc_status.from_call(cast(grpc.Call, error))
     except ValueError:  # details that contradict the call: not ours
         return None
     if status is None:

@@ -23,7 +23,7 @@ if sys.byteorder != "little":  # pragma: no cover
 
 MIB = 1 << 20
 
-DTYPES: Mapping[int, torch.dtype] = {
+DTYPES: Mapping[pb.Dtype, torch.dtype] = {
     pb.DTYPE_BOOL: torch.bool,
     pb.DTYPE_UINT8: torch.uint8,
     pb.DTYPE_INT8: torch.int8,
@@ -50,14 +50,14 @@ def dtype_to_proto(dtype: torch.dtype) -> pb.Dtype:
         GraphError: the wire has no name for it.
     """
     try:
-        return pb.Dtype.ValueType(_WIRE[dtype])
+        return _WIRE[dtype]
     except KeyError:
         raise GraphError(
             f"{dtype} cannot be sent.", hint=f"These can: {', '.join(str(each) for each in _WIRE)}."
         ) from None
 
 
-def dtype_from_proto(wire: int) -> torch.dtype:
+def dtype_from_proto(wire: pb.Dtype) -> torch.dtype:
     """The dtype of a wire name.
 
     Raises:
@@ -96,7 +96,7 @@ def data(tensor: Tensor) -> memoryview:
         flat = flat.resolve_conj().resolve_neg()
     if flat.numel() == 0:
         return memoryview(b"")
-    return memoryview(flat.view(torch.uint8).numpy())
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def chunks(

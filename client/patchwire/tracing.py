@@ -1,7 +1,7 @@
 """The blocks that user code writes: `with model.trace(...)` and `with trace.invoke(...)`.
 
-A trace is one call of the model. Entering it starts a recording; leaving it sends the graph, waits for the saved tensors
-and hands each to its value. If the block raises, nothing is sent.
+A trace is one call of the model. Entering it starts a recording; leaving it sends the graph, waits for the saved
+tensors and hands each to its value. If the block raises, nothing is sent.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def get(value: Any, side: str, path: Path) -> Any:
         KeyError, IndexError, TypeError: there is nothing.
     """
     if side == INPUT:
-        value, path = value[_CALL.index(path[0])], path[1:]  # type: ignore[arg-type]
+        value, path = value[_CALL.index(path[0])], path[1:]
     for step in path:
         value = value[step]
     return value

@@ -1,9 +1,9 @@
 """Execution: a graph's nodes are evaluated as the values that they need come into being, inside the forward pass.
 
 One `Execution` holds the values of one request. Before the first pass it evaluates what needs no model; at each site a
-mediator brings the value, every node that became ready runs, saved values go to the sink, and what the site's writes say
-goes back into the model. A value lives until its last user has run. Whatever outlives its site is copied, because the
-model may go on to change its tensors in place.
+mediator brings the value, every node that became ready runs, saved values go to the sink, and what the site's writes
+say goes back into the model. A value lives until its last user has run. Whatever outlives its site is copied, because
+the model may go on to change its tensors in place.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ class Execution:
         try:
             match node.target:
                 case target if target is g.save:
-                    return self._save(node, *args)
+                    return self._save(node, args[0], args[1])  # type: ignore[arg-type]
                 case target if target is g.constant:
                     constant = self.admitted.graph.constants[args[0]]  # type: ignore[index]
                     return constant.to(self.model.device)  # type: ignore[union-attr]

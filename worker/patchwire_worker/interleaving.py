@@ -109,7 +109,7 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
 
     def reindex(self) -> None:
         """Note who waits for what, at the start of a pass."""
-        self.observers = {}
+        self.observers: dict[str, Any] = {}
         self._waiting = {each.pending.provider: each for each in self.mediators if each.pending is not None}
         self.parked = set(self._waiting)
         self.busy = True
@@ -143,7 +143,8 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Apply a module in the middle of a pass, without its sites being seen."""
-        before, self.interleaving = self.interleaving, False
+        before = bool(self.interleaving)
+        self.interleaving: bool = False
         try:
             return module(*args, **kwargs)
         finally:

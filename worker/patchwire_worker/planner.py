@@ -97,7 +97,7 @@ def _needed(admitted: Admitted) -> set[torch.fx.Node]:
         if node.target is g.save:
             need(node)
         elif node.target in (g.read, g.write):
-            accesses[node.args[0].trace].append(node)  # type: ignore[union-attr]
+            accesses[node.args[0].trace].append(node)
     for trace in sorted(accesses, reverse=True):
         # From the last location to the first: a write matters if something is read after it that matters.
         last_read = -1

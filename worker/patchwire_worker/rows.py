@@ -99,7 +99,7 @@ class Rows:
         axes: list[Axis] = []
         for dim in leaf.shape:
             if dim.axis is Axis.BATCH_SEQ:
-                tensor = tensor.unflatten(len(axes), (batch, seq))
+                tensor = tensor.unflatten(len(axes), (batch, seq))  # type: ignore[no-untyped-call]
                 axes += [Axis.BATCH, Axis.SEQ]
             else:
                 axes.append(dim.axis)

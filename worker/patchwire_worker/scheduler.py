@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -80,7 +80,7 @@ class Scheduler:
             job.stopping.stop(CancelledError("The server is shutting down."))
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def run(self, admitted: Admitted, plan: Plan) -> AsyncIterator[Event]:
+    async def run(self, admitted: Admitted, plan: Plan) -> AsyncGenerator[Event, None]:
         """Run a plan when its turn has come, and tell what happens.
 
         Leaving the iteration early stops the pass at its next site.

@@ -59,7 +59,7 @@ async def _refuse(context: Context, error: BaseException) -> None:
         await context.abort(
             grpc.StatusCode.INTERNAL, f"internal error ({type(error).__name__}); the server's log has it"
         )
-    status = rpc_status.to_status(error_to_status(_short(error), VERSION))  # type: ignore[arg-type]
+    status = rpc_status.to_status(error_to_status(_short(error), VERSION))
     await context.abort(status.code, status.details or "", status.trailing_metadata or ())
 
 

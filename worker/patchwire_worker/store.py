@@ -1,4 +1,4 @@
-"""Uploaded tensors, each under the hash of its content, the least recently used ones dropped when there are too many."""
+"""Uploaded tensors, each under the hash of its content; the least recently used ones go when there are too many."""
 
 from __future__ import annotations
 

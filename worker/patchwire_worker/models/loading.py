@@ -57,7 +57,8 @@ def load(
     """
     if isinstance(spec, nn.Module):
         called = name or getattr(spec, "name_or_path", "") or type(spec).__name__
-        return Loaded(_name_of(called), spec.eval(), tokenizer)
+        spec.eval()
+        return Loaded(_name_of(called), spec, tokenizer)
     wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if wanted is None:
         raise ModelNotFoundError(f"`{dtype}` is not a dtype.", hint=f"Write one of {', '.join(DTYPES)}.")
@@ -74,8 +75,8 @@ def load(
             hint="Give a hub id, a directory with config.json and weights, or a .gguf file.",
         ) from error
     if place != "balanced":
-        module = module.to(place)
-    return Loaded(name or _name_of(spec), module.eval(), tokenizer or _tokenizer(source, options))
+        module = module.to(place)  # type: ignore[arg-type]
+    return Loaded(name or _name_of(spec), module.eval(), tokenizer or _tokenizer(source, options))  # type: ignore[no-untyped-call]
 
 
 def _source(spec: str) -> tuple[str, dict[str, Any]]:
