@@ -1,0 +1,52 @@
+"""What test files share: one server with the core architectures, started once, and the same models here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import patchwire
+import tiny
+from serving import Server
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """The server computes with one thread: so does the reference, to the last bit."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The directory of each core architecture's checkpoint."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {name: str(tiny.save(name, root / name)) for name in tiny.CORE}
+
+
+@pytest.fixture(scope="session")
+def server(checkpoints: dict[str, str]) -> Iterator[Server]:
+    """A server, in another process, with the core architectures. Tests must leave it alive."""
+    with Server(checkpoints) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def client(server: Server) -> Iterator[patchwire.Client]:
+    """A connection to that server."""
+    with patchwire.connect(server.address, progress=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def served(client: patchwire.Client) -> dict[str, patchwire.Model]:
+    """The proxy of each core architecture."""
+    return {name: client.model(name) for name in tiny.CORE}
+
+
+@pytest.fixture(scope="session")
+def references() -> dict[str, PreTrainedModel]:
+    """The same models as plain Hugging Face modules in this process."""
+    return {name: tiny.build(name) for name in tiny.CORE}

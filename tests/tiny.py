@@ -1,0 +1,153 @@
+"""Small random Hugging Face models: the real code of each architecture, with weights that fit into a test.
+
+`build("llama")` always gives the same numbers. The weights are larger than a fresh model's, so that every part of the
+model matters: a change anywhere is visible in the logits, and no module is so weak that a mistake in it would hide in
+the rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+
+VOCABULARY = 61
+WIDTH = 24
+LAYERS = 3
+
+CORE = ("gpt2", "llama", "gpt_neox", "mamba", "mamba2")
+"""The architectures that every test of conformance covers."""
+
+_ATTENTION: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+_GROUPED: dict[str, Any] = _ATTENTION | {"num_key_value_heads": 2}
+_SSM: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "state_size": 8,
+    "conv_kernel": 4,
+    "expand": 2,
+    "initializer_range": 0.3,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+_GPT2: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "n_embd": WIDTH,
+    "n_layer": LAYERS,
+    "n_head": 4,
+    "n_positions": 64,
+    "initializer_range": 0.3,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 20}
+
+
+def _with(name: str, base: dict[str, Any], **changes: Any) -> Callable[[], PretrainedConfig]:
+    return lambda: getattr(transformers, name)(**(base | changes))
+
+
+CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
+    "gpt2": _with("GPT2Config", _GPT2),
+    "llama": _with("LlamaConfig", _GROUPED, tie_word_embeddings=False),
+    "gpt_neox": _with("GPTNeoXConfig", _ATTENTION, tie_word_embeddings=False, use_parallel_residual=True),
+    "mamba": _with("MambaConfig", _SSM, tie_word_embeddings=True, time_step_rank=6),
+    "mamba2": _with("Mamba2Config", _SSM, num_heads=6, head_dim=8, n_groups=2, chunk_size=4, tie_word_embeddings=False),
+    # The same architectures, built another way.
+    "gpt2_untied": _with("GPT2Config", _GPT2, tie_word_embeddings=False, activation_function="relu"),
+    "llama_tied": _with("LlamaConfig", _ATTENTION, tie_word_embeddings=True, attention_bias=True, head_dim=10),
+    "gpt_neox_sequential": _with("GPTNeoXConfig", _ATTENTION, use_parallel_residual=False, rotary_pct=1.0),
+    "mamba_untied": _with("MambaConfig", _SSM, tie_word_embeddings=False, use_bias=True),
+    # Others.
+    "opt": _with(
+        "OPTConfig", _ATTENTION, ffn_dim=40, word_embed_proj_dim=WIDTH, do_layer_norm_before=True, init_std=0.3
+    ),
+    "bloom": _with("BloomConfig", _ATTENTION, n_layer=LAYERS, n_head=4),
+    "gptj": _with("GPTJConfig", _GPT2, rotary_dim=4),
+    "gpt_neo": lambda: transformers.GPTNeoConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=4,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+    ),
+    "falcon": _with("FalconConfig", _ATTENTION, multi_query=True, alibi=False),
+    "mistral": _with("MistralConfig", _GROUPED, sliding_window=4),
+    "qwen2": _with("Qwen2Config", _GROUPED),
+    "qwen3": _with("Qwen3Config", _GROUPED, head_dim=8),
+    "gemma2": _with("Gemma2Config", _GROUPED, head_dim=8, sliding_window=4),
+    "gemma3_text": _with("Gemma3TextConfig", _GROUPED, head_dim=8, sliding_window=4),
+    "phi3": _with("Phi3Config", _GROUPED),
+    "olmo2": _with("Olmo2Config", _GROUPED),
+    "falcon_mamba": _with("FalconMambaConfig", _SSM),
+    "mixtral": _with("MixtralConfig", _GROUPED | _EXPERTS, num_local_experts=4),
+    "qwen2_moe": _with(
+        "Qwen2MoeConfig", _GROUPED | _EXPERTS, num_experts=4, shared_expert_intermediate_size=20, decoder_sparse_step=1
+    ),
+    "jamba": _with(
+        "JambaConfig",
+        _GROUPED,
+        num_hidden_layers=4,
+        attn_layer_period=4,
+        attn_layer_offset=2,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        num_experts=4,
+        num_experts_per_tok=2,
+        mamba_d_state=8,
+        mamba_dt_rank=6,
+        use_mamba_kernels=False,
+    ),
+}
+
+
+def build(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """The model of a name in `CONFIGS`, ready to run.
+
+    Args:
+        name: Which.
+        dtype: The element type of its weights.
+        seed: Another one gives other weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms start as ones and biases as zeros: as good as absent
+                parameter.data += 0.2 * torch.randn_like(parameter)
+    return model.to(dtype).requires_grad_(False)
+
+
+def save(name: str, directory: str | Path, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+    """Write the model that `build` gives as a checkpoint, without a tokenizer; the directory."""
+    build(name, dtype=dtype, seed=seed).save_pretrained(directory)
+    return Path(directory)
+
+
+def prompt(length: int, *, seed: int = 0) -> list[int]:
+    """Token ids, the same for the same length and seed."""
+    generator = torch.Generator().manual_seed(1000 * seed + length)
+    ids: list[int] = torch.randint(0, VOCABULARY, (length,), generator=generator).tolist()
+    return ids
