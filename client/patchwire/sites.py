@@ -30,6 +30,7 @@ Path = tuple[Step, ...]
 INPUT = "input"
 OUTPUT = "output"
 _SIDES = {INPUT: model_pb2.SIDE_INPUT, OUTPUT: model_pb2.SIDE_OUTPUT}
+_REMEMBERED = 1 << 16
 _SIDE_NAMES = {wire: name for name, wire in _SIDES.items()}
 
 
@@ -202,9 +203,13 @@ class Module:
     calls: int = 0
     """How often one forward pass calls it."""
 
+    @cached_property
+    def _sides(self) -> dict[str, tuple[Leaf, ...]]:
+        return {side: tuple(leaf for leaf in self.leaves if leaf.side == side) for side in _SIDES}
+
     def side(self, side: str) -> tuple[Leaf, ...]:
         """The tensors of one side."""
-        return tuple(leaf for leaf in self.leaves if leaf.side == side)
+        return self._sides[side]
 
     def main(self, side: str) -> Leaf | None:
         """The tensor that is meant when a side is named and nothing else: the first."""
@@ -256,6 +261,11 @@ class Catalogue:
         return {prefix: list(names) for prefix, names in prefixes.items()}
 
     @cached_property
+    def entries(self) -> list[int]:
+        """When each module is entered, as positions in the order of sites, in order."""
+        return sorted(module.side(INPUT)[0].order for module in self.modules.values() if module.side(INPUT))
+
+    @cached_property
     def num_layers(self) -> int:
         """How many layers have canonical names."""
         return len(self.prefixes.get("layers", []))
@@ -284,12 +294,24 @@ class Catalogue:
             raise SiteError(f"`{name}` is not a module of {self.model}.", hint=self.suggestion(name))
         return self.modules[path]
 
+    @cached_property
+    def _found(self) -> dict[Address, Leaf]:
+        return {}
+
     def leaf(self, address: Address) -> Leaf:
         """The tensor at an address.
 
         Raises:
             SiteError: there is none, or a forward pass does not call that module.
         """
+        found = self._found.get(address)
+        if found is None:
+            found = self._find(address)
+            if len(self._found) < _REMEMBERED:  # addresses have many spellings, and a client may try them all
+                self._found[address] = found
+        return found
+
+    def _find(self, address: Address) -> Leaf:
         named = self.names.get(address.name)
         if named is not None and named.value is not None and not address.path:
             return named.value

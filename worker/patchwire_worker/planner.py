@@ -8,6 +8,7 @@ their own.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from patchwire import graph as g
 from patchwire.errors import OrderError, with_code
-from patchwire.sites import INPUT, Axis, Leaf
+from patchwire.sites import Axis, Leaf
 from patchwire_worker.admission import Admitted
 from patchwire_worker.interleaving import Location
 from patchwire_worker.rows import Rows
@@ -200,5 +201,5 @@ def _pass(admitted: Admitted, index: int, trace: g.Trace, invokes: list[int], ne
 
 def _skipped(admitted: Admitted, last: int) -> int:
     """How many modules are entered only after a position in the order of sites."""
-    entries = (module.main(INPUT) for module in admitted.model.catalogue.modules.values())
-    return sum(1 for leaf in entries if leaf is not None and leaf.order > last)
+    entries = admitted.model.catalogue.entries
+    return len(entries) - bisect_right(entries, last)
