@@ -7,7 +7,7 @@ looked at instead (`detected`), and what was found is reported. To add an archit
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -57,7 +57,7 @@ FAMILIES: Mapping[str, Family] = {
     "gpt2": _GPT2,
     "gpt_neo": _GPT2,
     "gptj": _GPT2,
-    "gpt_neox": _family("gpt_neox", "embed_in", "layers", "final_layer_norm", "embed_out", "attention"),
+    "gpt_neox": _family("gpt_neox", "embed_in", "layers", "final_layer_norm", "lm_head", "attention"),
     "opt": _family("model.decoder", "embed_tokens", "layers", "final_layer_norm", "lm_head", "self_attn", ""),
     "bloom": _family("transformer", "word_embeddings", "h", "ln_f", "lm_head", "self_attention"),
     "falcon": _family("transformer", "word_embeddings", "h", "ln_f", "lm_head", "self_attention"),
@@ -92,6 +92,8 @@ def family_of(model: nn.Module, model_type: str) -> tuple[Family | None, str]:
     """
     row = FAMILIES.get(model_type)
     if row is not None and _exists(model, row.layers) and _exists(model, row.embed):
+        if not _exists(model, row.lm_head):  # its name differs between versions of transformers
+            row = replace(row, lm_head=_path_of(model, _call(model, "get_output_embeddings")))
         return row, "table"
     found = detected(model)
     return found, "unknown" if found is None else "detected"
