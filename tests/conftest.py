@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import patchwire
 import tiny
@@ -47,6 +47,9 @@ def served(client: patchwire.Client) -> dict[str, patchwire.Model]:
 
 
 @pytest.fixture(scope="session")
-def references() -> dict[str, PreTrainedModel]:
+def references(checkpoints: dict[str, str]) -> dict[str, PreTrainedModel]:
     """The same models as plain Hugging Face modules in this process."""
-    return {name: tiny.build(name) for name in tiny.CORE}
+    return {
+        name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
+        for name, path in checkpoints.items()
+    }
