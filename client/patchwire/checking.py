@@ -162,11 +162,24 @@ class Checker:
     def _call(self, node: torch.fx.Node) -> Any:
         operation = g.operation_of(node)
         assert operation is not None
+        if not node.all_input_nodes:
+            # Without a tensor it would be Python that computes, at any length and size: `9 ** 10**9`.
+            raise GraphError(f"`{operation.name}` is given no tensor.")
         return self.run(operation.name, operation.function, node.args, node.kwargs)
 
     def _edit(self, node: torch.fx.Node) -> Any:
         names = [name for name, _, _ in (*node.args[1], node.args[2])]  # type: ignore[misc]
-        edited = self.run(names[-1], g.edit, node.args, {}, unknown_is_fine=True)
+        base, _, change = node.args
+        assert isinstance(base, torch.fx.Node)
+        try:
+            edited = self.run(names[-1], g.edit, node.args, {}, unknown_is_fine=True)
+        except ShapeError as error:
+            what = f"`{base.args[0]}`" if base.target is g.read else "The value"
+            given = ", ".join(describe(fake_of(each)) for each in _nodes(change)) or "this"
+            raise ShapeError(
+                f"{what} is {describe(fake_of(base))}; the part that is changed does not take {given}:"
+                f"{error.message.partition(':')[2]}"
+            ) from None
         return fake_of(node.args[0]) if edited is None else edited  # type: ignore[arg-type]
 
     def run(self, name: str, function: Any, args: Any, kwargs: Any, *, unknown_is_fine: bool = False) -> Any:
@@ -188,7 +201,7 @@ class Checker:
             if unknown_is_fine or name in ops.DATA_DEPENDENT:
                 return None
             raise OperationError(f"The size of `{name}` depends on values: {_first_line(error)}") from None
-        except (RuntimeError, IndexError, TypeError, ValueError, AttributeError, KeyError) as error:
+        except Exception as error:  # PyTorch and Python raise what they like
             tensors = ", ".join(describe(each) for each in _tensors((args, kwargs)))
             raise ShapeError(
                 f"`{name.rsplit('.', 1)[-1]}` cannot be done with {tensors}: {_first_line(error)}"
@@ -276,6 +289,12 @@ def _results(name: str, result: Any) -> Any:
     if isinstance(result, (tuple, list)):
         return tuple(_results(name, each) for each in result)
     raise OperationError(f"`{name}` gives a {type(result).__name__}, which is not a tensor.")
+
+
+def _nodes(argument: Any) -> list[torch.fx.Node]:
+    found: list[torch.fx.Node] = []
+    map_arg(argument, found.append)
+    return found
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ import html as escaping
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from patchwire.sites import Catalogue, Module
+from patchwire.sites import Catalogue, Module, spell
 
 
 @dataclass
@@ -101,12 +101,7 @@ def _parameters(module: Module) -> str:
 
 def _canonical(catalogue: Catalogue, path: str) -> str:
     names = [each.name for each in catalogue.names.values() if each.module == path and each.value is None]
-    return " ".join(_python(name) for name in names)
-
-
-def _python(name: str) -> str:
-    """A canonical name as it is typed: "layers.5.mixer" is `layers[5].mixer`."""
-    return "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".")).removeprefix(".")
+    return " ".join(spell(name).removeprefix("model.") for name in names)
 
 
 def _lines(row: _Row, indent: str = "") -> Iterator[tuple[str, str]]:

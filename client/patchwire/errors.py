@@ -163,6 +163,11 @@ class PatchwireWarning(UserWarning):
     """Something that is legal and may not be what was meant."""
 
 
+for _class in [each for each in globals().values() if isinstance(each, type) and issubclass(each, Exception)]:
+    if _class.__module__ == __name__:
+        _class.__module__ = "patchwire"  # where users find it, so that a traceback says `patchwire.SiteError`
+
+
 _NOT_THE_USER = tuple(
     os.path.dirname(os.path.abspath(path)) + os.sep
     for path in (__file__, sys.modules["torch"].__file__ if "torch" in sys.modules else None)
@@ -171,15 +176,33 @@ _NOT_THE_USER = tuple(
 _STANDARD_LIBRARY = os.path.dirname(os.path.abspath(linecache.__file__)) + os.sep + "contextlib"
 
 
+_LONGEST_NAME = 200
+
+
 def user_frame() -> FrameType | None:
     """The innermost frame that belongs neither to this package nor to torch."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        file = frame.f_code.co_filename
-        if not file.startswith(_NOT_THE_USER) and not file.startswith(_STANDARD_LIBRARY):
+        if not _is_ours(frame):
             return frame
         frame = frame.f_back
     return None
+
+
+def trim(error: PatchwireError) -> None:
+    """Cut from an error's traceback what lies below the user's own lines."""
+    last, entry = None, error.__traceback__
+    while entry is not None:
+        if not _is_ours(entry.tb_frame):
+            last = entry
+        entry = entry.tb_next
+    if last is not None:
+        last.tb_next = None
+
+
+def _is_ours(frame: FrameType) -> bool:
+    file = frame.f_code.co_filename
+    return file.startswith(_NOT_THE_USER) or file.startswith(_STANDARD_LIBRARY)
 
 
 def user_line() -> SourceLine | None:
@@ -203,4 +226,4 @@ def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
     """The `count` names most like `name`, best first."""
     import difflib
 
-    return difflib.get_close_matches(name, list(names), n=count, cutoff=0.4)
+    return difflib.get_close_matches(name[:_LONGEST_NAME], list(names), n=count, cutoff=0.4)

@@ -113,7 +113,7 @@ class Site:
     """The tensor."""
 
     def __str__(self) -> str:
-        return str(self.address)
+        return self.address.spelled
 
 
 @dataclass(frozen=True)
@@ -403,8 +403,10 @@ class _Decoder:
         if operation is None:
             raise self.error(f"`{message.op[:_MAX_TEXT]}` is not an operation of this server.", OperationError)
         args, kwargs = self.arguments(message)
-        for name in ops.FORBIDDEN_ARGUMENTS & kwargs.keys():
-            raise self.error(f"`{operation.name}` takes no `{name}` in a graph.", OperationError)
+        if refused := ops.forbidden_argument(operation, args, kwargs):
+            raise self.error(f"`{operation.name}` takes no `{refused}` in a graph.", OperationError)
+        if operation.name == "torch.Tensor.to" and any(isinstance(each, str) for each in args):
+            raise self.error("Where values live is not for a graph to say.", OperationError)
         return operation.name, args, kwargs
 
     def arguments(self, message: pb.Call | pb.Apply) -> tuple[tuple[Any, ...], dict[str, Any]]:

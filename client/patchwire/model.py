@@ -18,7 +18,7 @@ from patchwire.errors import GraphError, InputError, SiteError, here
 from patchwire.inputs import ModelTokenizer, to_invoke
 from patchwire.proxy import Structure, Value
 from patchwire.recording import Recorder
-from patchwire.sites import INPUT, OUTPUT, Address, Catalogue, Leaf, Parameter
+from patchwire.sites import INPUT, OUTPUT, Address, Catalogue, Leaf, Parameter, spell
 from patchwire.tracing import Trace, current, recording
 from patchwire.v1 import model_pb2
 
@@ -80,11 +80,11 @@ class Module:
         if raw is None or not any(each.name == name for each in self._catalogue.modules[raw].parameters):
             # An AttributeError, so that `hasattr` and tab completion work.
             raise _NoSuchName(
-                f"`{full}` is not in {self._model.name}.", hint=self._catalogue.suggestion(full), lines=here()
+                f"`{spell(full)}` is not in {self._model.name}.", hint=self._catalogue.suggestion(full), lines=here()
             )
         if not recording():
             return self._catalogue.parameter(full)
-        scope = current(full, self._model)
+        scope = current(spell(full), self._model)
         return scope.recorder.parameter(scope.trace, full)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -95,8 +95,8 @@ class Module:
         named = self._catalogue.names.get(full)
         if named is None or named.value is None:
             raise SiteError(
-                f"`{full}` cannot be assigned: only values can, not modules or weights.",
-                hint=f"Write `{full}.output = …` inside a block.",
+                f"`{spell(full)}` cannot be assigned: only values can, not modules or weights.",
+                hint=f"Write `{spell(full)}.output = …` inside a block.",
                 lines=here(),
             )
         self._write(Address(full), value)
@@ -106,11 +106,11 @@ class Module:
             return list(self)[index]
         keys = self._indices()
         if not keys:
-            raise SiteError(f"`{self._name or self._model.name}` is not a list of modules.", lines=here())
+            raise SiteError(f"`{spell(self._name)}` is not a list of modules.", lines=here())
         if not -len(keys) <= index < len(keys):
             raise SiteError(
-                f"`{self._name}[{index}]` does not exist.",
-                hint=f"`{self._name}` has the indices 0 to {len(keys) - 1}.",
+                f"`{spell(self._name)}[{index}]` does not exist.",
+                hint=f"`{spell(self._name)}` has the indices 0 to {len(keys) - 1}.",
                 lines=here(),
             )
         return Module(self._model, f"{self._name}.{keys[index]}")
@@ -163,7 +163,7 @@ class Module:
     def inputs(self) -> Structure:
         """All arguments of the module: `inputs[0]` the positional, `inputs[1]` the named ones."""
         address = self._address(INPUT)
-        scope = current(str(address), self._model)
+        scope = current(address.spelled, self._model)
         leaves = self._leaves(INPUT)
         return Structure(scope.recorder, scope.site(Address(address.name)), leaves)
 
@@ -180,12 +180,14 @@ class Module:
             return leaves
         address = self._address(side)
         if not module.calls:
-            raise SiteError(f"`{address}` never exists: a forward pass does not call this module.", lines=here())
-        raise SiteError(f"`{address}` is not a tensor and has none in it.", lines=here())
+            raise SiteError(
+                f"`{address.spelled}` never exists: a forward pass does not call this module.", lines=here()
+            )
+        raise SiteError(f"`{address.spelled}` is not a tensor and has none in it.", lines=here())
 
     def _side(self, side: str) -> Value | Structure:
         address = self._address(side)
-        scope = current(str(address), self._model)
+        scope = current(address.spelled, self._model)
         leaves = self._leaves(side)
         if self._name in self._catalogue.names:
             return self._read(address)
@@ -205,7 +207,9 @@ class Module:
                         here_now[index] = item
                 return
             raise SiteError(
-                f"`{self._address(side)}` is a tuple or mapping.", hint="Assign its items one by one.", lines=here()
+                f"`{self._address(side).spelled}` is a tuple or mapping.",
+                hint="Assign its items one by one.",
+                lines=here(),
             )
         address = self._address(side)
         if side == INPUT and self._name not in self._catalogue.names:
@@ -213,15 +217,15 @@ class Module:
         self._write(address, value)
 
     def _read(self, address: Address) -> Value:
-        scope = current(str(address), self._model)
+        scope = current(address.spelled, self._model)
         return scope.recorder.read(scope.site(address))
 
     def _write(self, address: Address, value: Any) -> None:
-        scope = current(str(address), self._model)
+        scope = current(address.spelled, self._model)
         scope.recorder.assign(scope.site(address), value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Value:
-        scope = current(f"{self._name}(…)", self._model)
+        scope = current(f"{spell(self._name)}(…)", self._model)
         self._leaves(OUTPUT)
         return scope.recorder.apply(scope.trace, self._name, args, kwargs)
 
@@ -235,7 +239,17 @@ class Module:
 
 
 class _NoSuchName(SiteError, AttributeError):
-    """A name that is not in the model; also an AttributeError, so that `hasattr` works."""
+    """A name that is not in the model; also an AttributeError, so that `hasattr` works.
+
+    `SiteError` itself is none: Python would hide one that a property raises.
+    """
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return SiteError(self.message, hint=self.hint, lines=self.lines).__reduce__()
+
+
+_NoSuchName.__name__ = _NoSuchName.__qualname__ = "SiteError"  # what the user sees
+_NoSuchName.__module__ = SiteError.__module__
 
 
 class Model(Module):

@@ -12,9 +12,11 @@ changes its first argument. Graphs have values, not memory: a client records an 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -36,11 +38,11 @@ class Operation:
 
 
 _OPERATORS = """
-    add sub mul truediv floordiv mod pow matmul neg pos abs invert and_ or_ xor lshift rshift
+    add sub mul truediv floordiv mod pow matmul neg abs invert and_ or_ xor lshift rshift
     eq ne lt le gt ge
 """
 _OPERATORS_INPLACE = "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor setitem"
-_OPERATORS_VIEW = "getitem"
+_OPERATORS_VIEW = "getitem pos"
 
 _BOTH = """
     abs absolute acos acosh add addbmm addcdiv addcmul addmm addmv addr all amax amin aminmax angle any argmax
@@ -64,11 +66,11 @@ _BOTH_VIEW = """
     swapaxes swapdims t tensor_split transpose unbind unflatten unsqueeze vsplit
 """
 _TORCH_ONLY = """
-    block_diag cartesian_prod cat cdist chain_matmul column_stack
-    complex concat concatenate cosine_similarity dstack einsum full_like hstack isin kron meshgrid ones_like polar
+    block_diag cat cdist chain_matmul column_stack
+    complex concat concatenate cosine_similarity dstack full_like hstack isin kron ones_like polar
     stack std_mean tensordot vander var_mean vstack zeros_like
 """
-_TORCH_VIEW = "atleast_1d atleast_2d atleast_3d"
+_TORCH_VIEW = "atleast_1d atleast_2d atleast_3d cartesian_prod einsum meshgrid"
 _METHODS_ONLY = "repeat new_full new_ones new_zeros"
 _METHODS_VIEW = """
     bfloat16 bool byte contiguous double expand expand_as float half int long reshape_as short sum_to_size to type_as
@@ -88,9 +90,10 @@ _FUNCTIONAL = """
     relu relu6 rms_norm selu sigmoid silu smooth_l1_loss softmax softmin softplus softshrink softsign tanh
 """
 _LINALG = """
-    cholesky cond cross det diagonal eig eigh eigvals eigvalsh inv lstsq matmul matrix_norm matrix_power matrix_rank
+    cholesky cond cross det eig eigh eigvals eigvalsh inv lstsq matmul matrix_norm matrix_power matrix_rank
     multi_dot norm pinv qr slogdet solve svd svdvals vecdot vector_norm
 """
+_LINALG_VIEW = "diagonal"
 _FFT = "fft fft2 fftshift ifft ifft2 ifftshift irfft rfft"
 _SPECIAL = "entr erf erfc expit expm1 log_softmax logit logsumexp softmax xlog1py xlogy"
 
@@ -126,6 +129,7 @@ def _table() -> dict[str, Operation]:
     add("torch.Tensor", torch.Tensor, _METHODS_INPLACE, "inplace")
     add("torch.nn.functional", torch.nn.functional, _FUNCTIONAL, "pure")
     add("torch.linalg", torch.linalg, _LINALG, "pure")
+    add("torch.linalg", torch.linalg, _LINALG_VIEW, "view")
     add("torch.fft", torch.fft, _FFT, "pure")
     add("torch.special", torch.special, _SPECIAL, "pure")
     for name in _PROPERTIES_VIEW.split():
@@ -146,8 +150,33 @@ DATA_DEPENDENT = frozenset(
 ) | {"operator.getitem", "torch.where"}
 """Operations whose result's shape depends on values, and is never larger than a small multiple of their arguments'."""
 
-FORBIDDEN_ARGUMENTS = frozenset({"out", "device", "pin_memory", "layout", "requires_grad", "generator"})
-"""Keyword arguments that no operation takes in a graph."""
+FORBIDDEN_ARGUMENTS = frozenset(
+    {"out", "inplace", "max_norm", "device", "pin_memory", "layout", "requires_grad", "generator"}
+)
+"""Arguments that no operation takes in a graph: they change an argument's memory, or say where a value lives."""
+
+
+def _forbidden_positions() -> dict[str, dict[int, str]]:
+    found: dict[str, dict[int, str]] = {}
+    for operation in OPERATIONS.values():
+        # Functions written in C take these by name only.
+        if isinstance(operation.function, FunctionType):
+            names = enumerate(inspect.signature(operation.function).parameters)
+            found[operation.name] = {index: name for index, name in names if name in FORBIDDEN_ARGUMENTS}
+    return found
+
+
+_FORBIDDEN_POSITIONS = _forbidden_positions()
+
+
+def forbidden_argument(operation: Operation, args: Iterable[Any], kwargs: Mapping[str, Any]) -> str | None:
+    """The name of an argument that the operation takes in PyTorch and not in a graph, given by name or by position."""
+    positions = _FORBIDDEN_POSITIONS.get(operation.name, {})
+    given = {positions[index]: value for index, value in enumerate(args) if index in positions}
+    given |= {name: value for name, value in kwargs.items() if name in FORBIDDEN_ARGUMENTS}
+    if operation.name == "torch.Tensor.to" and any(isinstance(value, str) for value in args):
+        return "device"
+    return next((name for name, value in given.items() if value is not None and value is not False), None)
 
 
 def _by_function() -> dict[Any, Operation]:

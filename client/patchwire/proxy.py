@@ -328,10 +328,10 @@ class Structure:
         below = tuple(leaf for leaf in self._leaves if leaf.path[: len(path)] == path)
         if not below:
             known = ", ".join(
-                f"`{Address(self._site.address.name, leaf.path)}` {leaf.symbolic}" for leaf in self._leaves
+                f"`{Address(self._site.address.name, leaf.path).spelled}` {leaf.symbolic}" for leaf in self._leaves
             )
             raise SiteError(
-                f"`{Address(self._site.address.name, path)}` is not a tensor here.",
+                f"`{Address(self._site.address.name, path).spelled}` is not a tensor here.",
                 hint=f"The tensors there are {known}.",
                 lines=here(),
             )
@@ -356,7 +356,7 @@ class Structure:
         if name.startswith("_"):
             raise AttributeError(name)
         if not any(self._path(name) == leaf.path[: len(self._site.address.path) + 1] for leaf in self._leaves):
-            known = " or ".join(f"`{self._site.address.name}{_steps(leaf.path)}`" for leaf in self._leaves)
+            known = " or ".join(f"`{Address(self._site.address.name, leaf.path).spelled}`" for leaf in self._leaves)
             raise SiteError(
                 f"`{self._site}` is a tuple or mapping, not a tensor: it has no `{name}`.",
                 hint=f"Write {known}.",

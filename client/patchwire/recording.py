@@ -200,8 +200,12 @@ class Recorder(TracerBase):
         """
         if not self.open:
             return (function or operation.function)(*_tensors(args), **_tensors(kwargs))
-        for name in ops.FORBIDDEN_ARGUMENTS & {name for name, each in kwargs.items() if each is not None}:
-            raise OperationError(f"`{operation.name}` takes no `{name}` inside the block.", lines=here())
+        if refused := ops.forbidden_argument(operation, args, kwargs):
+            raise OperationError(
+                f"`{operation.name}` takes no `{refused}` inside the block.",
+                hint=f"Leave `{refused}` out; the worker decides where values live, and results are new values.",
+                lines=here(),
+            )
         kwargs = {name: each for name, each in kwargs.items() if name not in ops.FORBIDDEN_ARGUMENTS}
         if operation.kind == "inplace":
             return self._edit(operation, args[0], args[1:], kwargs)

@@ -29,9 +29,22 @@ Path = tuple[Step, ...]
 
 INPUT = "input"
 OUTPUT = "output"
+CALL = ("args", "kwargs")
+"""The first step of the path of an input: a positional argument, or a named one."""
 _SIDES = {INPUT: model_pb2.SIDE_INPUT, OUTPUT: model_pb2.SIDE_OUTPUT}
 _REMEMBERED = 1 << 16
+_EITHER_MIXER = "The mixer of `{layer}` is {role}: write `{layer}.mixer`, which works for either."
+_LAYER_HINTS = {
+    "attn": _EITHER_MIXER,
+    "ssm": _EITHER_MIXER,
+    "mlp": "`{layer}` has no MLP of its own.",
+}
 _SIDE_NAMES = {wire: name for name, wire in _SIDES.items()}
+
+
+def spell(name: str) -> str:
+    """A name as it is typed: "layers.5.mixer" is `model.layers[5].mixer`."""
+    return "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".") if part)
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,14 @@ class Address:
         return self.name + "".join(
             f"[{step}]" if isinstance(step, int) else f"[{json.dumps(step)}]" for step in self.path
         )
+
+    @property
+    def spelled(self) -> str:
+        """How it is typed: "model.layers[5].mixer.output"."""
+        name, path = spell(self.name), self.path
+        if name.endswith(f".{INPUT}") and path and path[0] in CALL:
+            name, path = f"{name}s", (CALL.index(str(path[0])), *path[1:])
+        return name + "".join(f"[{json.dumps(step)}]" for step in path)
 
     @classmethod
     def parse(cls, text: str) -> Address:
@@ -291,7 +312,7 @@ class Catalogue:
         """
         path = self.raw(name)
         if path is None:
-            raise SiteError(f"`{name}` is not a module of {self.model}.", hint=self.suggestion(name))
+            raise SiteError(f"`{spell(name)}` is not a module of {self.model}.", hint=self.suggestion(name))
         return self.modules[path]
 
     @cached_property
@@ -321,23 +342,28 @@ class Catalogue:
         if side not in _SIDES:
             hint = self.suggestion(address.name)
             if self.raw(address.name) is not None:
-                hint = f"`{address.name}` is a module: write `{address.name}.output` or `{address.name}.input`."
-            raise SiteError(f"`{address}` is not a site of {self.model}.", hint=hint)
+                typed = spell(address.name)
+                hint = f"`{typed}` is a module: write `{typed}.output` or `{typed}.input`."
+            raise SiteError(f"`{address.spelled}` is not a site of {self.model}.", hint=hint)
         module = self.module(name)
         leaves = module.side(side)
+        typed = address.spelled
+        if not module.calls:
+            raise SiteError(f"`{typed}` never exists: a forward pass of {self.model} does not call this module.")
         if not leaves:
+            raise SiteError(f"`{typed}` is not a tensor and has none in it.")
+        if module.calls > 1:
             raise SiteError(
-                f"`{address}` never exists: a forward pass of {self.model} does not call {module.path or 'the model'}"
-                if not module.calls
-                else f"`{address}` is not a tensor and has none in it."
+                f"`{typed}` exists {module.calls} times in a forward pass of {self.model}, which calls this module as "
+                "often; one of them cannot be named in this version."
             )
         if not address.path and name in self.names:
             return leaves[0]
         for leaf in leaves:
             if leaf.path == address.path:
                 return leaf
-        found = ", ".join(f"`{Address(address.name, leaf.path)}` {leaf.symbolic}" for leaf in leaves)
-        raise SiteError(f"`{address}` is not a tensor.", hint=f"The tensors there are {found}.")
+        found = ", ".join(f"`{Address(address.name, leaf.path).spelled}` {leaf.symbolic}" for leaf in leaves)
+        raise SiteError(f"`{address.spelled}` is not a tensor.", hint=f"The tensors there are {found}.")
 
     def suggestion(self, name: str) -> str:
         """A sentence with the nearest valid names, or the first ones if none is near."""
@@ -349,7 +375,10 @@ class Catalogue:
         below = list(dict.fromkeys(below))
         dot = f"{head}." if head else ""
         if tail.isdigit() and below and all(each.isdigit() for each in below):
-            return f"`{head}` has the indices {below[0]} to {below[-1]}."
+            return f"`{spell(head)}` has the indices {below[0]} to {below[-1]}."
+        if f"{head}.mixer" in self.names and tail in _LAYER_HINTS:
+            role = self.names[f"{head}.mixer"].role
+            return _LAYER_HINTS[tail].format(layer=spell(head), role="an SSM" if role == "ssm" else role)
         close = [f"{dot}{each}" for each in nearest(tail, below)]
         if not close:
             close = nearest(name, [*self.names, *self.modules]) or [f"{dot}{each}" for each in below[:6]]
@@ -366,10 +395,10 @@ class Catalogue:
         for parameter in module.parameters:
             if parameter.name == name:
                 return parameter
-        known = [f"`{owner}.{each.name}`" for each in module.parameters]
+        known = [f"`{spell(owner)}.{each.name}`" for each in module.parameters]
         raise SiteError(
-            f"`{path}` is not a parameter of {self.model}.",
-            hint=f"`{owner}` has {', '.join(known)}." if known else f"`{owner}` has no parameters of its own.",
+            f"`{spell(path)}` is not a parameter of {self.model}.",
+            hint=f"It has {', '.join(known)}." if known else f"`{spell(owner)}` has no parameters of its own.",
         )
 
     def to_proto(self) -> tuple[list[model_pb2.Module], list[model_pb2.Name]]:
@@ -429,5 +458,5 @@ class Catalogue:
 
 
 def _either(names: Sequence[str]) -> str:
-    quoted = [f"`{name}`" for name in names]
+    quoted = [f"`{spell(name)}`" for name in names]
     return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"

@@ -42,6 +42,9 @@ DTYPES: Mapping[pb.Dtype, torch.dtype] = {
 _WIRE = {dtype: wire for wire, dtype in DTYPES.items()}
 _MAX_DIMENSIONS = 64
 
+COMPRESSIONS = (pb.COMPRESSION_UNSPECIFIED, pb.COMPRESSION_ZSTD)
+"""How chunks may be packed."""
+
 
 def dtype_to_proto(dtype: torch.dtype) -> pb.Dtype:
     """The wire's name of a dtype.
@@ -117,8 +120,7 @@ class Assembly:
         self.filled = 0
         self._tensor = torch.empty(tuple(head.shape), dtype=dtype_from_proto(head.dtype))
         self._bytes = data(self._tensor)
-        known = (pb.COMPRESSION_UNSPECIFIED, pb.COMPRESSION_ZSTD)
-        if head.compression not in known:
+        if head.compression not in COMPRESSIONS:
             raise GraphError(f"compression {head.compression} is not known to this version.")
         self._unpack = zstandard.ZstdDecompressor() if head.compression == pb.COMPRESSION_ZSTD else None
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from patchwire import graph as g
-from patchwire.errors import GraphError, PatchwireError, here
+from patchwire.errors import GraphError, PatchwireError, here, trim
 from patchwire.recording import Recorder
 from patchwire.results import Progress, Stats
 from patchwire.sites import Address
@@ -43,7 +43,7 @@ class Scope:
         """
         if self.invoke is None:
             raise GraphError(
-                f"`{address}` is read outside of the trace's invokes, so it is not clear for which rows.",
+                f"`{address.spelled}` is read outside of the trace's invokes, so it is not clear for which rows.",
                 hint="Write `with trace.invoke(prompt):` around it, or give the prompt to `trace`.",
                 lines=here(),
             )
@@ -161,6 +161,8 @@ class Trace:
         _CURRENT.reset(self._token)
         if error is not None:
             self._recorder.open = False
+            if isinstance(error, PatchwireError):
+                trim(error)
             return
         if not self._trace.invokes:
             self._recorder.open = False

@@ -11,15 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from patchwire.sites import INPUT, Path
-
-_CALL = ("args", "kwargs")
+from patchwire.sites import CALL, INPUT, Path
 
 
 def tensors(value: Any, side: str) -> Iterator[tuple[Path, Tensor]]:
     """Every tensor in the value of a side, with its path; of an input, the paths start with "args" or "kwargs"."""
     if side == INPUT:
-        for name, part in zip(_CALL, value, strict=True):
+        for name, part in zip(CALL, value, strict=True):
             yield from ((((name, *path)), tensor) for path, tensor in _inside(part))
     else:
         yield from _inside(value)
@@ -44,7 +42,7 @@ def get(value: Any, side: str, path: Path) -> Any:
         KeyError, IndexError, TypeError: there is nothing.
     """
     if side == INPUT:
-        value, path = value[_CALL.index(path[0])], path[1:]
+        value, path = value[CALL.index(path[0])], path[1:]
     for step in path:
         value = value[step]
     return value
@@ -54,7 +52,7 @@ def replaced(value: Any, side: str, path: Path, new: Any) -> Any:
     """A copy of the containers on the way, with `new` at a path; the rest is shared."""
     if side == INPUT:
         args, kwargs = value
-        if path[0] == _CALL[0]:
+        if path[0] == CALL[0]:
             return _replaced(args, path[1:], new), kwargs
         return args, _replaced(kwargs, path[1:], new)
     return _replaced(value, path, new)

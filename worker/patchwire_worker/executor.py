@@ -239,7 +239,9 @@ class Execution:
                     return self.model.parameter(args[1])  # type: ignore[arg-type]
                 case target if target is g.apply:
                     path = self.model.catalogue.module(args[1]).path  # type: ignore[arg-type]
-                    return self.model.apply(path, args[2], args[3])  # type: ignore[arg-type]
+                    # A module may change its arguments in place, and these may be weights, or values of others.
+                    own = _map_tensors((args[2], args[3]), torch.clone)
+                    return self.model.apply(path, *own)
                 case target:
                     self._check_size(node, args, kwargs)
                     return target(*args, **kwargs)  # type: ignore[operator]

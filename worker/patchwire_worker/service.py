@@ -202,6 +202,8 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
     async def Run(self, request: service_pb2.RunRequest, context: Context) -> AsyncIterator[service_pb2.RunResponse]:
         try:
             self.authenticate(context)
+            if request.compression not in tensors.COMPRESSIONS:
+                raise GraphError(f"compression {request.compression} is not known to this version.")
             admitted, planned = await self._admit(request.graph)
             events = self.schedulers[admitted.model.name].run(admitted, planned)
             async with contextlib.aclosing(events):

@@ -1,0 +1,271 @@
+"""How a matrix of numbers looks: shaded cells in a terminal, and a heatmap in the style of the field's figures.
+
+Both take the same: values `[rows, columns]`, a label for each row and column, and perhaps a text for each cell. Reading
+down a terminal is going up the network, so a figure has its first row at the bottom.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from rich.cells import cell_len, set_cell_size
+from rich.color import Color
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from patchwire.errors import PatchwireError, ShapeError, here
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Labels = Sequence[str]
+Texts = Sequence[Sequence[str]]
+
+_PALE, _DEEP = (222, 235, 247), (8, 48, 107)
+_PADDING = 1
+_WIDEST_CELL = 12
+
+
+def visible(token: str) -> str:
+    """A token as it is shown: spaces and line ends can be seen, and it is never empty."""
+    shown = "".join(_SHOWN.get(each, each if each.isprintable() else "�") for each in token)
+    return shown or "∅"
+
+
+_SHOWN = {" ": "▁", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+
+
+def shade(value: float) -> Style:
+    """The colours of a terminal cell: none near 0, deep blue at 1; values outside of that are clipped."""
+    value = min(max(0.0 if math.isnan(value) else value, 0.0), 1.0)
+    if value < 0.02:
+        return Style(dim=True)
+    red, green, blue = (round(pale + (deep - pale) * value) for pale, deep in zip(_PALE, _DEEP, strict=True))
+    ink = Color.from_rgb(255, 255, 255) if value > 0.5 else Color.from_rgb(0, 0, 0)
+    return Style(color=ink, bgcolor=Color.from_rgb(red, green, blue))
+
+
+def grid(
+    values: Tensor,
+    *,
+    rows: Labels,
+    columns: Labels,
+    texts: Texts | None = None,
+    title: str = "",
+    corner: str = "layer",
+    full: float | None = None,
+    width: int | None = None,
+) -> Table:
+    """A table for the terminal, each cell shaded by its value.
+
+    Args:
+        values: `[rows, columns]`, any real dtype.
+        rows: A label for each row.
+        columns: A label for each column; may have several lines.
+        texts: What to write in the cells, `[rows][columns]`; the values if left out.
+        title: Written above.
+        corner: The heading of the row labels.
+        full: The value that has the deepest shade; the largest value if left out.
+        width: How many characters wide it may be; the last columns that fit are shown, and the caption says so.
+
+    Raises:
+        ShapeError: labels or texts do not fit the values.
+    """
+    values = _checked(values, rows, columns, texts)
+    texts = texts or number_texts(values)
+    deepest = full if full is not None else float(values.nan_to_num().max()) if values.numel() else 1.0
+    widths = [_width(columns, texts, column) for column in range(len(columns))]
+    first = _first_column(widths, width, max([cell_len(corner), *map(cell_len, rows)]))
+    table = Table(
+        title=title or None,
+        title_justify="left",
+        title_style="",
+        caption=f"the last {len(columns) - first} of {len(columns)} columns" if first else None,
+        caption_justify="left",
+        box=None,
+        padding=(0, _PADDING, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column(corner, justify="right", style="bold", no_wrap=True)
+    for column in range(first, len(columns)):
+        head = "\n".join(_fit(line, widths[column]) for line in columns[column].split("\n"))
+        table.add_column(Text(head), min_width=widths[column], no_wrap=True)
+    for row, label in enumerate(rows):
+        cells = (
+            Text(
+                set_cell_size(_fit(texts[row][column], widths[column]), widths[column]),
+                style=shade(float(values[row, column]) / deepest if deepest > 0 else 0.0),
+            )
+            for column in range(first, len(columns))
+        )
+        table.add_row(Text(label), *cells)
+    return table
+
+
+def number_texts(values: Tensor) -> list[list[str]]:
+    """Each value as short text: two decimals, or powers of ten where all values are tiny."""
+    largest = float(values.nan_to_num().abs().max()) if values.numel() else 0.0
+    form = "{:.2f}" if largest >= 0.01 or largest == 0 else "{:.0e}"
+    return [[form.format(each) for each in row] for row in values.tolist()]
+
+
+def _checked(values: Tensor, rows: Labels, columns: Labels, texts: Texts | None) -> Tensor:
+    values = torch.as_tensor(values).detach().to("cpu", torch.float32)
+    if tuple(values.shape) != (len(rows), len(columns)):
+        raise ShapeError(
+            f"The values have shape {list(values.shape)}, the labels are for [{len(rows)}, {len(columns)}].",
+            lines=here(),
+        )
+    if texts is not None and [len(row) for row in texts] != [len(columns)] * len(rows):
+        raise ShapeError(f"The texts are not [{len(rows)}][{len(columns)}], as the values are.", lines=here())
+    return values
+
+
+def _width(columns: Labels, texts: Texts, column: int) -> int:
+    lines = [*columns[column].split("\n"), *(row[column] for row in texts)]
+    return min(max(cell_len(line) for line in lines), _WIDEST_CELL)
+
+
+def _first_column(widths: Sequence[int], width: int | None, labels: int) -> int:
+    """The first of the last columns that fit; at least one is shown."""
+    if width is None:
+        return 0
+    left = width - labels - _PADDING
+    for column in reversed(range(len(widths))):
+        left -= widths[column] + _PADDING
+        if left < 0:
+            return min(column + 1, len(widths) - 1)
+    return 0
+
+
+def _fit(text: str, width: int) -> str:
+    return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
+
+
+def heatmap(
+    values: Tensor,
+    *,
+    rows: Labels,
+    columns: Labels,
+    title: str = "",
+    unit: str = "",
+    annotate: Texts | Literal["values"] | None = None,
+    row_axis: str = "layer",
+    column_axis: str = "token",
+    signed: bool = False,
+    full: float | None = None,
+) -> Figure:
+    """A matplotlib figure of a matrix, first row at the bottom, with a colour bar.
+
+    Args:
+        values: `[rows, columns]`, any real dtype.
+        rows: A label for each row.
+        columns: A label for each column; may have several lines.
+        title: Written above.
+        unit: What the values are: "probability". Stands at the colour bar.
+        annotate: What to write in the cells, `[rows][columns]`; "values" for the values themselves.
+        row_axis: What the rows are.
+        column_axis: What the columns are.
+        signed: Colour by sign, white at 0, instead of by size.
+        full: The value with the deepest colour; the largest (of either sign) if left out.
+
+    Returns:
+        A figure that belongs to no window: notebooks show it, `figure.savefig(path)` writes it.
+
+    Raises:
+        ShapeError: labels or texts do not fit the values.
+        PatchwireError: matplotlib is not installed.
+    """
+    values = _checked(values, rows, columns, None if annotate == "values" else annotate)
+    texts = number_texts(values) if annotate == "values" else annotate
+    cell = 0.42 + 0.075 * max([4, *(cell_len(text) for row in texts or () for text in row)])
+    figure = _figure()(
+        figsize=(max(4.6, 2.2 + cell * len(columns)), max(2.8, 1.7 + 0.24 * len(rows))), layout="constrained"
+    )
+    axes = figure.add_subplot()
+    most = full if full is not None else float(values.nan_to_num().abs().max()) if values.numel() else 1.0
+    most = most or 1.0
+    image = axes.imshow(
+        values.numpy(),
+        aspect="auto",
+        origin="lower",
+        interpolation="nearest",
+        cmap="RdBu_r" if signed else "Blues",
+        vmin=-most if signed else 0.0,
+        vmax=most,
+    )
+    step = max(1, math.ceil(len(rows) / 64))
+    axes.set_yticks(range(0, len(rows), step), [_plain(each) for each in rows[::step]], fontsize=8)
+    long = max((len(line) for label in columns for line in label.split("\n")), default=0) > 5
+    axes.set_xticks(
+        range(len(columns)),
+        [_plain(each) for each in columns],
+        fontsize=8,
+        **({"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if long else {}),
+    )
+    axes.set_xlabel(column_axis)
+    axes.set_ylabel(row_axis)
+    axes.set_title(_plain(title), fontsize=10, loc="left")
+    axes.tick_params(length=0)
+    axes.set_xticks([each - 0.5 for each in range(1, len(columns))], minor=True)
+    axes.set_yticks([each - 0.5 for each in range(1, len(rows))], minor=True)
+    axes.grid(which="minor", color="white", linewidth=0.6)
+    axes.tick_params(which="minor", length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    for row, line in enumerate(texts or ()):
+        for column, text in enumerate(line):
+            strength = float(values[row, column].nan_to_num()) / most
+            ink = "white" if abs(strength) > 0.55 else "#333333"
+            axes.text(column, row, _plain(text), ha="center", va="center", fontsize=6.5, color=ink)
+    bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.05, aspect=30)
+    bar.set_label(unit)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    return figure
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Write a figure to a file; the folder is made if it is not there. The suffix says the format.
+
+    Raises:
+        PatchwireError: the file cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=160)
+    except (OSError, ValueError) as error:
+        raise PatchwireError(f"The figure cannot be written to {path}: {error}") from error
+    return path
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib writes as it is: a dollar would start a formula, rare characters have no glyph."""
+    return "".join("\\$" if each == "$" else each if ord(each) < 0x2E80 else "□" for each in text)
+
+
+def _figure() -> type[Figure]:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise PatchwireError(
+            f"Plots need matplotlib ({error}).", hint='Install it: `pip install "patchwire[demo]"`.'
+        ) from None
+
+    class Shown(Figure):
+        """A figure that notebooks show without pyplot."""
+
+        def _repr_png_(self) -> Any:
+            from io import BytesIO
+
+            buffer = BytesIO()
+            self.savefig(buffer, format="png", dpi=110)
+            return buffer.getvalue()
+
+    return Shown
