@@ -7,6 +7,7 @@ what it returns, its parameters, and the canonical names that stand for it.
 from __future__ import annotations
 
 import html as escaping
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -44,26 +45,29 @@ def html(catalogue: Catalogue, name: str = "") -> str:
 def _rows(catalogue: Catalogue, name: str) -> list[_Row]:
     raw = catalogue.raw(name) if name else ""
     if raw is not None:
-        return [_row(catalogue, raw, name or catalogue.model)]
+        return [_row(catalogue, raw, spell(name) if name else catalogue.model)]
     keys = catalogue.prefixes.get(name, [])
     raws = [catalogue.names[f"{name}.{key}"].module for key in keys if f"{name}.{key}" in catalogue.names]
-    return [_row(catalogue, same[0], _label(name, keys, start, len(same))) for start, same in _runs(catalogue, raws)]
+    return [
+        _row(catalogue, same[0], _label(name, keys, start, len(same)), alike=len(same) > 1)
+        for start, same in _runs(catalogue, raws)
+    ]
 
 
 def _label(name: str, keys: list[str], start: int, count: int) -> str:
     if count == 1:
-        return f"{name}[{keys[start]}]"
-    return f"{name}[{keys[start]}…{keys[start + count - 1]}] ({count} alike)"
+        return f"{spell(name)}[{keys[start]}]"
+    return f"{spell(name)}[{keys[start]}…{keys[start + count - 1]}] ({count} alike)"
 
 
-def _row(catalogue: Catalogue, path: str, label: str) -> _Row:
+def _row(catalogue: Catalogue, path: str, label: str, *, alike: bool = False) -> _Row:
     module = catalogue.modules[path]
-    row = _Row(label, module.class_name, _output(module), _parameters(module), _canonical(catalogue, path))
+    row = _Row(label, module.class_name, _output(module), _parameters(module), _canonical(catalogue, path, alike))
     names = catalogue.children[path]
     paths = [f"{path}.{name}" if path else name for name in names]
     for start, same in _runs(catalogue, paths):
         name = names[start] if len(same) == 1 else f"{names[start]}…{names[start + len(same) - 1]} ({len(same)} alike)"
-        row.children.append(_row(catalogue, same[0], name))
+        row.children.append(_row(catalogue, same[0], name, alike=alike or len(same) > 1))
     return row
 
 
@@ -89,7 +93,7 @@ def _shape(catalogue: Catalogue, path: str) -> tuple[object, ...]:
 def _output(module: Module) -> str:
     leaves = module.side("output")
     if not leaves:
-        return "" if module.calls else "(not called)"
+        return "" if module.calls or module.class_name == "ModuleList" else "(not called)"
     if leaves[0].path == ():
         return leaves[0].symbolic
     return "(" + ", ".join(f"{leaf.path[0]}: {leaf.symbolic}" for leaf in leaves if len(leaf.path) == 1) + ")"
@@ -99,9 +103,10 @@ def _parameters(module: Module) -> str:
     return " ".join(f"{each.name}{list(each.shape)}" for each in module.parameters)
 
 
-def _canonical(catalogue: Catalogue, path: str) -> str:
-    names = [each.name for each in catalogue.names.values() if each.module == path and each.value is None]
-    return " ".join(spell(name).removeprefix("model.") for name in names)
+def _canonical(catalogue: Catalogue, path: str, alike: bool) -> str:
+    names = [each.name for each in catalogue.names.values() if each.module == path]
+    typed = ", ".join(spell(name) for name in names)
+    return re.sub(r"layers\[\d+\]", "layers[i]", typed) if alike else typed
 
 
 def _lines(row: _Row, indent: str = "") -> Iterator[tuple[str, str]]:

@@ -21,7 +21,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from measuring import alternate, report
-from serving import Server
 
 import patchwire
 from patchwire import graph as g
@@ -33,6 +32,7 @@ from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.models.loading import load
 from patchwire_worker.planner import plan
 from patchwire_worker.store import TensorStore
+from serving import Server
 
 IDS = list(range(16))
 ROUNDS = int(os.environ.get("ROUNDS", "300"))
