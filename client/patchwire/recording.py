@@ -127,15 +127,16 @@ class Recorder(TracerBase):
         return value.node
 
     def _constant(self, tensor: Tensor) -> torch.fx.Node:
+        version = -1 if tensor.is_inference() else tensor._version  # inference tensors count no versions
         known = self._constants.get(id(tensor))
-        if known is not None and known[0] is tensor and known[1] == tensor._version:
+        if known is not None and known[0] is tensor and known[1] == version >= 0:
             return known[2]
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
             raise GraphError("Only ordinary dense tensors can go into a graph.", lines=here())
         # What counts is the tensor as it is now: the program may change it before the graph is sent.
         self.request.constants.append(tensor.detach().to("cpu", copy=True).contiguous())
         node = self._create(g.constant, (len(self.request.constants) - 1,))
-        self._constants[id(tensor)] = (tensor, tensor._version, node)
+        self._constants[id(tensor)] = (tensor, version, node)
         return node
 
     # --- operations ---------------------------------------------------------------------------------------------------
@@ -207,6 +208,8 @@ class Recorder(TracerBase):
                 lines=here(),
             )
         kwargs = {name: each for name, each in kwargs.items() if name not in ops.FORBIDDEN_ARGUMENTS}
+        if not args and "input" in kwargs:  # `torch.softmax(input=value)`
+            args = (kwargs.pop("input"),)
         if operation.kind == "inplace":
             return self._edit(operation, args[0], args[1:], kwargs)
         arguments = self.argument(args)

@@ -141,7 +141,8 @@ class Execution:
         for access in work.reads:
             tensor = self._leaf(access, value)
             lent.append(tensor)
-            self._set(access.node, access.rows.take(tensor, access.leaf))
+            # Contiguous, as its fake is, so that what a graph may do with it does not depend on who shares the pass.
+            self._set(access.node, access.rows.take(tensor, access.leaf).contiguous())
         self._evaluate_ready()
         for access in work.writes:
             value = self._written(access, value)
@@ -236,12 +237,12 @@ class Execution:
                     constant = self.admitted.graph.constants[args[0]]  # type: ignore[index]
                     return constant.to(self.model.device)  # type: ignore[union-attr]
                 case target if target is g.parameter:
-                    return self.model.parameter(args[1])  # type: ignore[arg-type]
+                    return self.model.parameter(args[1]).contiguous()  # type: ignore[arg-type]
                 case target if target is g.apply:
                     path = self.model.catalogue.module(args[1]).path  # type: ignore[arg-type]
                     # A module may change its arguments in place, and these may be weights, or values of others.
                     own = _map_tensors((args[2], args[3]), torch.clone)
-                    return self.model.apply(path, *own)
+                    return _map_tensors(self.model.apply(path, *own), torch.Tensor.contiguous)
                 case target:
                     self._check_size(node, args, kwargs)
                     return target(*args, **kwargs)  # type: ignore[operator]
