@@ -41,6 +41,7 @@ DTYPES: Mapping[pb.Dtype, torch.dtype] = {
 }
 _WIRE = {dtype: wire for wire, dtype in DTYPES.items()}
 _MAX_DIMENSIONS = 64
+_MAX_BYTES = 1 << 63
 
 COMPRESSIONS = (pb.COMPRESSION_UNSPECIFIED, pb.COMPRESSION_ZSTD)
 """How chunks may be packed."""
@@ -86,9 +87,12 @@ def size(head: pb.TensorHeader, limit: int | None = None) -> int:
     """
     if len(head.shape) > _MAX_DIMENSIONS or any(length < 0 for length in head.shape):
         raise GraphError(f"{list(head.shape)[:8]} is not a shape.")
-    total = math.prod(head.shape) * dtype_from_proto(head.dtype).itemsize
+    itemsize = dtype_from_proto(head.dtype).itemsize
+    total = math.prod(head.shape) * itemsize
     if limit is not None and total > limit:
         raise LimitError(f"A tensor of shape {list(head.shape)} has {total:,} bytes; at most {limit:,} are allowed.")
+    if math.prod(max(length, 1) for length in head.shape) * itemsize >= _MAX_BYTES:
+        raise GraphError(f"{list(head.shape)[:8]} is not a shape.")
     return total
 
 
@@ -98,7 +102,7 @@ def data(tensor: Tensor) -> memoryview:
     if flat.is_conj() or flat.is_neg():
         flat = flat.resolve_conj().resolve_neg()
     if flat.numel() == 0:
-        return memoryview(b"")
+        return memoryview(bytearray())
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
