@@ -314,7 +314,8 @@ class _Decoder:
         self.graph = Graph()
         self.nodes: list[torch.fx.Node] = []
         self.lines = [
-            SourceLine(each.file[:1024], each.line, each.code[:_MAX_TEXT]) if each.file else None
+            # Never without a text: `with_code` would look for it in a file of this machine.
+            SourceLine(each.file[:1024], each.line, each.code[:_MAX_TEXT] or "(not sent)") if each.file else None
             for each in message.lines
         ]
         self.line: SourceLine | None = None

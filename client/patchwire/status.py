@@ -14,7 +14,7 @@ from google.rpc import status_pb2
 from grpc_status import rpc_status
 
 from patchwire import errors
-from patchwire.errors import PatchwireError, SourceLine, with_code
+from patchwire.errors import PatchwireError, SourceLine
 from patchwire.v1 import error_pb2 as pb
 from patchwire.v1 import graph_pb2
 
@@ -47,7 +47,6 @@ _BY_ERROR = {row.error: row for row in _TABLE}
 
 def line_to_proto(line: SourceLine) -> graph_pb2.SourceLine:
     """A line of the user's program as a message."""
-    line = with_code(line)
     return graph_pb2.SourceLine(file=line.file, line=line.line, code=line.code)
 
 

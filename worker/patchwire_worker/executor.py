@@ -174,6 +174,8 @@ class Execution:
             raise self._too_late(access.node, source)
         old = self._leaf(access, value)
         new = self._values[source]
+        if not isinstance(new, Tensor):
+            raise at(access.node, ShapeError(f"`{access.node.args[0]}` cannot become a {type(new).__name__}."))
         mine = access.rows.take(old, access.leaf)
         if new.shape != mine.shape or new.dtype != mine.dtype:
             raise at(

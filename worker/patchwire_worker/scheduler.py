@@ -63,6 +63,7 @@ class _Job:
     stopping: Stopping = field(default_factory=Stopping)
     events: asyncio.Queue[Event | BaseException] = field(default_factory=asyncio.Queue)
     arrived: float = field(default_factory=time.perf_counter)
+    timer: asyncio.TimerHandle | None = None
 
 
 class Scheduler:
@@ -98,22 +99,22 @@ class Scheduler:
         loop.run_in_executor(self._thread, self._execute, job, loop)
         if position:
             yield Queued(position)
-        timer: asyncio.TimerHandle | None = None
         try:
             while True:
                 event = await job.events.get()
                 if isinstance(event, BaseException):
                     raise event
-                if isinstance(event, Running) and timer is None:
-                    late = TimeoutError(f"The request ran longer than the server's {self.limits.seconds:g} seconds.")
-                    timer = loop.call_later(self.limits.seconds, job.stopping.stop, late)
                 yield event
                 if isinstance(event, Done):
                     return
         finally:
-            if timer is not None:
-                timer.cancel()
+            if job.timer is not None:
+                job.timer.cancel()
             job.stopping.stop(CancelledError("The request was cancelled."))
+
+    def _start_timer(self, job: _Job, loop: asyncio.AbstractEventLoop) -> None:
+        late = TimeoutError(f"The request ran longer than the server's {self.limits.seconds:g} seconds.")
+        job.timer = loop.call_later(self.limits.seconds, job.stopping.stop, late)
 
     def _execute(self, job: _Job, loop: asyncio.AbstractEventLoop) -> None:
         """On the model's thread: run the job and send its events to the loop."""
@@ -129,6 +130,8 @@ class Scheduler:
             if job.stopping.reason is not None:
                 raise job.stopping.reason
             queued = time.perf_counter() - job.arrived
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._start_timer, job, loop)
             execution = Execution(
                 job.admitted,
                 job.plan,
