@@ -14,7 +14,7 @@ from torch import Tensor
 
 from patchwire import graph as g
 from patchwire.checking import Checker, fake_of
-from patchwire.errors import GraphError, InputError, LimitError, ModelNotFoundError, PatchwireError, nearest, with_code
+from patchwire.errors import GraphError, InputError, LimitError, ModelNotFoundError, PatchwireError, nearest
 from patchwire.sites import Catalogue, Leaf
 from patchwire.v1 import graph_pb2
 from patchwire_worker.config import Limits
@@ -142,6 +142,4 @@ class Admission:
 def at(node: torch.fx.Node, error: PatchwireError) -> PatchwireError:
     """The same error, at the line that a node came from."""
     line = g.line_of(node)
-    return (
-        error if line is None or error.lines else type(error)(error.message, hint=error.hint, lines=[with_code(line)])
-    )
+    return error if line is None or error.lines else type(error)(error.message, hint=error.hint, lines=[line])

@@ -30,7 +30,6 @@ from patchwire.errors import (
     ShapeError,
     SiteError,
     SourceLine,
-    with_code,
 )
 from patchwire_worker import containers
 from patchwire_worker.admission import Admitted, at
@@ -284,7 +283,7 @@ class Execution:
         return OrderError(
             f"`{node.args[0]}` cannot be changed with {later}, which comes later in the forward pass.",
             hint="Save the later value, and write it in a second trace.",
-            lines=[with_code(line) for line in lines if line is not None],
+            lines=[line for line in lines if line is not None],
         )
 
     def _never_reached(self, work: Work) -> PatchwireError:
@@ -293,7 +292,7 @@ class Execution:
 
     def _model_failed(self, each: Pass, error: Exception) -> ExecutionError:
         writes = [g.line_of(access.node) for work in each.works for access in work.writes]
-        lines: list[SourceLine] = [with_code(line) for line in writes if line is not None]
+        lines: list[SourceLine] = [line for line in writes if line is not None]
         hint = "It may be due to what these lines write into it." if lines else ""
         return ExecutionError(f"The model failed: {_first_line(error)}", hint=hint, lines=lines[-3:])
 

@@ -17,7 +17,7 @@ import torch.fx
 from torch import Tensor
 
 from patchwire import graph as g
-from patchwire.errors import OrderError, with_code
+from patchwire.errors import OrderError
 from patchwire.sites import Axis, Leaf
 from patchwire_worker.admission import Admitted
 from patchwire_worker.interleaving import Location
@@ -151,7 +151,7 @@ def _ordered(trace: int, invokes: list[int], needed: set[torch.fx.Node]) -> list
             raise OrderError(
                 "These invokes write values of each other and cannot share a pass.",
                 hint="Save the values of one trace and write them in a second.",
-                lines=[with_code(line) for line in lines if line is not None][:2],
+                lines=[line for line in lines if line is not None][:2],
             )
         order.extend(free)
     return order
