@@ -47,7 +47,7 @@ _OPERATORS_VIEW = "getitem pos"
 _BOTH = """
     abs absolute acos acosh add addbmm addcdiv addcmul addmm addmv addr all amax amin aminmax angle any argmax
     argmin argsort argwhere asin asinh atan atan2 atanh baddbmm bitwise_and bitwise_not bitwise_or bitwise_xor bmm
-    bucketize ceil cholesky clamp clamp_max clamp_min clip clone copysign corrcoef cos cosh count_nonzero cov cross
+    bucketize ceil cholesky clamp clamp_max clamp_min clip clone copysign cos cosh count_nonzero cross
     cummax cummin cumprod cumsum deg2rad det diag diag_embed diff dist div divide dot eq erf erfc erfinv exp exp2
     expm1 fix flip fliplr flipud float_power floor floor_divide fmax fmin fmod frac gather ge gcd greater greater_equal
     gt heaviside histc hypot index_add index_copy index_fill index_put index_select inner inverse isclose isfinite
@@ -90,7 +90,7 @@ _FUNCTIONAL = """
     relu relu6 rms_norm selu sigmoid silu smooth_l1_loss softmax softmin softplus softshrink softsign tanh
 """
 _LINALG = """
-    cholesky cond cross det eig eigh eigvals eigvalsh inv lstsq matmul matrix_norm matrix_power matrix_rank
+    cholesky cond cross det eig eigh eigvals eigvalsh inv matmul matrix_norm matrix_power matrix_rank
     multi_dot norm pinv qr slogdet solve svd svdvals vecdot vector_norm
 """
 _LINALG_VIEW = "diagonal"
