@@ -435,8 +435,13 @@ class _Decoder:
             case "node":
                 return self.value(message.node)
             case "slice":
-                parts = (message.slice.start, message.slice.stop, message.slice.step)
-                return slice(*(self.argument(part, depth + 1) for part in parts))
+                bounds = message.slice
+                return slice(
+                    *(
+                        self.argument(getattr(bounds, name), depth + 1) if bounds.HasField(name) else None
+                        for name in ("start", "stop", "step")
+                    )
+                )
             case "ellipsis":
                 return Ellipsis
             case "list" | "tuple" as kind:
