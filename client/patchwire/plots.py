@@ -94,12 +94,12 @@ def grid(
     )
     table.add_column(corner, justify="right", style="bold", no_wrap=True)
     for column in range(first, len(columns)):
-        head = "\n".join(_fit(line, widths[column]) for line in columns[column].split("\n"))
+        head = "\n".join(fit(line, widths[column]) for line in columns[column].split("\n"))
         table.add_column(Text(head), min_width=widths[column], no_wrap=True)
     for row, label in enumerate(rows):
         cells = (
             Text(
-                set_cell_size(_fit(texts[row][column], widths[column]), widths[column]),
+                set_cell_size(fit(texts[row][column], widths[column]), widths[column]),
                 style=shade(float(values[row, column]) / deepest if deepest > 0 else 0.0),
             )
             for column in range(first, len(columns))
@@ -144,7 +144,8 @@ def _first_column(widths: Sequence[int], width: int | None, labels: int) -> int:
     return 0
 
 
-def _fit(text: str, width: int) -> str:
+def fit(text: str, width: int) -> str:
+    """The text, cut to a number of characters."""
     return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
 
 
@@ -203,12 +204,11 @@ def heatmap(
     step = max(1, math.ceil(len(rows) / 64))
     axes.set_yticks(range(0, len(rows), step), [_plain(each) for each in rows[::step]], fontsize=8)
     long = max((len(line) for label in columns for line in label.split("\n")), default=0) > 5
-    axes.set_xticks(
-        range(len(columns)),
-        [_plain(each) for each in columns],
-        fontsize=8,
-        **({"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if long else {}),
-    )
+    axes.set_xticks(range(len(columns)), [_plain(each) for each in columns], fontsize=8)
+    if long:
+        axes.tick_params("x", rotation=40)
+        for label in axes.get_xticklabels():
+            label.set(ha="right", rotation_mode="anchor")
     axes.set_xlabel(column_axis)
     axes.set_ylabel(row_axis)
     axes.set_title(_plain(title), fontsize=10, loc="left")
@@ -222,12 +222,21 @@ def heatmap(
     for row, line in enumerate(texts or ()):
         for column, text in enumerate(line):
             strength = float(values[row, column].nan_to_num()) / most
-            ink = "white" if abs(strength) > 0.55 else "#333333"
+            ink = "white" if abs(strength) > 0.5 else "#333333"
             axes.text(column, row, _plain(text), ha="center", va="center", fontsize=6.5, color=ink)
     bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.05, aspect=30)
     bar.set_label(unit)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return figure
+
+
+def require() -> None:
+    """Say at once, rather than after the work, that figures cannot be drawn.
+
+    Raises:
+        PatchwireError: matplotlib is not installed.
+    """
+    _figure()
 
 
 def save(figure: Figure, path: str | Path) -> Path:

@@ -1,0 +1,493 @@
+"""The command line: `patchwire serve`, `models`, `lens`, `demo`, `doctor`.
+
+Every command works on what the library offers to any program. What takes long to import is imported by the command
+that needs it.
+"""
+
+from __future__ import annotations
+
+import io
+import ipaddress
+import logging
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from patchwire.client import connect, local
+from patchwire.connection import TLS
+from patchwire.errors import InputError, PatchwireError, PatchwireWarning
+from patchwire.version import VERSION
+
+if TYPE_CHECKING:
+    from patchwire.model import Model
+    from patchwire_worker.models.hosted import HostedModel
+    from patchwire_worker.server import Server
+
+DEFAULT_PORT = 50051
+
+app = typer.Typer(
+    name="patchwire",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+Token = Annotated[str | None, typer.Option(envvar="PATCHWIRE_TOKEN", help="The server's token.", show_default=False)]
+Tls = Annotated[bool, typer.Option("--tls", help="Encrypt the connection; trusts the system's certificates.")]
+TlsCa = Annotated[
+    Path | None, typer.Option(help="Encrypt the connection; trusts the certificates in this file.", show_default=False)
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, auto (a GPU if there is one) or balanced (all GPUs).")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, float64, or auto (as the checkpoint has it).")]
+
+
+def main() -> None:
+    """Run the command line: an error of ours is one message, without a traceback, and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a token shows something else
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("always", PatchwireWarning)
+    warnings.showwarning = _show_warning
+    try:
+        app()
+    except PatchwireError as error:
+        _fail(error)
+
+
+def _fail(error: PatchwireError) -> None:
+    first, *rest = str(error).split("\n\n")
+    err.print(Text(first, style="bold red"), soft_wrap=True)
+    for part in rest:
+        err.print(Text(part), soft_wrap=True)
+    sys.exit(1)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    err.print(Text(str(message), style="yellow"), soft_wrap=True)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        out.print(f"patchwire {VERSION}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog="[bold]Examples[/]\n\n"
+    "patchwire demo  [dim]# an experiment on a real model, on this machine[/]\n\n"
+    "patchwire serve gpt2 --device cuda  [dim]# then: patchwire.connect('127.0.0.1:50051').model()[/]\n\n"
+    "patchwire lens gpt2 'The Eiffel Tower is in the city of'\n\n"
+    "patchwire doctor gpu-box:50051  [dim]# why does it not work?[/]"
+)
+def patchwire(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Causal experiments inside language models that live somewhere else."""
+
+
+# --- serve ------------------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "patchwire serve gpt2\n\n"
+    "patchwire serve small=./my-checkpoint EleutherAI/pythia-70m --device cuda --dtype bfloat16\n\n"
+    "PATCHWIRE_TOKEN=… patchwire serve model.gguf --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem"
+)
+def serve(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL…", help="A hub id, a directory or a .gguf file; NAME=MODEL gives it another name."
+        ),
+    ],
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = DEFAULT_PORT,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="PATCHWIRE_TOKEN", help="What clients have to present.", show_default=False),
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="The server's certificate (PEM).", show_default=False)] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="The certificate's key (PEM).", show_default=False)] = None,
+    client_ca: Annotated[
+        Path | None,
+        typer.Option(help="Let in only clients with a certificate from this file (PEM).", show_default=False),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of all rows of one trace, at most.", show_default=False)
+    ] = None,
+    max_seconds: Annotated[
+        float | None, typer.Option(min=0.1, help="Seconds that a request may run.", show_default=False)
+    ] = None,
+    max_queued: Annotated[
+        int | None, typer.Option(min=1, help="Requests of one model that may wait.", show_default=False)
+    ] = None,
+) -> None:
+    """Serve models, until Ctrl-C."""
+    import asyncio
+
+    _log_to_stderr()
+    specs = _named(models)
+    for option, file in (("--tls-cert", tls_cert), ("--tls-key", tls_key), ("--client-ca", client_ca)):
+        if file is not None and not file.is_file():
+            raise PatchwireError(f"There is no file {file} ({option}).")
+    if (tls_cert is None) != (tls_key is None):
+        raise PatchwireError("A certificate and its key belong together.", hint="Give --tls-cert and --tls-key.")
+    if client_ca is not None and tls_cert is None:
+        raise PatchwireError(
+            "Clients show certificates only on encrypted connections.", hint="Give --tls-cert and --tls-key too."
+        )
+    with _loading("the worker"):
+        try:
+            from patchwire_worker.config import Limits, ServerConfig
+            from patchwire_worker.models.hosted import HostedModel
+            from patchwire_worker.models.loading import load
+            from patchwire_worker.server import serve as serve_until_told
+        except ModuleNotFoundError as error:
+            raise _no_worker(error) from None
+    config = ServerConfig(
+        host=f"[{host}]" if ":" in host and not host.startswith("[") else host,
+        port=port,
+        token=token or None,
+        certificate=tls_cert,
+        key=tls_key,
+        client_ca=client_ca,
+        limits=Limits(
+            tokens=max_tokens or Limits.tokens,
+            seconds=max_seconds or Limits.seconds,
+            queued=max_queued or Limits.queued,
+        ),
+    )
+    hosted: dict[str, HostedModel] = {}
+    for name, spec in specs:
+        with _loading(spec):
+            model = HostedModel(load(spec, name=name, device=device, dtype=dtype))
+        if model.name in hosted:
+            raise PatchwireError(f"Two models are called `{model.name}`.", hint=f"Name one of them: `other={spec}`.")
+        hosted[model.name] = model
+    _warn_if_open(host, token=token, encrypted=tls_cert is not None)
+    with suppress(KeyboardInterrupt):
+        asyncio.run(serve_until_told(hosted, config, lambda server: _announce(server, hosted)))
+    out.print("Stopped.")
+
+
+def _named(models: list[str]) -> list[tuple[str | None, str]]:
+    """The name, if one is given, and the rest of each "NAME=MODEL"."""
+    named: list[tuple[str | None, str]] = []
+    for each in models:
+        match = re.fullmatch(r"([\w.\-]+)=(.+)", each)
+        named.append((None, each) if match is None or Path(each).exists() else (match[1], match[2]))
+    return named
+
+
+def _warn_if_open(host: str, *, token: str | None, encrypted: bool) -> None:
+    try:
+        here_only = host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:  # a name of this machine
+        here_only = False
+    if here_only:
+        return
+    if not token:
+        err.print(
+            Text(f"Warning: anyone who reaches {host} may use these models. Give a token with --token.", "yellow"),
+            soft_wrap=True,
+        )
+    if not encrypted:
+        err.print(
+            Text(
+                "Warning: connections are not encrypted, so prompts, results and the token can be read on the way. "
+                "Give --tls-cert and --tls-key.",
+                "yellow",
+            ),
+            soft_wrap=True,
+        )
+
+
+def _announce(server: Server, hosted: dict[str, HostedModel]) -> None:
+    """Say where the server is and how to use it; the first line is for programs too."""
+    config = server.config
+    out.print(f"Serving on {server.address}", style="bold green", markup=False, soft_wrap=True)
+    for name, model in hosted.items():
+        summary = model.summary
+        out.print(
+            f"  {name}: {summary.architecture}, {_count(summary.parameters)} parameters, {summary.layers} layers, "
+            f"{_dtype(model)} on {summary.device}",
+            markup=False,
+            soft_wrap=True,
+        )
+    place = server.address
+    if config.host in ("0.0.0.0", "[::]"):
+        import socket
+
+        place = f"{socket.gethostname()}:{server.port}"
+    options = (', token="…"' if config.token else "") + (", tls=True" if config.certificate else "")
+    out.print("\nIn Python:\n", markup=False)
+    out.print(f'  client = patchwire.connect("{place}"{options})', markup=False, soft_wrap=True)
+    for name in hosted:
+        out.print(f'  model = client.model("{name}")', markup=False, soft_wrap=True)
+    out.print("\nCtrl-C ends it.", style="dim")
+    out.file.flush()
+
+
+def _dtype(model: HostedModel) -> str:
+    return str(max(model.module.parameters(), key=lambda each: each.numel()).dtype).removeprefix("torch.")
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def models(
+    address: Annotated[
+        str, typer.Argument(metavar="ADDRESS", help="The server's address.")
+    ] = f"127.0.0.1:{DEFAULT_PORT}",
+    token: Token = None,
+    tls: Tls = False,
+    tls_ca: TlsCa = None,
+) -> None:
+    """List the models of a server."""
+    from patchwire.tensors import dtype_from_proto
+
+    with connect(address, token=token, tls=_tls(tls, tls_ca)) as client:
+        found = client.models()
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in ("model", "architecture", "parameters", "layers", "dtype", "device"):
+        table.add_column(name, justify="right" if name in ("parameters", "layers") else "left", overflow="fold")
+    for each in found:
+        dtype = str(dtype_from_proto(each.dtype)).removeprefix("torch.") if each.dtype else "quantized"
+        table.add_row(
+            Text(each.name, style="bold"),
+            each.architecture,
+            _count(each.parameters),
+            str(each.layers),
+            dtype,
+            each.device,
+        )
+    out.print(table if found else "The server holds no models.")
+
+
+# --- lens -------------------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "patchwire lens gpt2 'The Eiffel Tower is in the city of'\n\n"
+    "patchwire lens model.gguf 'Hello' --png lens.png\n\n"
+    "patchwire lens gpt2 'Hello' --server gpu-box:50051\n\n"
+    "patchwire lens ./checkpoint-without-tokenizer '5 17 4' --ids"
+)
+def lens(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A hub id, a directory or a .gguf file; with --server, the name of one of its models."
+        ),
+    ],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt.")],
+    server: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Use this server.", show_default=False)] = None,
+    token: Token = None,
+    tls: Tls = False,
+    tls_ca: TlsCa = None,
+    top: Annotated[int, typer.Option(min=1, help="How many tokens to list for the last position.")] = 5,
+    ids: Annotated[bool, typer.Option("--ids", help="The prompt is token ids, separated by spaces.")] = False,
+    png: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Save a heatmap too (png, pdf, svg).", show_default=False)
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """Show the logit lens of a prompt: what the model would say if it stopped after each layer.
+
+    Each row reads the residual stream after one layer as if it were the last; each column is a token of the prompt, and
+    a cell says what would come after it, shaded by its probability.
+    """
+    from patchwire import plots
+    from patchwire.methods.lens import logit_lens
+
+    if png is not None:
+        plots.require()
+    given = _ids(prompt) if ids else prompt
+    found = logit_lens(_model(model, server, token, _tls(tls, tls_ca), device, dtype), given, top=top)
+    out.print(found.table(width=out.width, percent=out.color_system is None))
+    out.print()
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("next", style="bold")
+    table.add_column("probability", justify="right")
+    for word, probability in found.at(-1):
+        table.add_row(Text(plots.visible(word)), f"{probability:.4f}")
+    out.print(table)
+    if png is not None:
+        out.print(Text(f"\nSaved {plots.save(found.plot(), png)}"), soft_wrap=True)
+
+
+def _ids(prompt: str) -> list[int]:
+    try:
+        return [int(each) for each in prompt.replace(",", " ").split()]
+    except ValueError:
+        raise InputError("With --ids the prompt is numbers, separated by spaces.") from None
+
+
+def _model(name: str, server: str | None, token: str | None, tls: bool | TLS, device: str, dtype: str) -> Model:
+    if server is not None:
+        return connect(server, token=token, tls=tls).model(name)
+    with _loading(name):
+        return local(name, device=device, dtype=dtype)
+
+
+# --- demo and doctor --------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="The folder for the figures.")] = Path("demo-output"),
+) -> None:
+    """Run an experiment on a real model, on this machine, and the same one on a Mamba."""
+    try:
+        import patchwire_worker.embedded  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise _no_worker(error) from None
+    from patchwire import demo as script
+
+    script.run(output, out, _loading)
+
+
+@app.command()
+def doctor(
+    address: Annotated[
+        str | None, typer.Argument(metavar="ADDRESS", help="A server to look at too: host:port.", show_default=False)
+    ] = None,
+    token: Token = None,
+    tls: Tls = False,
+    tls_ca: TlsCa = None,
+) -> None:
+    """Tell what is installed, what is missing, and whether a server can be used from here."""
+    from patchwire.doctor import report
+
+    if not report(out, address, token=token, tls=_tls(tls, tls_ca)):
+        raise typer.Exit(1)
+
+
+# --- what the commands share ------------------------------------------------------------------------------------------
+
+
+def _tls(tls: bool, ca: Path | None) -> bool | TLS:
+    if ca is None:
+        return tls
+    if not ca.is_file():
+        raise PatchwireError(f"There is no file {ca} (--tls-ca).")
+    return TLS(ca=ca)
+
+
+def _no_worker(error: ModuleNotFoundError) -> PatchwireError:
+    return PatchwireError(
+        f"This needs the worker, which is not installed ({error}).",
+        hint='Install it: `pip install "patchwire[worker]"`.',
+    )
+
+
+def _count(number: int) -> str:
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {letter}"
+    return str(number)
+
+
+class _LogHandler(logging.Handler):
+    """Log lines to stderr, past a progress bar if one is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        err.print(
+            Text(self.format(record), style="dim" if record.levelno < logging.WARNING else "yellow"), soft_wrap=True
+        )
+
+
+def _log_to_stderr() -> None:
+    handler = _LogHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("patchwire_worker").setLevel(logging.INFO)
+
+
+@contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """Show that something loads: a spinner, and a bar while a library reports how far it is.
+
+    Libraries report with bars and remarks of their own on stderr. The bars are read and shown as one; the remarks are
+    left out.
+    """
+    started = time.monotonic()
+    live = sys.stderr.isatty()
+    if not live:
+        err.print(Text(f"Loading {what}"), soft_wrap=True)
+    progress = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        console=Console(file=sys.stderr, highlight=False),
+        transient=True,
+        disable=not live,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+    task = progress.add_task(f"Loading {what}", total=None)
+    with progress, redirect_stderr(_Bars(progress, task, what)), _quiet_libraries():
+        yield
+    seconds = time.monotonic() - started
+    if seconds > 1:
+        err.print(Text(f"Loaded {what} in {seconds:.0f} s.", style="dim"), soft_wrap=True)
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class _Bars(io.TextIOBase):
+    """A stderr that turns the text of a library's progress bar into progress of our bar."""
+
+    def __init__(self, progress: Progress, task: object, what: str) -> None:
+        self._progress = progress
+        self._task = task
+        self._what = what
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        for title, percent in re.findall(r"([^\r\n:]+):\s+(\d+)%\|", text):
+            self._progress.update(
+                self._task,  # type: ignore[arg-type]
+                description=f"Loading {self._what}: {title.strip(' .').lower()}",
+                completed=int(percent),
+                total=100,
+            )
+        return len(text)
