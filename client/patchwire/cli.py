@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from patchwire_worker.server import Server
 
 DEFAULT_PORT = 50051
+DEFAULT_ADDRESS = f"127.0.0.1:{DEFAULT_PORT}"
 
 app = typer.Typer(
     name="patchwire",
@@ -46,7 +47,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+err = Console(file=sys.stderr, highlight=False)  # stays this stderr while a library's is turned away
 
 Token = Annotated[str | None, typer.Option(envvar="PATCHWIRE_TOKEN", help="The server's token.", show_default=False)]
 Tls = Annotated[bool, typer.Option("--tls", help="Encrypt the connection; trusts the system's certificates.")]
@@ -72,10 +73,9 @@ def main() -> None:
 
 
 def _fail(error: PatchwireError) -> None:
-    first, *rest = str(error).split("\n\n")
-    err.print(Text(first, style="bold red"), soft_wrap=True)
-    for part in rest:
-        err.print(Text(part), soft_wrap=True)
+    err.print(Text(error.message, style="bold red"), soft_wrap=True)
+    if error.hint:
+        err.print(Text(error.hint), soft_wrap=True)
     sys.exit(1)
 
 
@@ -158,7 +158,7 @@ def serve(
         raise PatchwireError(
             "Clients show certificates only on encrypted connections.", hint="Give --tls-cert and --tls-key too."
         )
-    with _loading("the worker"):
+    with _loading("the worker", remark=False):
         try:
             from patchwire_worker.config import Limits, ServerConfig
             from patchwire_worker.models.hosted import HostedModel
@@ -259,9 +259,7 @@ def _dtype(model: HostedModel) -> str:
 
 @app.command()
 def models(
-    address: Annotated[
-        str, typer.Argument(metavar="ADDRESS", help="The server's address.")
-    ] = f"127.0.0.1:{DEFAULT_PORT}",
+    address: Annotated[str, typer.Argument(metavar="ADDRESS", help="The server's address.")] = DEFAULT_ADDRESS,
     token: Token = None,
     tls: Tls = False,
     tls_ca: TlsCa = None,
@@ -430,24 +428,23 @@ def _log_to_stderr() -> None:
 
 
 @contextmanager
-def _loading(what: str) -> Iterator[None]:
+def _loading(what: str, *, remark: bool = True) -> Iterator[None]:
     """Show that something loads: a spinner, and a bar while a library reports how far it is.
 
     Libraries report with bars and remarks of their own on stderr. The bars are read and shown as one; the remarks are
-    left out.
+    left out. A remark stays on the screen, unless it is not wanted.
     """
     started = time.monotonic()
-    live = sys.stderr.isatty()
-    if not live:
+    if not err.is_terminal and remark:
         err.print(Text(f"Loading {what}"), soft_wrap=True)
     progress = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         TimeElapsedColumn(),
-        console=Console(file=sys.stderr, highlight=False),
+        console=err,
         transient=True,
-        disable=not live,
+        disable=not err.is_terminal,
         redirect_stdout=False,
         redirect_stderr=False,
     )
@@ -455,7 +452,7 @@ def _loading(what: str) -> Iterator[None]:
     with progress, redirect_stderr(_Bars(progress, task, what)), _quiet_libraries():
         yield
     seconds = time.monotonic() - started
-    if seconds > 1:
+    if remark and seconds > 1:
         err.print(Text(f"Loaded {what} in {seconds:.0f} s.", style="dim"), soft_wrap=True)
 
 
