@@ -34,6 +34,9 @@ from patchwire.errors import (
 )
 from patchwire.sites import Axis, Catalogue, Leaf, Module
 
+_MAX_PIECES = 1 << 18
+_MAX_JOINED = 64
+
 
 @dataclass(frozen=True)
 class After:
@@ -102,13 +105,13 @@ class Checker:
         node.meta["after"] = max(after, key=lambda each: each.order, default=None)
         try:
             fake = self._rules.get(node.target, self._call)(node)  # type: ignore[arg-type]
+            self.check_size(fake)
         except PatchwireError as error:
             line = g.line_of(node)
             if error.lines or line is None:
                 raise
             raise type(error)(error.message, hint=error.hint, lines=[with_code(line)]) from None
         node.meta["fake"] = fake
-        self.check_size(fake)
 
     def leaf(self, site: g.Site) -> Leaf:
         """The catalogue's entry of a site."""
@@ -195,6 +198,7 @@ class Checker:
         args, kwargs = map_arg(args, fake), map_arg(kwargs, fake)
         if unknown:
             return None
+        _check_pieces(name, args, kwargs)
         try:
             result = function(*args, **kwargs)
         except NotImplementedError as error:
@@ -239,7 +243,8 @@ class Checker:
             if tensor.numel() * tensor.itemsize > self.value_bytes:
                 raise LimitError(
                     f"A value of shape {list(tensor.shape)} has {tensor.numel() * tensor.itemsize:,} bytes; "
-                    f"the server allows {self.value_bytes:,}."
+                    f"the server allows {self.value_bytes:,}.",
+                    hint="Compute it in smaller parts, or take the part that is needed first.",
                 )
 
 
@@ -289,6 +294,30 @@ def _results(name: str, result: Any) -> Any:
     if isinstance(result, (tuple, list)):
         return tuple(_results(name, each) for each in result)
     raise OperationError(f"`{name}` gives a {type(result).__name__}, which is not a tensor.")
+
+
+def _check_pieces(name: str, args: Any, kwargs: Any) -> None:
+    """Refuse what makes or joins so many tensors that their number, not their size, is the work."""
+    short, tensors = name.rsplit(".", 1)[-1], _tensors((args, kwargs))
+    values = (*args[1:], *kwargs.values())
+    numbers = [each for each in values if isinstance(each, int)]
+    longest = max((length for each in tensors for length in each.shape), default=0)
+    match short:
+        case "unbind":
+            pieces, limit = longest, _MAX_PIECES
+        case "split":
+            size = values[0] if values and isinstance(values[0], int) else longest
+            pieces, limit = longest // max(size, 1), _MAX_PIECES
+        case "chunk" | "tensor_split" | "hsplit" | "vsplit" | "dsplit":
+            pieces, limit = max(numbers, default=0), _MAX_PIECES
+        case "meshgrid" | "cartesian_prod" | "chain_matmul" | "multi_dot":
+            pieces, limit = len(tensors), _MAX_JOINED
+        case "tensordot":
+            pieces, limit = max(numbers, default=0), _MAX_JOINED
+        case _:
+            return
+    if pieces > limit:
+        raise LimitError(f"`{short}` of {pieces:,} is too many; at most {limit:,} are allowed.")
 
 
 def _nodes(argument: Any) -> list[torch.fx.Node]:

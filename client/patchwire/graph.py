@@ -28,6 +28,7 @@ INLINE_BYTES = 64 * 1024
 
 _MAX_DEPTH = 16
 _MAX_TEXT = 256
+_MAX_NAME = 1024
 _MAX_ITEMS = 1 << 16
 
 
@@ -366,6 +367,7 @@ class _Decoder:
                 return create(edit, (self.value(message.edit.base), views, change))
             case "apply":
                 self.trace(message.apply.trace)
+                self.name(message.apply.module)
                 args, kwargs = self.arguments(message.apply)
                 return create(apply, (message.apply.trace, message.apply.module, args, kwargs))
             case "constant":
@@ -374,6 +376,7 @@ class _Decoder:
                 return create(constant, (message.constant,))
             case "parameter":
                 self.trace(message.parameter.trace)
+                self.name(message.parameter.path)
                 return create(parameter, (message.parameter.trace, message.parameter.path))
             case "save":
                 dtype = tensors.dtype_from_proto(message.save.dtype) if message.save.dtype else None
@@ -386,6 +389,10 @@ class _Decoder:
             raise self.error(f"There is no trace {index}.")
         return self.graph.traces[index]
 
+    def name(self, name: str) -> None:
+        if len(name) > _MAX_NAME:
+            raise self.error("A name is too long.")
+
     def value(self, index: int) -> torch.fx.Node:
         if index >= len(self.nodes):
             raise self.error(f"Node {len(self.nodes)} refers to node {index}, which is not before it.")
@@ -397,6 +404,10 @@ class _Decoder:
     def site(self, message: pb.Site) -> Site:
         if message.invoke >= len(self.trace(message.trace).invokes):
             raise self.error(f"Trace {message.trace} has no invoke {message.invoke}.")
+        for name in (message.address, *(item.key for item in message.path)):
+            self.name(name)
+        if len(message.path) > _MAX_DEPTH:
+            raise self.error("The path of a site is too long.")
         return Site(message.trace, message.invoke, Address(message.address, path_from_proto(message.path)))
 
     def change(self, message: pb.Call) -> tuple[str, tuple[Any, ...], dict[str, Any]]:

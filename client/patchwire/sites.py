@@ -293,16 +293,22 @@ class Catalogue:
 
     def raw(self, name: str) -> str | None:
         """The raw path of a module's canonical name or raw path, or of one that continues the other; None if none."""
+        known, rest = name, list[str]()
+        while (path := self._known(known)) is None:
+            known, _, tail = known.rpartition(".")
+            if not known:
+                return None
+            rest.append(tail)
+        for tail in reversed(rest):
+            path = f"{path}.{tail}" if path else tail
+            if path not in self.modules:
+                return None
+        return path
+
+    def _known(self, name: str) -> str | None:
         if name in self.names and self.names[name].value is None:
             return self.names[name].module
-        if name in self.modules:
-            return name
-        head, _, tail = name.rpartition(".")
-        parent = self.raw(head) if head else None
-        if parent is None:
-            return None
-        path = f"{parent}.{tail}" if parent else tail
-        return path if path in self.modules else None
+        return name if name in self.modules else None
 
     def module(self, name: str) -> Module:
         """The module of a canonical name or raw path.
