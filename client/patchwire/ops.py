@@ -41,7 +41,9 @@ _OPERATORS = """
     add sub mul truediv floordiv mod pow matmul neg abs invert and_ or_ xor lshift rshift
     eq ne lt le gt ge
 """
-_OPERATORS_INPLACE = "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor setitem"
+AUGMENTED_ASSIGNMENTS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
+"""The operators behind `value += other` and its kin."""
+_OPERATORS_INPLACE = f"{' '.join(AUGMENTED_ASSIGNMENTS)} setitem"
 _OPERATORS_VIEW = "getitem pos"
 
 _BOTH = """

@@ -282,6 +282,22 @@ class Value(torch.fx.Proxy):
         return self.value.clone()
 
 
+def _in_place(operation: ops.Operation) -> Callable[[Value, Any], Value]:
+    """`value += other` and its kin: without them Python would make a new value and leave the site as it is."""
+
+    def method(self: Value, other: Any) -> Value:
+        if self._tensor is not None:
+            operation.function(self._tensor, other.value if isinstance(other, Value) else other)
+            return self
+        edited: Value = self.recorder.call(operation, (self, other), {})
+        return edited
+
+    return method
+
+
+for _name in ops.AUGMENTED_ASSIGNMENTS:
+    setattr(Value, f"__{_name}__", _in_place(ops.OPERATIONS[f"operator.{_name}"]))
+
 _NUMBERS = frozenset({"item", "tolist", "numpy"})
 _PLACES = frozenset({"cpu", "cuda"})
 

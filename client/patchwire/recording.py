@@ -172,7 +172,7 @@ class Recorder(TracerBase):
             lines=here(),
         )
 
-    def method(self, operation: ops.Operation, value: Value, *args: Any, **kwargs: Any) -> Any:
+    def method(self, operation: ops.Operation, value: Value, /, *args: Any, **kwargs: Any) -> Any:
         """Record a method of a value."""
         if operation.name == "torch.Tensor.to":
             # Where a value lives is the worker's business: only a dtype counts.
@@ -238,7 +238,10 @@ class Recorder(TracerBase):
         if source is None:
             return Value(self, node)
         fake, base = fake_of(node), fake_of(source.node)
-        shared = g.same_storage(fake, base) if fake is not None and base is not None else operation.kind == "view"
+        if fake is not None and base is not None:
+            shared = g.same_storage(fake, base)
+        else:
+            shared = operation.kind == "view" and not (operation is _GETITEM and _gathers(views[-1][1][0]))
         return Value(self, node, source.memory, views, source) if shared else Value(self, node)
 
     def derived(self, value: Value) -> torch.fx.Node:
@@ -407,6 +410,20 @@ class Recorder(TracerBase):
             kept.append(self.request.constants[node.args[0]])
             node.args = (len(kept) - 1,)
         self.request.constants = kept
+
+
+def _gathers(index: Any) -> bool:
+    """Whether indexing with it collects elements into a new tensor, instead of giving a view."""
+    parts = index if isinstance(index, tuple) else (index,)
+    for part in parts:
+        if isinstance(part, (bool, list)):
+            return True
+        if isinstance(part, torch.fx.Node):
+            fake = fake_of(part)
+            # One integer is as good as a number; only a mask or a list of positions is not.
+            if not isinstance(fake, Tensor) or fake.ndim or fake.dtype is torch.bool:
+                return True
+    return False
 
 
 def _tensors(argument: Any) -> Any:
