@@ -1,0 +1,210 @@
+"""The same programs without Patchwire: real tensors, PyTorch's own memory, hooks that wait.
+
+`EagerModel` has the names of `patchwire.Model` that the programs of these tests use. A forward pass runs in a greenlet;
+asking for a site lets it run until that site's hook, which hands out copies of the tensors there; when the program goes
+on to a later site, the hook returns what has become of them. So a program must ask for sites in the order of the
+forward pass, and change a site's value only before it asks for the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from greenlet import greenlet
+from torch import Tensor, nn
+
+from conformance import hooks
+from conformance.places import PARTS
+
+
+class EagerModel:
+    """A Hugging Face model, with the proxies' names."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self._module = module
+        self._parts = PARTS[name]
+        self._run: _Run | None = None
+        self.num_layers = module.config.num_hidden_layers
+
+    @property
+    def layers(self) -> list[EagerModule]:
+        return [self._named("layer", index) for index in range(self.num_layers)]
+
+    def __getattr__(self, name: str) -> EagerModule:
+        return self._named(name)
+
+    def _named(self, part: str, index: int = 0) -> EagerModule:
+        return EagerModule(self, self._parts[part].format(index), part, index)
+
+    def module(self, path: str) -> EagerModule:
+        return EagerModule(self, path)
+
+    @property
+    def logits(self) -> Tensor:
+        return self.run.at("", "output")["logits",]
+
+    @logits.setter
+    def logits(self, value: Tensor) -> None:
+        self.run.at("", "output")["logits",] = value
+
+    @property
+    def run(self) -> _Run:
+        assert self._run is not None
+        return self._run
+
+    @contextlib.contextmanager
+    def trace(self, prompt: Sequence[int] | None = None) -> Iterator[EagerModel]:
+        with contextlib.nullcontext() if prompt is None else self.invoke(prompt):
+            yield self
+
+    @contextlib.contextmanager
+    def invoke(self, prompt: Sequence[int]) -> Iterator[None]:
+        self._run = _Run(self._module, prompt)
+        try:
+            yield
+            self._run.finish()
+        finally:
+            self._run = None
+
+
+class EagerModule:
+    """A module, with the proxies' names."""
+
+    def __init__(self, model: EagerModel, path: str, part: str = "", index: int = 0) -> None:
+        self._model, self._path, self._part, self._index = model, path, part, index
+
+    @property
+    def mixer(self) -> EagerModule:
+        return self._model._named("mixer", self._index)
+
+    @property
+    def mlp(self) -> EagerModule:
+        return self._model._named("mlp", self._index)
+
+    def _first(self, side: str) -> tuple[dict[tuple[Any, ...], Tensor], tuple[Any, ...]]:
+        tensors = self._model.run.at(self._path, side)
+        return tensors, next(iter(tensors))
+
+    @property
+    def output(self) -> Any:
+        tensors, first = self._first("output")
+        return tensors[first] if self._part or first == () else Items(tensors)
+
+    @output.setter
+    def output(self, value: Tensor) -> None:
+        tensors, first = self._first("output")
+        tensors[first] = value
+
+    @property
+    def input(self) -> Tensor:
+        tensors, first = self._first("input")
+        return tensors[first]
+
+    @input.setter
+    def input(self, value: Tensor) -> None:
+        tensors, first = self._first("input")
+        tensors[first] = value
+
+    def __call__(self, value: Tensor) -> Tensor:
+        with self._model.run.unseen():
+            return self._model._module.get_submodule(self._path)(value)
+
+
+class Items:
+    """A tuple of tensors at a site."""
+
+    def __init__(self, tensors: dict[tuple[Any, ...], Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._tensors[index,]
+
+    def __setitem__(self, index: int, value: Tensor) -> None:
+        self._tensors[index,] = value
+
+
+class _Run:
+    """One forward pass, which stops wherever the program wants to look."""
+
+    def __init__(self, module: nn.Module, prompt: Sequence[int]) -> None:
+        self._module = module
+        self._prompt = prompt
+        self._wanted: tuple[str, str] | None = None
+        self._found: dict[tuple[str, str], dict[tuple[Any, ...], Tensor]] = {}
+        self._unseen = False
+        self._program = greenlet.getcurrent()
+        self._forward = greenlet(self._go)
+
+    def _go(self) -> None:
+        with hooks.hooked(self._module, self._visit):
+            hooks.forward(self._module, self._prompt)
+
+    def _visit(self, path: str, side: str, value: Any) -> Any:
+        if self._unseen or (path, side) != self._wanted:
+            return None if side == "output" else value
+        tensors = {steps: tensor.clone() for steps, tensor in hooks.tensors_in(value, side)}
+        self._found[path, side] = tensors
+        self._program.switch()
+        for steps, tensor in tensors.items():
+            value = hooks.with_change(value, side, steps, lambda _, new=tensor: new.clone())
+        return value
+
+    def at(self, path: str, side: str) -> dict[tuple[Any, ...], Tensor]:
+        """The tensors of a site; the forward pass runs until there."""
+        if (path, side) not in self._found:
+            self._wanted = (path, side)
+            self._forward.switch()
+            assert (path, side) in self._found, f"{path}.{side} comes earlier than the last site, or never"
+        return self._found[path, side]
+
+    @contextlib.contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Modules are called, and no site is."""
+        self._unseen = True
+        try:
+            yield
+        finally:
+            self._unseen = False
+
+    def finish(self) -> None:
+        """Run to the end."""
+        self._wanted = None
+        if not self._forward.dead:
+            self._forward.switch()
+
+
+Results = dict[str, Any]
+Program = Callable[[Any], Results]
+"""Takes a model, eager or not, inside a trace, and gives the values to compare, by name."""
+
+
+def assert_program_agrees(
+    program: Program, model: Any, reference: EagerModel, prompt: Sequence[int], *, tolerance: float = 1e-5
+) -> None:
+    """A program gives the same numbers in a trace and on real tensors."""
+    with reference.trace(prompt):
+        expected = program(reference)
+    with model.trace(prompt):
+        found = {name: value.save() for name, value in program(model).items()}
+    compare(found, expected, tolerance)
+
+
+def assert_invokes_agree(
+    program: Callable[[Any, Any], Results], model: Any, reference: EagerModel, *, tolerance: float = 1e-5
+) -> None:
+    """The same for a program that opens its own invokes: it takes the model and the trace."""
+    with reference.trace() as trace:
+        expected = program(reference, trace)
+    with model.trace() as trace:
+        found = {name: value.save() for name, value in program(model, trace).items()}
+    compare(found, expected, tolerance)
+
+
+def compare(found: Results, expected: Results, tolerance: float) -> None:
+    """Every value is the same."""
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        hooks.assert_same(value.value, torch.as_tensor(expected[name]), name, tolerance=tolerance)
