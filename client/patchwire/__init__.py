@@ -14,8 +14,9 @@ logits[0, -1].argmax()                                       # a saved value now
 
 from __future__ import annotations
 
-from patchwire.client import Client, connect, local
-from patchwire.connection import TLS
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from patchwire.errors import (
     AuthenticationError,
     BranchError,
@@ -38,11 +39,42 @@ from patchwire.errors import (
     TimeoutError,
     VersionError,
 )
-from patchwire.model import Model, Module
-from patchwire.proxy import Structure, Value
-from patchwire.results import Stats
-from patchwire.tracing import Trace
 from patchwire.version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from patchwire.client import Client, connect, local
+    from patchwire.connection import TLS
+    from patchwire.model import Model, Module
+    from patchwire.proxy import Structure, Value
+    from patchwire.results import Stats
+    from patchwire.tracing import Trace
+
+_HOMES = {
+    "TLS": "connection",
+    "Client": "client",
+    "Model": "model",
+    "Module": "model",
+    "Stats": "results",
+    "Structure": "proxy",
+    "Trace": "tracing",
+    "Value": "proxy",
+    "connect": "client",
+    "local": "client",
+}
+"""Where the names live that need torch, which takes seconds to import: they are looked up when they are first used."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'patchwire' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"patchwire.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 __all__ = [
     "TLS",

@@ -27,6 +27,7 @@ come back with the same class, line and words as those found on the laptop.
 
 from __future__ import annotations
 
+import importlib.util
 import linecache
 import os
 import sys
@@ -168,11 +169,12 @@ for _class in [each for each in globals().values() if isinstance(each, type) and
         _class.__module__ = "patchwire"  # where users find it, so that a traceback says `patchwire.SiteError`
 
 
-_NOT_THE_USER = tuple(
-    os.path.dirname(os.path.abspath(path)) + os.sep
-    for path in (__file__, sys.modules["torch"].__file__ if "torch" in sys.modules else None)
-    if path
-)
+def _folder(module: str) -> str:
+    spec = importlib.util.find_spec(module)  # does not import it
+    return "" if spec is None or spec.origin is None else os.path.dirname(spec.origin) + os.sep
+
+
+_NOT_THE_USER = (os.path.dirname(os.path.abspath(__file__)) + os.sep, _folder("torch"))
 _STANDARD_LIBRARY = os.path.dirname(os.path.abspath(linecache.__file__)) + os.sep + "contextlib"
 
 
