@@ -135,6 +135,9 @@ class MissingTensorsError(PatchwireError):
 
     missing: tuple[bytes, ...] = ()
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return (*super().__reduce__(), {"missing": self.missing})
+
 
 class AuthenticationError(PatchwireError):
     """The token is missing or wrong."""

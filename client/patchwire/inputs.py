@@ -96,7 +96,7 @@ def _matrix(given: Tensor | np.ndarray[Any, Any]) -> Rows:
         raise InputError(
             f"Token ids are integers of shape [seq] or [batch, seq], not {list(ids.shape)} {ids.dtype}.", lines=here()
         )
-    rows: Rows = ids.reshape(-1, ids.shape[-1]).tolist()
+    rows: Rows = (ids if ids.ndim == 2 else ids[None]).tolist()
     return rows
 
 

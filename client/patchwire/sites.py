@@ -33,6 +33,7 @@ CALL = ("args", "kwargs")
 """The first step of the path of an input: a positional argument, or a named one."""
 _SIDES = {INPUT: model_pb2.SIDE_INPUT, OUTPUT: model_pb2.SIDE_OUTPUT}
 _REMEMBERED = 1 << 16
+_LONGEST_NAME = 200
 _EITHER_MIXER = "The mixer of `{layer}` is {role}: write `{layer}.mixer`, which works for either."
 _LAYER_HINTS = {
     "attn": _EITHER_MIXER,
@@ -373,6 +374,7 @@ class Catalogue:
 
     def suggestion(self, name: str) -> str:
         """A sentence with the nearest valid names, or the first ones if none is near."""
+        name = name[:_LONGEST_NAME]
         head, _, tail = name.rpartition(".")
         while head and self.raw(head) is None and head not in self.prefixes:
             head, _, tail = head.rpartition(".")
