@@ -1,0 +1,247 @@
+"""Checking: what does not fit is found on tensors without memory, and nothing that is asked makes the checker work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.fx
+
+from patchwire import graph as g
+from patchwire import ops
+from patchwire.checking import Checker, fake_of
+from patchwire.errors import GraphError, LimitError, OperationError, OrderError, ShapeError, SiteError, SourceLine
+from patchwire.sites import Address, Catalogue
+
+VALUE_BYTES = 1 << 20
+
+
+class Request:
+    """A graph of one trace with rows of these lengths, and what a checker says about it."""
+
+    def __init__(self, catalogue: Catalogue, *lengths: int) -> None:
+        self.graph = g.Graph(traces=[g.Trace("tiny", [g.Invoke(tuple((1,) * each for each in lengths or (3,)))])])
+        self.checker = Checker(self.graph, lambda name: catalogue, value_bytes=VALUE_BYTES)
+
+    def add(self, target: Any, *args: Any, **kwargs: Any) -> torch.fx.Node:
+        operation = ops.OPERATIONS.get(target) if isinstance(target, str) else None
+        node = self.graph.fx.call_function(operation.function if operation else target, args, kwargs)
+        node.meta |= {"operation": operation, "line": SourceLine("user.py", len(self.graph.nodes), "code")}
+        self.checker.node(node)
+        return node
+
+    def read(self, name: str, *path: Any) -> torch.fx.Node:
+        return self.add(g.read, g.Site(0, 0, Address(name, path)))
+
+    def write(self, name: str, value: torch.fx.Node) -> torch.fx.Node:
+        return self.add(g.write, g.Site(0, 0, Address(name)), value)
+
+    def zeros(self, *shape: int) -> torch.fx.Node:
+        return self.add("torch.Tensor.new_zeros", self.read("layers.0.output"), shape)
+
+
+@pytest.fixture
+def asked(catalogue) -> Request:
+    return Request(catalogue, 3, 3)
+
+
+class TestFakes:
+    def test_of_a_read_has_the_shape_of_its_site_for_these_rows(self, asked):
+        fake = fake_of(asked.read("logits"))
+
+        assert (fake.shape, fake.dtype) == ((2, 3, 50), torch.float32)
+
+    def test_of_an_operation_has_the_shape_of_its_result(self, asked):
+        hidden = asked.read("layers.0.output")
+
+        assert fake_of(asked.add("torch.sum", hidden, -1, dtype=torch.float64)).shape == (2, 3)
+
+    def test_of_a_module_that_is_applied_has_its_output_s_last_dimension(self, asked):
+        last = asked.add("operator.getitem", asked.read("layers.0.output"), (slice(None), -1))
+
+        assert fake_of(asked.add(g.apply, 0, "lm_head", (last,), {})).shape == (2, 50)
+
+    def test_of_what_depends_on_values_is_unknown_and_stays_so(self, asked):
+        mask = asked.add("operator.gt", asked.read("layers.0.output"), 0)
+        chosen = asked.add("torch.masked_select", asked.read("layers.0.output"), mask)
+
+        assert fake_of(chosen) is None
+        assert fake_of(asked.add("torch.neg", chosen)) is None
+
+    def test_takes_no_memory(self, catalogue):
+        request = Request(catalogue, 3)
+        request.checker.value_bytes = None
+
+        assert fake_of(request.zeros(1 << 40)).is_meta
+
+
+class TestOrder:
+    def test_a_value_may_be_written_where_it_was_read_and_later(self, asked):
+        early = asked.read("layers.0.output")
+        asked.write("layers.0.output", early)
+        asked.write("layers.1.output", early)
+
+    def test_a_value_of_a_later_site_is_refused_naming_both_lines(self, asked):
+        late = asked.read("layers.1.output")
+        doubled = asked.add("operator.mul", late, 2)
+
+        with pytest.raises(OrderError) as caught:
+            asked.write("layers.0.output", doubled)
+        assert [line.line for line in caught.value.lines] == [3, 1]
+        assert "model.layers[1].output" in caught.value.message or "layers.1.output" in caught.value.message
+
+    def test_a_value_that_depends_on_no_site_may_be_written_anywhere(self, asked):
+        weight = asked.add(g.parameter, 0, "norm.weight")
+        asked.write("layers.0.output", asked.add("torch.Tensor.expand", weight, 2, 3, 8))
+
+
+class TestWrites:
+    @pytest.mark.parametrize("index", [(slice(None), -1), (0,), (..., slice(0, 4))])
+    def test_of_another_shape_are_refused_with_both_shapes(self, asked, index):
+        hidden = asked.read("layers.0.output")
+        part = asked.add("operator.getitem", hidden, index)
+
+        with pytest.raises(ShapeError, match=r"is \[2, 3, 8\] float32 \(\[batch, seq, 8\]\) and cannot become"):
+            asked.write("layers.0.output", part)
+
+    def test_of_another_dtype_are_refused_with_how_to_convert(self, asked):
+        half = asked.add("torch.Tensor.half", asked.read("layers.0.output"))
+
+        with pytest.raises(ShapeError) as caught:
+            asked.write("layers.0.output", half)
+        assert caught.value.hint == "Convert it: `.to(torch.float32)`."
+
+    def test_of_a_tuple_are_refused(self, asked):
+        pair = asked.add("torch.chunk", asked.read("layers.0.output"), 2, -1)
+
+        with pytest.raises(ShapeError, match="cannot become a tuple"):
+            asked.write("layers.0.output", pair)
+
+
+class TestRefusals:
+    """What is refused, with the line that asked for it."""
+
+    def refused(self, request: Request, kind: Any, target: Any, *args: Any, **kwargs: Any) -> str:
+        """What the checker says about a node that it refuses; it always names the node's line."""
+        with pytest.raises(kind) as caught:
+            request.add(target, *args, **kwargs)
+        assert caught.value.lines[0] == SourceLine("user.py", len(request.graph.nodes), "code")
+        return str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("name", "args"),
+        [
+            ("operator.pow", (9, 10**9)),
+            ("operator.lshift", (1, 10**12)),
+            ("operator.mul", ([1], 10**12)),
+            ("operator.mul", ("a", 10**12)),
+            ("operator.mod", ("%999999999d", 1)),
+            ("operator.add", (1, 2)),
+            ("torch.stack", ([None] * 1000,)),
+            ("operator.floordiv", (1, 0)),
+        ],
+    )
+    def test_python_without_a_tensor(self, asked, name, args):
+        assert "is given no tensor" in self.refused(asked, GraphError, name, *args)
+
+    @pytest.mark.parametrize(
+        ("name", "shape", "args"),
+        [
+            ("torch.unbind", (1 << 40, 0), ()),
+            ("torch.split", (1 << 40, 0), (1,)),
+            ("torch.Tensor.split", (1 << 40, 0), (1,)),
+            ("torch.chunk", (0,), (1 << 40,)),
+            ("torch.tensor_split", (8,), (1 << 40,)),
+            ("torch.hsplit", (0,), (1 << 40,)),
+            ("torch.Tensor.vsplit", (0, 0), (1 << 40,)),
+        ],
+    )
+    def test_more_results_than_can_be_counted(self, asked, name, shape, args):
+        assert "is too many" in self.refused(asked, LimitError, name, asked.zeros(*shape), *args)
+
+    @pytest.mark.parametrize("name", ["torch.meshgrid", "torch.linalg.multi_dot"])
+    def test_more_tensors_at_once_than_their_number_allows(self, asked, name):
+        assert "is too many" in self.refused(asked, LimitError, name, [asked.zeros(1, 1)] * 5000)
+
+    def test_a_contraction_over_more_dimensions_than_exist(self, asked):
+        zeros = asked.zeros(1, 1)
+
+        assert "is too many" in self.refused(asked, LimitError, "torch.tensordot", zeros, zeros, 10**12)
+
+    @pytest.mark.parametrize(
+        ("name", "args"),
+        [
+            ("torch.Tensor.repeat", ((10**6, 10**6, 1),)),
+            ("torch.Tensor.expand", (1 << 30, 2, 3, 8)),
+            ("torch.tile", ((1, 1, 10**9),)),
+            ("torch.Tensor.new_ones", ((1 << 19,),)),
+            ("torch.repeat_interleave", (10**9,)),
+            ("torch.nn.functional.pad", ((0, 10**9),)),
+            ("torch.histc", (10**9,)),
+            ("torch.diag_embed", (10**6,)),
+            ("torch.Tensor.new_zeros", ((1 << 62, 1 << 62),)),
+            ("torch.vander", (10**12,)),
+        ],
+    )
+    def test_a_value_that_is_too_large(self, asked, name, args):
+        value = asked.read("layers.0.output")
+        if name == "torch.vander":
+            value = asked.add("torch.flatten", value)
+
+        self.refused(asked, (LimitError, ShapeError), name, value, *args)
+
+    @pytest.mark.parametrize(
+        ("name", "args"),
+        [
+            ("operator.matmul", ("text",)),
+            ("operator.getitem", (7,)),
+            ("operator.getitem", ("text",)),
+            ("torch.reshape", ((7, 7),)),
+            ("torch.Tensor.view", ()),
+            ("torch.sum", (9,)),
+            ("torch.einsum", ("ij,jk->ik",)),
+            ("torch.Tensor.sum", (0, 0, 0, 0, 0)),
+        ],
+    )
+    def test_arguments_that_an_operation_does_not_take(self, asked, name, args):
+        self.refused(asked, (ShapeError, OperationError), name, asked.read("layers.0.output"), *args)
+
+    def test_an_edit_that_would_be_lost(self, asked):
+        views = (("torch.Tensor.double", (), {}),)
+        hidden = asked.read("layers.0.output")
+
+        assert "would be lost" in self.refused(asked, ShapeError, g.edit, hidden, views, ("torch.Tensor.zero_", (), {}))
+
+    def test_a_site_that_is_not_there(self, asked):
+        site = g.Site(0, 0, Address("layers.9.output"))
+
+        assert "indices 0 to 1" in self.refused(asked, SiteError, g.read, site)
+
+    def test_a_module_that_does_not_take_the_value(self, asked):
+        logits = asked.read("logits")
+
+        text = self.refused(asked, ShapeError, g.apply, 0, "lm_head", (logits,), {})
+        assert "[..., 8]" in text
+        assert "[2, 3, 50]" in text
+
+    def test_a_tuple_saved_as_one_value(self, asked):
+        pair = asked.add("torch.chunk", asked.read("layers.0.output"), 2, -1)
+
+        assert "cannot be saved" in self.refused(asked, GraphError, g.save, pair, None)
+
+
+def test_a_constant_that_was_not_looked_up_is_refused(catalogue):
+    request = Request(catalogue)
+    request.graph.constants.append(b"hash")
+
+    with pytest.raises(GraphError, match="not looked up"):
+        request.add(g.constant, 0)
+
+
+def test_the_number_of_results_that_is_allowed_is_allowed(catalogue):
+    request = Request(catalogue)
+
+    assert len(fake_of(request.add("torch.unbind", request.zeros(1000)))) == 1000
+    assert len(fake_of(request.add("torch.split", request.zeros(1000), 10**9))) == 1
+    assert len(fake_of(request.add("torch.chunk", request.zeros(1 << 18), 2))) == 2
