@@ -158,6 +158,7 @@ def serve(
         raise PatchwireError(
             "Clients show certificates only on encrypted connections.", hint="Give --tls-cert and --tls-key too."
         )
+    _check_port(host, port)
     with _loading("the worker", remark=False):
         try:
             from patchwire_worker.config import Limits, ServerConfig
@@ -199,6 +200,22 @@ def _named(models: list[str]) -> list[tuple[str | None, str]]:
         match = re.fullmatch(r"([\w.\-]+)=(.+)", each)
         named.append((None, each) if match is None or Path(each).exists() else (match[1], match[2]))
     return named
+
+
+def _check_port(host: str, port: int) -> None:
+    """Find out before the models are loaded, which may take long, that the port cannot be had."""
+    import socket
+
+    try:
+        family, *_, place = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except OSError as error:
+        raise PatchwireError(
+            f"The server cannot listen on {host}:{port}: {error.strerror}.",
+            hint="Take another port with --port; 0 takes a free one.",
+        ) from error
 
 
 def _warn_if_open(host: str, *, token: str | None, encrypted: bool) -> None:
@@ -435,6 +452,7 @@ def _loading(what: str, *, remark: bool = True) -> Iterator[None]:
     left out. A remark stays on the screen, unless it is not wanted.
     """
     started = time.monotonic()
+    what = Path(what).name if Path(what).exists() else what
     if not err.is_terminal and remark:
         err.print(Text(f"Loading {what}"), soft_wrap=True)
     progress = Progress(
@@ -459,7 +477,7 @@ def _loading(what: str, *, remark: bool = True) -> Iterator[None]:
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if "transformers" in sys.modules:
+    if sys.modules.get("transformers") is not None:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -487,4 +505,11 @@ class _Bars(io.TextIOBase):
                 completed=int(percent),
                 total=100,
             )
+            if int(percent) == 100:
+                self._pulse()
         return len(text)
+
+    def _pulse(self) -> None:
+        """What comes next does not say how far it is."""
+        for task in self._progress.tasks:
+            task.total, task.description = None, f"Loading {self._what}"

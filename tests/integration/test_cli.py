@@ -1,0 +1,341 @@
+"""The command line as it is used: the real command, in a process of its own, against a real server."""
+
+from __future__ import annotations
+
+import os
+import re
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import patchwire
+from patchwire import cli
+
+COMMAND = Path(sys.executable).parent / "patchwire"
+SECONDS = 120
+
+
+def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [COMMAND, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        env=os.environ | {"COLUMNS": "100", "PATCHWIRE_TOKEN": ""} | environment,
+    )
+
+
+def run_without(missing: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command on a machine where some modules are not installed."""
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({missing.split()!r})); "
+        f"sys.argv = {['patchwire', *arguments]!r}; from patchwire.cli import main; main()"
+    )
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=SECONDS)
+
+
+def assert_one_message(result: subprocess.CompletedProcess[str], words: str) -> None:
+    assert result.returncode == 1
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random GPT-2 of three layers with a tokenizer of twelve words."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    words = ["the", "a", "cat", "dog", "bird", "sat", "ran", "flew", "on", "in", "mat", "tree"]
+    backend = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="the"))
+    backend.pre_tokenizer = Whitespace()
+    config = GPT2Config(n_layer=3, n_embd=32, n_head=2, n_positions=32, vocab_size=len(words), initializer_range=0.5)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder)
+    return folder
+
+
+@dataclass
+class Serving:
+    process: subprocess.Popen[str]
+    address: str
+    said: list[str]
+
+    def end(self, signal_number: int) -> int:
+        self.process.send_signal(signal_number)
+        return self.process.wait(timeout=30)
+
+
+def start(*arguments: str | Path, **environment: str) -> Serving:
+    process = subprocess.Popen(
+        [COMMAND, "serve", "--port", "0", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"COLUMNS": "100", "PATCHWIRE_TOKEN": ""} | environment,
+    )
+    try:
+        return wait_for(process)
+    except BaseException:
+        process.kill()
+        raise
+
+
+def wait_for(process: subprocess.Popen[str]) -> Serving:
+    """The server, once it says where it is; all that it said until then."""
+    assert process.stdout is not None
+    selector = selectors.DefaultSelector()
+    selector.register(process.stdout, selectors.EVENT_READ)
+    until = time.monotonic() + SECONDS
+    said: list[str] = []
+    while time.monotonic() < until and selector.select(timeout=1.0) is not None and process.poll() is None:
+        said.append(process.stdout.readline())
+        match = re.match(r"Serving on (\S+)", said[-1])
+        if match is not None:
+            while "Ctrl-C" not in said[-1]:
+                said.append(process.stdout.readline())
+            return Serving(process, match[1], said)
+    process.kill()
+    raise AssertionError(f"the server did not start: {said} {process.communicate()}")
+
+
+@pytest.fixture(scope="module")
+def serving(checkpoint: Path) -> Iterator[Serving]:
+    """A server with one model, known by two names."""
+    server = start(checkpoint, f"other={checkpoint}")
+    yield server
+    server.process.kill()
+    server.process.communicate()
+
+
+def test_help_names_every_command_and_shows_examples() -> None:
+    result = run("--help")
+
+    assert result.returncode == 0
+    for command in ("serve", "models", "lens", "demo", "doctor"):
+        assert re.search(rf"│ {command}\b", result.stdout)
+    assert "Examples" in result.stdout
+
+
+@pytest.mark.parametrize("command", ["serve", "models", "lens", "demo", "doctor"])
+def test_every_command_has_help(command: str) -> None:
+    result = CliRunner().invoke(cli.app, [command, "--help"], prog_name="patchwire")
+
+    assert result.exit_code == 0
+    assert f"Usage: patchwire {command}" in result.output
+
+
+def test_version_is_the_version_of_the_package() -> None:
+    assert run("--version").stdout == f"patchwire {patchwire.__version__}\n"
+
+
+def test_an_unknown_command_is_refused() -> None:
+    result = run("srve")
+
+    assert result.returncode == 2
+    assert "srve" in result.stderr
+
+
+# --- serve ------------------------------------------------------------------------------------------------------------
+
+
+def test_serve_says_how_to_connect(serving: Serving) -> None:
+    said = "".join(serving.said)
+
+    assert re.fullmatch(r"127\.0\.0\.1:\d+", serving.address)
+    assert "tiny: GPT2LMHeadModel" in said
+    assert f'patchwire.connect("{serving.address}")' in said
+    assert 'client.model("other")' in said
+
+
+def test_a_program_can_use_the_server(serving: Serving) -> None:
+    with patchwire.connect(serving.address) as client:
+        model = client.model("tiny")
+        with model.trace("the cat sat"):
+            hidden = model.layers[1].output.save()
+
+    assert hidden.shape == (1, 3, 32)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_serve_cleanly(checkpoint: Path, how: int) -> None:
+    server = start(checkpoint)
+    patchwire.connect(server.address).close()
+
+    assert server.end(how) == 0
+    out, errors = server.process.communicate()
+    assert "Stopped." in out
+    assert "Traceback" not in errors
+    assert "Warning" not in errors, "who listens on this machine only need not be warned"
+
+
+def test_serve_with_a_token_lets_in_only_who_has_it(checkpoint: Path) -> None:
+    server = start(checkpoint, PATCHWIRE_TOKEN="secret")
+    try:
+        assert_one_message(run("models", server.address), "token")
+        assert "tiny" in run("models", server.address, PATCHWIRE_TOKEN="secret").stdout
+        assert [each.name for each in patchwire.connect(server.address, token="secret").models()] == ["tiny"]
+        assert "secret" not in "".join(server.said)
+    finally:
+        server.end(signal.SIGINT)
+
+
+def test_serve_warns_when_anyone_may_come_in(checkpoint: Path) -> None:
+    server = start(checkpoint, "--host", "0.0.0.0")
+    server.end(signal.SIGINT)
+    _, errors = server.process.communicate()
+
+    assert "Give a token with --token" in errors
+    assert "not encrypted" in errors
+
+
+def test_serve_refuses_two_models_of_one_name(checkpoint: Path) -> None:
+    assert_one_message(run("serve", "--port", "0", checkpoint, checkpoint), "Two models are called `tiny`")
+
+
+def test_serve_refuses_a_port_that_is_taken(serving: Serving, checkpoint: Path) -> None:
+    port = serving.address.rpartition(":")[2]
+
+    result = run("serve", checkpoint, "--port", port)
+
+    assert_one_message(result, f"cannot listen on 127.0.0.1:{port}")
+    assert "Loading" not in result.stderr
+
+
+def test_serve_refuses_a_model_that_is_not_there() -> None:
+    assert_one_message(run("serve", "/nowhere/model"), "There is no directory /nowhere/model")
+
+
+def test_serve_refuses_a_certificate_without_its_key(checkpoint: Path) -> None:
+    assert_one_message(run("serve", checkpoint, "--tls-cert", checkpoint / "config.json"), "--tls-key")
+
+
+def test_serve_without_the_worker_says_what_to_install() -> None:
+    assert_one_message(run_without("nnsight transformers", "serve", "gpt2"), 'pip install "patchwire[worker]"')
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def test_models_lists_what_the_server_holds(serving: Serving) -> None:
+    result = run("models", serving.address)
+
+    assert result.returncode == 0
+    for name in ("tiny", "other"):
+        assert re.search(rf"^{name} +GPT2LMHeadModel +[\d.]+ k +3 +float32 +cpu", result.stdout, re.MULTILINE)
+
+
+def test_models_says_that_nobody_answers() -> None:
+    assert_one_message(run("models", "127.0.0.1:1"), "No server answers at 127.0.0.1:1")
+
+
+# --- lens -------------------------------------------------------------------------------------------------------------
+
+
+def expected_answer(checkpoint: Path, prompt: str) -> tuple[str, float]:
+    """What plain transformers says comes next."""
+    from transformers import AutoTokenizer, GPT2LMHeadModel
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = GPT2LMHeadModel.from_pretrained(checkpoint).eval()
+    with torch.no_grad():
+        best = model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1].softmax(-1).max(-1)
+    return tokenizer.decode(int(best.indices)), float(best.values)
+
+
+def test_lens_ends_with_what_the_model_says(serving: Serving, checkpoint: Path) -> None:
+    result = run("lens", "tiny", "the cat sat on", "--server", serving.address)
+
+    word, probability = expected_answer(checkpoint, "the cat sat on")
+    assert result.returncode == 0
+    assert re.search(rf"^{word} +{probability:.4f}$", result.stdout, re.MULTILINE)
+    assert re.search(rf"^ +2 .*{word} {probability:.0%} *$", result.stdout, re.MULTILINE)
+    assert re.search(r"^ *embed ", result.stdout, re.MULTILINE)
+
+
+def test_lens_with_an_embedded_worker_saves_a_figure(checkpoint: Path, tmp_path: Path) -> None:
+    result = run("lens", checkpoint, "the cat sat on", "--top", "2", "--png", tmp_path / "lens.png")
+
+    word, probability = expected_answer(checkpoint, "the cat sat on")
+    assert result.returncode == 0, result.stderr
+    assert re.search(rf"^{word} +{probability:.4f}$", result.stdout, re.MULTILINE)
+    assert (tmp_path / "lens.png").read_bytes().startswith(b"\x89PNG")
+    assert "%|" not in result.stderr
+
+
+def test_lens_takes_token_ids(serving: Serving, checkpoint: Path) -> None:
+    result = run("lens", "tiny", "0 2 5", "--ids", "--server", serving.address)
+
+    word, probability = expected_answer(checkpoint, "the cat sat")
+    assert re.search(rf"^{word} +{probability:.4f}$", result.stdout, re.MULTILINE)
+
+
+def test_lens_fits_the_width_of_the_terminal(serving: Serving) -> None:
+    result = run("lens", "tiny", "the cat sat on a mat in the tree", "--server", serving.address, COLUMNS="40")
+
+    assert max(len(line) for line in result.stdout.splitlines()) <= 40
+    assert "of 9 columns" in result.stdout
+
+
+def test_lens_names_the_models_near_an_unknown_one(serving: Serving) -> None:
+    assert_one_message(run("lens", "tinny", "the cat", "--server", serving.address), "`tiny`")
+
+
+def test_lens_refuses_ids_that_are_words(serving: Serving) -> None:
+    assert_one_message(run("lens", "tiny", "the cat", "--ids", "--server", serving.address), "numbers")
+
+
+def test_lens_without_matplotlib_says_what_to_install() -> None:
+    result = run_without("matplotlib", "lens", "gpt2", "the cat", "--png", "lens.png")
+
+    assert_one_message(result, 'pip install "patchwire[demo]"')
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_tells_versions_and_parts() -> None:
+    result = run("doctor")
+
+    assert result.returncode == 0
+    assert re.search(rf"torch +{re.escape(torch.__version__)}", result.stdout)
+    for part in ("patchwire", "python", "grpcio", "protobuf", "tokenizers", "cpu", "cuda", "protocol", "mamba kernels"):
+        assert re.search(rf". +{part} ", result.stdout), part
+
+
+def test_doctor_looks_at_a_server(serving: Serving) -> None:
+    result = run("doctor", serving.address)
+
+    assert result.returncode == 0
+    assert "answers in" in result.stdout
+    assert re.search(r"✓ +health +serving", result.stdout)
+    assert re.search(r"✓ +operations", result.stdout)
+    assert re.search(r"✓ +models +tiny, other", result.stdout)
+
+
+def test_doctor_fails_when_the_server_does_not_answer() -> None:
+    result = run("doctor", "127.0.0.1:1")
+
+    assert result.returncode == 1
+    assert "No server answers" in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+def test_doctor_works_without_the_worker() -> None:
+    result = run_without("nnsight transformers accelerate grpc_health matplotlib", "doctor")
+
+    assert result.returncode == 0, result.stderr
+    assert "can connect to servers" in result.stdout
