@@ -25,13 +25,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from patchwire.client import connect, local
-from patchwire.connection import TLS
+import patchwire
 from patchwire.errors import InputError, PatchwireError, PatchwireWarning
-from patchwire.version import VERSION
 
 if TYPE_CHECKING:
-    from patchwire.model import Model
     from patchwire_worker.models.hosted import HostedModel
     from patchwire_worker.server import Server
 
@@ -63,6 +60,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a token shows something else
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", PatchwireWarning)
     warnings.showwarning = _show_warning
@@ -85,7 +83,7 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 def _show_version(asked: bool) -> None:
     if asked:
-        out.print(f"patchwire {VERSION}")
+        out.print(f"patchwire {patchwire.__version__}")
         raise typer.Exit
 
 
@@ -96,7 +94,7 @@ def _show_version(asked: bool) -> None:
     "patchwire lens gpt2 'The Eiffel Tower is in the city of'\n\n"
     "patchwire doctor gpu-box:50051  [dim]# why does it not work?[/]"
 )
-def patchwire(
+def about(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
@@ -284,7 +282,7 @@ def models(
     """List the models of a server."""
     from patchwire.tensors import dtype_from_proto
 
-    with connect(address, token=token, tls=_tls(tls, tls_ca)) as client:
+    with patchwire.connect(address, token=token, tls=_tls(tls, tls_ca)) as client:
         found = client.models()
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for name in ("model", "architecture", "parameters", "layers", "dtype", "device"):
@@ -363,11 +361,13 @@ def _ids(prompt: str) -> list[int]:
         raise InputError("With --ids the prompt is numbers, separated by spaces.") from None
 
 
-def _model(name: str, server: str | None, token: str | None, tls: bool | TLS, device: str, dtype: str) -> Model:
+def _model(
+    name: str, server: str | None, token: str | None, tls: bool | patchwire.TLS, device: str, dtype: str
+) -> patchwire.Model:
     if server is not None:
-        return connect(server, token=token, tls=tls).model(name)
+        return patchwire.connect(server, token=token, tls=tls).model(name)
     with _loading(name):
-        return local(name, device=device, dtype=dtype)
+        return patchwire.local(name, device=device, dtype=dtype)
 
 
 # --- demo and doctor --------------------------------------------------------------------------------------------------
@@ -406,12 +406,12 @@ def doctor(
 # --- what the commands share ------------------------------------------------------------------------------------------
 
 
-def _tls(tls: bool, ca: Path | None) -> bool | TLS:
+def _tls(tls: bool, ca: Path | None) -> bool | patchwire.TLS:
     if ca is None:
         return tls
     if not ca.is_file():
         raise PatchwireError(f"There is no file {ca} (--tls-ca).")
-    return TLS(ca=ca)
+    return patchwire.TLS(ca=ca)
 
 
 def _no_worker(error: ModuleNotFoundError) -> PatchwireError:
