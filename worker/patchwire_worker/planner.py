@@ -125,14 +125,20 @@ def _groups(admitted: Admitted, index: int, trace: g.Trace, needed: set[torch.fx
         if node.target in (g.read, g.write) and node.args[0].trace == index  # type: ignore[union-attr]
     ]
     splits = all(leaf.packs for _, leaf in sites)
-    shared_writes = any(node.target is g.write and not _has_rows(leaf) for node, leaf in sites)
+    shared_writes = any(node.target is g.write and not _writes_alone(admitted, leaf) for node, leaf in sites)
     if len(everyone) == 1 or (splits and not shared_writes and (admitted.model.pads or len(lengths) == 1)):
         return [everyone]
     return [[invoke] for invoke in _ordered(index, everyone, needed)]
 
 
-def _has_rows(leaf: Leaf) -> bool:
-    return any(dim.axis in (Axis.BATCH, Axis.BATCH_SEQ) for dim in leaf.shape)
+def _writes_alone(admitted: Admitted, leaf: Leaf) -> bool:
+    """Whether a write of one invoke's rows leaves other rows of the pass alone.
+
+    It does not where all rows share one value, nor where the model later changes the tensor in place, and expects to
+    find the change in other tensors that share its memory: after a write it goes on with a copy.
+    """
+    has_rows = any(dim.axis in (Axis.BATCH, Axis.BATCH_SEQ) for dim in leaf.shape)
+    return has_rows and (leaf.location, leaf.path) not in admitted.model.overwritten
 
 
 def _ordered(trace: int, invokes: list[int], needed: set[torch.fx.Node]) -> list[int]:

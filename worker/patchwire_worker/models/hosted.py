@@ -36,6 +36,7 @@ class HostedModel:
         module: The Hugging Face model.
         catalogue: Its modules and sites.
         pads: Whether rows of different lengths may share a pass.
+        overwritten: The tensors (a location and a path in it) that the model changes in place later.
     """
 
     def __init__(self, loaded: Loaded) -> None:
@@ -53,6 +54,7 @@ class HostedModel:
         family, how = family_of(self.module, getattr(self.config, "model_type", ""))
         learner = Learner(self.module, self.interleaver, self._options, self.device, self.vocabulary)
         self.catalogue = learner.catalogue(self.name, family)
+        self.overwritten = frozenset(learner.overwritten)
         self.pads = learner.pads()
         log.info("%s: %d layers named (%s), %s rows of different lengths", self.name, self.catalogue.num_layers, how,
                  "packs" if self.pads else "does not pack")  # fmt: skip

@@ -2,7 +2,8 @@
 
 The model runs twice on a handful of tokens, with other numbers of rows and tokens. A length that is the same in both is
 constant; one that follows the rows or the tokens is named after them. A third run tells whether padding on the right
-leaves a row's own numbers alone, as it must before rows of different lengths may share a pass.
+leaves a row's own numbers alone, as it must before rows of different lengths may share a pass. Tensors that the model
+changes in place after they were at a site are noted too: rows that share a pass with a write there could miss that.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class _Seen:
     order: dict[Location, int] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     leaves: dict[tuple[Location, Path], tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+    versions: dict[tuple[Location, Path], tuple[Tensor, int]] = field(default_factory=dict)
 
     def observe(self, provider: str, value: Any) -> None:
         location = location_of(provider)
@@ -44,6 +46,13 @@ class _Seen:
         self.order[location] = len(self.order)
         for path, tensor in containers.tensors(value, location[1]):
             self.leaves[location, path] = (tuple(tensor.shape), tensor.dtype)
+            self.versions[location, path] = (tensor, tensor._version)
+
+    def overwritten(self) -> set[tuple[Location, Path]]:
+        """The tensors that were changed in place after they had been seen; forgets all of them."""
+        found = {place for place, (tensor, version) in self.versions.items() if tensor._version != version}
+        self.versions.clear()
+        return found
 
 
 class Learner:
@@ -62,6 +71,8 @@ class Learner:
         self.options = options
         self.device = device
         self.vocabulary = vocabulary
+        self.overwritten: set[tuple[Location, Path]] = set()
+        """The tensors that the model changes in place after they were at a site."""
 
     def catalogue(self, name: str, family: Family | None) -> Catalogue:
         """Every module of the model, with the tensors that it takes and returns."""
@@ -85,6 +96,7 @@ class Learner:
             self._forward(self._ids(batch, seq))
         finally:
             self.interleaver.observe = None
+        self.overwritten |= seen.overwritten()
         return seen
 
     def _forward(self, ids: Tensor) -> None:
