@@ -21,14 +21,14 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The directory of each core architecture's checkpoint."""
+    """The directory of each checkpoint that the shared server has."""
     root = tmp_path_factory.mktemp("checkpoints")
-    return {name: str(tiny.save(name, root / name)) for name in tiny.CORE}
+    return {name: str(tiny.save(name, root / name)) for name in tiny.SERVED}
 
 
 @pytest.fixture(scope="session")
 def server(checkpoints: dict[str, str]) -> Iterator[Server]:
-    """A server, in another process, with the core architectures. Tests must leave it alive."""
+    """A server, in another process, with the core architectures and odd ones. Tests must leave it alive."""
     with Server(checkpoints) as server:
         yield server
 
@@ -42,8 +42,8 @@ def client(server: Server) -> Iterator[patchwire.Client]:
 
 @pytest.fixture(scope="session")
 def served(client: patchwire.Client) -> dict[str, patchwire.Model]:
-    """The proxy of each core architecture."""
-    return {name: client.model(name) for name in tiny.CORE}
+    """The proxy of each model of that server, by name."""
+    return {name: client.model(name) for name in tiny.SERVED}
 
 
 @pytest.fixture(scope="session")

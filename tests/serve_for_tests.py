@@ -16,6 +16,7 @@ import threading
 
 import torch
 
+import odd  # noqa: F401  registers a model
 from patchwire_worker.config import Limits, ServerConfig
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.models.loading import load

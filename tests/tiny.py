@@ -15,12 +15,16 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
+import odd
+
 VOCABULARY = 61
 WIDTH = 24
 LAYERS = 3
 
 CORE = ("gpt2", "llama", "gpt_neox", "mamba", "mamba2")
 """The architectures that every test of conformance covers."""
+SERVED = (*CORE, "odd")
+"""What the server of `conftest.py` has: also a model that does what real ones do rarely (see odd.py)."""
 
 _ATTENTION: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -118,8 +122,9 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         num_experts_per_tok=2,
         mamba_d_state=8,
         mamba_dt_rank=6,
-        use_mamba_kernels=False,
     ),
+    # Not a real architecture: see odd.py.
+    "odd": odd.OddConfig,
 }
 
 

@@ -1,14 +1,15 @@
 """The reference: what plain PyTorch hooks on the Hugging Face model see and change.
 
 Nothing here knows anything of Patchwire. A place is a module's path, its side ("input" or "output"), and the steps to
-one tensor in what is there; an input is the pair of positional and named arguments. A hook only ever sees the first
-call of a module in a forward pass.
+one tensor in what is there; an input is the pair of positional and named arguments.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,20 +29,11 @@ def hooked(model: nn.Module, visit: Visit) -> Iterator[None]:
     """Hooks on both sides of every module."""
     handles = []
     for path, module in model.named_modules():
-        seen: set[str] = set()
 
-        def before(
-            module: nn.Module, args: Any, kwargs: Any, path: str = path, seen: set[str] = seen
-        ) -> tuple[Any, Any] | None:
-            if "input" in seen:
-                return None
-            seen.add("input")
+        def before(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> tuple[Any, Any] | None:
             return visit(path, "input", (args, kwargs))
 
-        def after(module: nn.Module, args: Any, output: Any, path: str = path, seen: set[str] = seen) -> Any:
-            if "output" in seen:
-                return None
-            seen.add("output")
+        def after(module: nn.Module, args: Any, output: Any, path: str = path) -> Any:
             return visit(path, "output", output)
 
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -96,34 +88,60 @@ def _changed(value: Any, steps: tuple[Any, ...], change: Change) -> Any:
 
 def forward(model: nn.Module, ids: Sequence[int]) -> Any:
     """What the model gives for one prompt."""
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     with torch.no_grad():
-        return model(input_ids=torch.tensor([list(ids)]), use_cache=False)
+        return model(input_ids=torch.tensor([list(ids)]), **options)
 
 
-def record(model: nn.Module, ids: Sequence[int]) -> dict[Place, Tensor]:
-    """Every tensor at every place of one prompt's forward pass, in the order in which they come into being."""
-    found: dict[Place, Tensor] = {}
+def visits(model: nn.Module, ids: Sequence[int]) -> list[tuple[str, str, Any]]:
+    """Every visit of a hook in one prompt's forward pass."""
+    found: list[tuple[str, str, Any]] = []
 
-    def visit(path: str, side: str, value: Any) -> None:
-        for steps, tensor in tensors_in(value, side):
-            found[path, side, steps] = tensor.clone()
+    def visit(path: str, side: str, value: Any) -> Any:
+        found.append((path, side, value))
+        return value
 
     with hooked(model, visit):
         forward(model, ids)
     return found
 
 
-def changed_logits(model: nn.Module, ids: Sequence[int], changes: Mapping[Place, Change]) -> Tensor:
-    """The logits of one prompt with the tensors at some places changed."""
+def record(model: nn.Module, ids: Sequence[int], changes: Mapping[Place, Change] | None = None) -> dict[Place, Tensor]:
+    """Every tensor at every place of one prompt's forward pass, in the order in which they come into being.
+
+    Modules that are called several times are left out: their places have several tensors.
+
+    Args:
+        model: The model.
+        ids: The prompt.
+        changes: Changes to make at some places; the tensors there are the changed ones.
+    """
+    found: dict[Place, Tensor] = {}
+    calls: Counter[str] = Counter()
 
     def visit(path: str, side: str, value: Any) -> Any:
-        for place, change in changes.items():
-            if place[:2] == (path, side):
-                value = with_change(value, side, place[2], change)
+        calls[path] += side == "output"
+        value = _with_changes(path, side, value, changes or {})
+        for steps, tensor in tensors_in(value, side):
+            found[path, side, steps] = tensor.clone()
         return value
 
     with hooked(model, visit):
+        forward(model, ids)
+    return {place: tensor for place, tensor in found.items() if calls[place[0]] == 1}
+
+
+def changed_logits(model: nn.Module, ids: Sequence[int], changes: Mapping[Place, Change]) -> Tensor:
+    """The logits of one prompt with the tensors at some places changed."""
+    with hooked(model, lambda path, side, value: _with_changes(path, side, value, changes)):
         return forward(model, ids).logits
+
+
+def _with_changes(path: str, side: str, value: Any, changes: Mapping[Place, Change]) -> Any:
+    for place, change in changes.items():
+        if place[:2] == (path, side):
+            value = with_change(value, side, place[2], change)
+    return value
 
 
 def assert_same(actual: Tensor, expected: Tensor, what: Any = "", *, tolerance: float = 1e-5) -> None:

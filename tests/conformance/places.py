@@ -6,6 +6,7 @@ from typing import Any
 
 import patchwire
 from conformance.hooks import Place
+from patchwire.sites import Leaf
 
 PARTS: dict[str, dict[str, str]] = {
     # What `embed`, `layers[i]`, its `mixer` and `mlp`, `norm` and `lm_head` are, by the source of each architecture.
@@ -47,6 +48,7 @@ PARTS: dict[str, dict[str, str]] = {
         "norm": "backbone.norm_f",
         "lm_head": "lm_head",
     },
+    "odd": {"embed": "embed", "layer": "blocks.{}", "norm": "norm", "lm_head": "lm_head"},
 }
 
 
@@ -78,6 +80,12 @@ def write(model: patchwire.Model, place: Place, value: Any) -> None:
 
 
 def every_place(model: patchwire.Model) -> list[Place]:
-    """Every tensor that the catalogue knows, in the order of a forward pass."""
-    leaves = [leaf for module in model.catalogue.modules.values() for leaf in module.leaves]
+    """Every tensor that the catalogue knows and an address can name, in the order of a forward pass."""
+    leaves = [leaf for module in model.catalogue.modules.values() if module.calls == 1 for leaf in module.leaves]
     return [(leaf.module, leaf.side, leaf.path) for leaf in sorted(leaves, key=lambda leaf: leaf.order)]
+
+
+def leaf_of(model: patchwire.Model, place: Place) -> Leaf:
+    """What the catalogue says of a place."""
+    path, side, steps = place
+    return next(leaf for leaf in model.catalogue.modules[path].side(side) if leaf.path == steps)

@@ -24,16 +24,10 @@ LONGEST = 1
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(params=tiny.CORE)
+@pytest.fixture(params=tiny.SERVED)
 def name(request: pytest.FixtureRequest) -> str:
     """An architecture."""
     return str(request.param)
-
-
-def leaf_of(model: patchwire.Model, place: Place) -> Leaf:
-    """What the catalogue says of a place."""
-    path, side, steps = place
-    return next(leaf for leaf in model.catalogue.modules[path].side(side) if leaf.path == steps)
 
 
 def has_rows(leaf: Leaf) -> bool:
@@ -43,17 +37,17 @@ def has_rows(leaf: Leaf) -> bool:
 
 def packed(model: patchwire.Model) -> list[Place]:
     """The sites at which rows of different lengths can be told apart."""
-    return [place for place in places.every_place(model) if leaf_of(model, place).packs]
+    return [place for place in places.every_place(model) if places.leaf_of(model, place).packs]
 
 
 def unpacked(model: patchwire.Model) -> list[Place]:
     """The others."""
-    return [place for place in places.every_place(model) if not leaf_of(model, place).packs]
+    return [place for place in places.every_place(model) if not places.leaf_of(model, place).packs]
 
 
 def floats_with_rows(model: patchwire.Model) -> list[Place]:
     """The sites at which a row can be given other numbers without changing those of its neighbours."""
-    leaves = {place: leaf_of(model, place) for place in packed(model)}
+    leaves = {place: places.leaf_of(model, place) for place in packed(model)}
     return [place for place, leaf in leaves.items() if has_rows(leaf) and leaf.dtype.is_floating_point]
 
 
@@ -64,6 +58,10 @@ def own_part(value: torch.Tensor, row: int, alone: torch.Tensor) -> torch.Tensor
 
 def assert_rows(value: torch.Tensor, alone: list[torch.Tensor], what: Any) -> None:
     """Every row equals its own run, and everything else is NaN."""
+    longest = max(each.shape[0] for each in alone)
+    if longest > 1 or value.shape[0] != len(alone):  # rows and tokens in one dimension
+        value = value.unflatten(0, (len(alone), longest))
+        alone = [each[None] for each in alone]
     rest = value.clone()
     for row, expected in enumerate(alone):
         assert_same(own_part(value, row, expected), expected, (what, row), tolerance=TOLERANCE)
@@ -82,7 +80,7 @@ def test_every_row_of_a_list_equals_its_own_run_and_padding_is_nan(name: str, se
         values = {place: places.read(model, place).save() for place in packed(model)}
 
     for place, value in values.items():
-        if has_rows(leaf_of(model, place)):
+        if has_rows(places.leaf_of(model, place)):
             assert_rows(value.value, [each[place] for each in alone], place)
         else:
             assert_same(value.value, alone[LONGEST][place], place)
@@ -106,7 +104,7 @@ def test_a_list_of_one_length_reads_every_site_as_its_batch_does(name: str, serv
 
     for place, value in values.items():
         expected = [each[place] for each in alone]
-        if has_rows(leaf_of(model, place)):
+        if has_rows(places.leaf_of(model, place)):
             assert_rows(value.value, expected, place)
         else:
             assert_same(value.value, expected[0], place)
@@ -203,7 +201,7 @@ def test_a_write_in_an_invoke_equals_a_hook_in_its_own_run(
             for index, place in enumerate(batch):
                 with trace.invoke(PROMPTS[index % len(PROMPTS)]):
                     found.append(logits_with(model, place, change))
-        assert trace.stats.passes == 1
+        assert trace.stats.passes == 1 or name not in tiny.CORE
         for index, (place, logits) in enumerate(zip(batch, found, strict=True)):
             expected = changed_logits(reference, PROMPTS[index % len(PROMPTS)], {place: change})
             assert_same(logits.value, expected, place, tolerance=TOLERANCE)
@@ -295,7 +293,7 @@ def test_a_value_flows_to_the_same_site_of_another_invoke(name: str, served: Any
     fitting = [
         place
         for place in packed(model)
-        if leaf_of(model, place).dtype.is_floating_point
+        if places.leaf_of(model, place).dtype.is_floating_point
         and source[place].ndim > 1
         and last(source[place]).shape == last(target[place]).shape
     ]
@@ -321,11 +319,11 @@ def test_a_value_flows_to_every_later_layer_of_another_invoke(name: str, served:
             for place in source
             if place[:2] == (places.PARTS[name]["layer"].format(layer), "output") and source[place].ndim == 3
         )
-        for layer in range(tiny.LAYERS)
+        for layer in range(model.num_layers)
     ]
 
-    for earlier in range(tiny.LAYERS):
-        for later in range(earlier, tiny.LAYERS):
+    for earlier in range(model.num_layers):
+        for later in range(earlier, model.num_layers):
             with model.trace() as trace:
                 with trace.invoke(clean):
                     value = model.layers[earlier].output[:, 3]
