@@ -170,10 +170,13 @@ class Connection:
                     f"A tensor of {each.nbytes:,} bytes is too large: the server takes {self.limits.constant_bytes:,}."
                 )
 
+        # A chunk and what is around it must fit into a message.
+        length = min(tensors.MIB, self.limits.message_bytes // 2 or tensors.MIB)
+
         def parts() -> Iterator[service_pb2.UploadRequest]:
             for each in wanted.values():
                 yield service_pb2.UploadRequest(header=tensors.header(each))
-                for chunk in tensors.chunks(each):
+                for chunk in tensors.chunks(each, length=length):
                     yield service_pb2.UploadRequest(chunk=chunk)
 
         stored = self._call(self._stub.Upload, parts()).hashes

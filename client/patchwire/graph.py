@@ -22,6 +22,7 @@ from patchwire import ops, tensors
 from patchwire.errors import GraphError, OperationError, SourceLine, with_code
 from patchwire.sites import Address, path_from_proto, path_to_proto
 from patchwire.v1 import graph_pb2 as pb
+from patchwire.version import VERSION
 
 INLINE_BYTES = 64 * 1024
 """Constants up to this size travel inside the graph; larger ones are uploaded once and referred to by hash."""
@@ -413,7 +414,8 @@ class _Decoder:
     def change(self, message: pb.Call) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
         operation = ops.OPERATIONS.get(message.op)
         if operation is None:
-            raise self.error(f"`{message.op[:_MAX_TEXT]}` is not an operation of this server.", OperationError)
+            name = message.op[:_MAX_TEXT]
+            raise self.error(f"`{name}` is not an operation of this server (version {VERSION}).", OperationError)
         args, kwargs = self.arguments(message)
         if refused := ops.forbidden_argument(operation, args, kwargs):
             raise self.error(f"`{operation.name}` takes no `{refused}` in a graph.", OperationError)

@@ -20,6 +20,7 @@ from patchwire.errors import GraphError, LimitError, OperationError, PatchwireEr
 from patchwire.sites import Address
 from patchwire.v1 import graph_pb2 as pb
 from patchwire.v1 import tensor_pb2
+from patchwire.version import VERSION
 
 ADD = ops.OPERATIONS["torch.add"]
 
@@ -250,7 +251,7 @@ def test_an_operation_that_is_not_on_the_list_is_refused_by_name(name, where):
 
     with pytest.raises(OperationError) as caught:
         g.graph_from_proto(message(READ, nodes[where]))
-    assert f"`{name[:256]}` is not an operation of this server." in str(caught.value)
+    assert f"`{name[:256]}` is not an operation of this server (version {VERSION})." in str(caught.value)
     assert len(str(caught.value)) < 1000
 
 
