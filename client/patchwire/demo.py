@@ -277,8 +277,13 @@ def run(output: Path, console: Console, loading: Loading) -> None:
         console.print(Text(f"  {figure}"), soft_wrap=True)
     console.print("\nA script to begin with:\n")
     layer = int(first.ablated.argmin())
-    console.print(_indented(Syntax("", "python").highlight(script(_short(file), layer))), soft_wrap=True)
-    console.print("With the model on another machine, there and here:\n")
+    console.print(
+        _indented(
+            Syntax("", "python", theme="ansi_dark", background_color="default").highlight(script(_short(file), layer))
+        ),
+        soft_wrap=True,
+    )
+    console.print("\nWith the model on another machine, there and here:\n")
     console.print(Text(f"  patchwire serve {_short(file)} --host 0.0.0.0 --token SECRET"), soft_wrap=True)
     console.print(Text('  model = patchwire.connect("that-machine:50051", token="SECRET").model()'), soft_wrap=True)
     console.print(Text(f"\nDone in {time.monotonic() - started:.0f} s.", style="dim"))
