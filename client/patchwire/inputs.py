@@ -159,9 +159,15 @@ class ModelTokenizer:
         return self._offline().decode(ids, skip_special_tokens=False)
 
     def tokens(self, text: str | Sequence[int]) -> list[str]:
-        """The text of each token, one by one."""
-        ids = self.encode(text) if isinstance(text, str) else text
-        return [self.decode(each) for each in ids]
+        """The text of each token: what it adds to the text before it, spaces included."""
+        ids = self.encode(text) if isinstance(text, str) else list(text)
+        pieces, before = [], ""
+        for end in range(1, len(ids) + 1):
+            whole = self.decode(ids[:end])
+            # A token may complete a character that the one before it began.
+            pieces.append(whole[len(before) :] if whole.startswith(before) else self.decode(ids[end - 1]))
+            before = whole
+        return pieces
 
     def __call__(self, text: str) -> list[int]:
         return self.encode(text)

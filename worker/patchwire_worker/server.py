@@ -37,7 +37,12 @@ class Server:
     @property
     def address(self) -> str:
         """ "host:port", once it is started."""
-        return f"{self.config.host}:{self.port}"
+        return self._where.rpartition(":")[0] + f":{self.port}"
+
+    @property
+    def _where(self) -> str:
+        host = self.config.host.strip("[]")  # an IPv6 address stands in brackets
+        return f"[{host}]:{self.config.port}" if ":" in host else f"{host}:{self.config.port}"
 
     async def start(self) -> None:
         """Listen.
@@ -58,23 +63,24 @@ class Server:
         try:
             self.port = self._listen(server)
         except RuntimeError as error:
-            raise PatchwireError(
-                f"The server cannot listen on {self.config.host}:{self.config.port}.",
-                hint="Something else may be listening there; take another with `--port`.",
-            ) from error
+            hint = "Something else may be listening there; take another with `--port`."
+            if self.config.certificate is not None:
+                hint += " Or the certificate and the key are not a pair in PEM form."
+            raise PatchwireError(f"The server cannot listen on {self._where}.", hint=hint) from error
         await server.start()
         for name in ("", SERVICE_NAME):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._server = server
 
     def _listen(self, server: grpc.aio.Server) -> int:
-        address = f"{self.config.host}:{self.config.port}"
+        if self.config.certificate is None and self.config.key is None and self.config.client_ca is None:
+            return server.add_insecure_port(self._where)
         if self.config.certificate is None or self.config.key is None:
-            return server.add_insecure_port(address)
+            raise PatchwireError("Encryption needs a certificate and its key; one of them was not given.")
         pair = (self.config.key.read_bytes(), self.config.certificate.read_bytes())
         ca = _content(self.config.client_ca)
         return server.add_secure_port(
-            address, grpc.ssl_server_credentials([pair], root_certificates=ca, require_client_auth=ca is not None)
+            self._where, grpc.ssl_server_credentials([pair], root_certificates=ca, require_client_auth=ca is not None)
         )
 
     async def stop(self) -> None:
@@ -98,13 +104,13 @@ async def serve(models: Mapping[str, HostedModel], config: ServerConfig, started
         started: Told the server once it listens.
     """
     server = Server(models, config)
-    await server.start()
-    started(server)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for each in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(each, stop.set)
     try:
+        await server.start()
+        started(server)
         await stop.wait()
     finally:
         await server.stop()
