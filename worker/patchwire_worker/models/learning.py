@@ -1,13 +1,14 @@
 """Learning what flows through a model: every site's shape in terms of the call, and the order of sites.
 
-The model runs twice on a handful of tokens, with other numbers of rows and tokens. A length that is the same in both is
-constant; one that follows the rows or the tokens is named after them. A third run tells whether padding on the right
-leaves a row's own numbers alone, as it must before rows of different lengths may share a pass. Tensors that the model
-changes in place after they were at a site are noted too: rows that share a pass with a write there could miss that.
+The model runs three times on a handful of tokens, with other numbers of rows and tokens. A length that is the same in
+all is constant; one that follows the rows or the tokens is named after them. One more run tells whether padding on the
+right leaves a row's own numbers alone, as it must before rows of different lengths may share a pass. Tensors that the
+model changes in place after they were at a site are noted too: rows that share a pass with a write there could miss it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +22,9 @@ from patchwire_worker import containers
 from patchwire_worker.interleaving import Location, PassInterleaver, Stopping, location_of
 from patchwire_worker.models.families import ATTENTION, Family
 
-# Small, so that it costs nothing; no two of the four alike, so that rows and tokens cannot be taken for each other.
-_FIRST = (2, 7)
-_SECOND = (3, 11)
+# Rows and tokens of each run. Small, so that it costs nothing; three, and not on one line, so that a length that grows
+# with the rows (one for each row and attention head, say) cannot be taken for one that grows with the tokens.
+_SHAPES = ((2, 7), (3, 11), (5, 8))
 
 
 @dataclass
@@ -76,14 +77,14 @@ class Learner:
 
     def catalogue(self, name: str, family: Family | None) -> Catalogue:
         """Every module of the model, with the tensors that it takes and returns."""
-        first, second = self._run(*_FIRST), self._run(*_SECOND)
+        runs = [self._run(*shape) for shape in _SHAPES]
         modules = {
             path: Module(
                 path,
                 type(module).__name__,
                 _parameters(module),
-                tuple(_leaves(path, first, second)),
-                first.calls.get(path, 0),
+                tuple(_leaves(path, runs)),
+                runs[0].calls.get(path, 0),
             )
             for path, module in self.module.named_modules()
         }
@@ -109,7 +110,7 @@ class Learner:
 
     def pads(self) -> bool:
         """Whether padding on the right leaves a row's own numbers alone, as in every causal model."""
-        batch, seq = _SECOND
+        batch, seq = _SHAPES[1]
         short = seq // 2
         ids = self._ids(batch, seq)
         padded, alone = self._result(ids)[:, :short], self._result(ids[:, :short])
@@ -143,38 +144,39 @@ def _parameters(module: nn.Module) -> tuple[Parameter, ...]:
     return tuple(found)
 
 
-def _leaves(path: str, first: _Seen, second: _Seen) -> list[Leaf]:
+def _leaves(path: str, runs: Sequence[_Seen]) -> list[Leaf]:
     leaves = []
+    first, *others = runs
     for side in (INPUT, OUTPUT):
         location = (path, side)
-        for (where, inside), (shape, dtype) in first.leaves.items():
-            other = second.leaves.get((where, inside))
-            if where != location or other is None or dtype != other[1]:
+        for place, (shape, dtype) in first.leaves.items():
+            seen = [each.leaves.get(place) for each in others]
+            if place[0] != location or any(each is None or each[1] != dtype for each in seen):
                 continue
             try:
                 dtype_to_proto(dtype)
             except GraphError:
                 continue
-            dims = (
-                tuple(_dim(one, two) for one, two in zip(shape, other[0], strict=True))
-                if len(shape) == len(other[0])
-                else (Dim(Axis.UNKNOWN),)
-            )
-            leaves.append(Leaf(path, side, inside, dims, dtype, first.order[location]))
+            shapes = [shape, *(each[0] for each in seen if each is not None)]
+            alike = len({len(each) for each in shapes}) == 1
+            dims = tuple(map(_dim, zip(*shapes, strict=True))) if alike else (Dim(Axis.UNKNOWN),)
+            leaves.append(Leaf(path, side, place[1], dims, dtype, first.order[location]))
     return leaves
 
 
-def _dim(first: int, second: int) -> Dim:
-    """What a length is, that was `first` in the first run and `second` in the second."""
-    if first == second:
-        return Dim(Axis.CONSTANT, first)
-    for axis, one, two in (
-        (Axis.BATCH, _FIRST[0], _SECOND[0]),
-        (Axis.SEQ, _FIRST[1], _SECOND[1]),
-        (Axis.BATCH_SEQ, _FIRST[0] * _FIRST[1], _SECOND[0] * _SECOND[1]),
-    ):
-        if first - one == second - two:
-            return Dim(axis, first - one)
+def _dim(lengths: tuple[int, ...]) -> Dim:
+    """What a dimension is that had these lengths in the runs."""
+    if len(set(lengths)) == 1:
+        return Dim(Axis.CONSTANT, lengths[0])
+    followed = {
+        Axis.BATCH: [batch for batch, _ in _SHAPES],
+        Axis.SEQ: [seq for _, seq in _SHAPES],
+        Axis.BATCH_SEQ: [batch * seq for batch, seq in _SHAPES],
+    }
+    for axis, values in followed.items():
+        rest = {length - value for length, value in zip(lengths, values, strict=True)}
+        if len(rest) == 1:
+            return Dim(axis, rest.pop())
     return Dim(Axis.UNKNOWN)
 
 
