@@ -103,6 +103,8 @@ def data(tensor: Tensor) -> memoryview:
         flat = flat.resolve_conj().resolve_neg()
     if flat.numel() == 0:
         return memoryview(bytearray())
+    if flat.stride() != (1,):  # one element counts as contiguous whatever its stride, but cannot be viewed as bytes
+        flat = flat.as_strided((1,), (1,))
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
