@@ -145,11 +145,12 @@ class _Run:
     def _visit(self, path: str, side: str, value: Any) -> Any:
         if self._unseen or (path, side) != self._wanted:
             return None if side == "output" else value
-        tensors = {steps: tensor.clone() for steps, tensor in hooks.tensors_in(value, side)}
-        self._found[path, side] = tensors
+        copies = {steps: tensor.clone() for steps, tensor in hooks.tensors_in(value, side)}
+        tensors = self._found[path, side] = dict(copies)
         self._program.switch()
         for steps, tensor in tensors.items():
-            value = hooks.with_change(value, side, steps, lambda _, new=tensor: new.clone())
+            if tensor is not copies[steps] or tensor._version:
+                value = hooks.with_change(value, side, steps, lambda _, new=tensor: new.clone())
         return value
 
     def at(self, path: str, side: str) -> dict[tuple[Any, ...], Tensor]:
