@@ -34,6 +34,7 @@ from patchwire.errors import (
 )
 from patchwire.sites import Axis, Catalogue, Leaf, Module
 
+_LOOK = "The shape of a value is known inside the block: `print(value.shape)`."
 _MAX_PIECES = 1 << 18
 _MAX_JOINED = 64
 
@@ -181,7 +182,8 @@ class Checker:
             given = ", ".join(describe(fake_of(each)) for each in _nodes(change)) or "this"
             raise ShapeError(
                 f"{what} is {describe(fake_of(base))}; the part that is changed does not take {given}:"
-                f"{error.message.partition(':')[2]}"
+                f"{error.message.partition(':')[2]}",
+                hint=_LOOK,
             ) from None
         return fake_of(node.args[0]) if edited is None else edited  # type: ignore[arg-type]
 
@@ -204,11 +206,14 @@ class Checker:
         except NotImplementedError as error:
             if unknown_is_fine or name in ops.DATA_DEPENDENT:
                 return None
-            raise OperationError(f"The size of `{name}` depends on values: {_first_line(error)}") from None
+            raise OperationError(
+                f"The size of `{name}` depends on values: {_first_line(error)}",
+                hint="Save what it is given, and compute this after the block.",
+            ) from None
         except Exception as error:  # PyTorch and Python raise what they like
             tensors = ", ".join(describe(each) for each in _tensors((args, kwargs)))
             raise ShapeError(
-                f"`{name.rsplit('.', 1)[-1]}` cannot be done with {tensors}: {_first_line(error)}"
+                f"`{name.rsplit('.', 1)[-1]}` cannot be done with {tensors}: {_first_line(error)}", hint=_LOOK
             ) from None
         return _results(name, result)
 
@@ -272,7 +277,7 @@ def applied(module: Module, fake: Any) -> Tensor | None:
     trailing = tuple(dim.size for dim in wanted)
     if split < 0 or tuple(fake.shape[split:]) != trailing:
         ending = ", ".join(str(length) for length in trailing)
-        raise ShapeError(f"`{module.path}` takes values of shape [..., {ending}], not {describe(fake)}.")
+        raise ShapeError(f"`{module.path}` takes values of shape [..., {ending}], not {describe(fake)}.", hint=_LOOK)
     return torch.empty((*fake.shape[:split], *(dim.size for dim in given)), dtype=result.dtype, device="meta")
 
 
@@ -317,7 +322,9 @@ def _check_pieces(name: str, args: Any, kwargs: Any) -> None:
         case _:
             return
     if pieces > limit:
-        raise LimitError(f"`{short}` of {pieces:,} is too many; at most {limit:,} are allowed.")
+        raise LimitError(
+            f"`{short}` of {pieces:,} is too many; at most {limit:,} are allowed.", hint="Do it in smaller parts."
+        )
 
 
 def _nodes(argument: Any) -> list[torch.fx.Node]:

@@ -19,6 +19,8 @@ from patchwire.graph import Invoke
 
 Rows = list[list[int]]
 
+_FORMS = "Give a text, a list of texts, token ids, or messages with a role and a content."
+
 
 def to_invoke(
     given: Any,
@@ -44,16 +46,24 @@ def to_invoke(
     """
     rows = _rows(given, texts_to_ids, messages_to_ids)
     if not rows:
-        raise InputError("There is no prompt.", lines=here())
+        raise InputError("There is no prompt.", hint=_FORMS, lines=here())
     for index, row in enumerate(rows):
         which = "The prompt" if len(rows) == 1 else f"Prompt {index}"
         if not row:
-            raise InputError(f"{which} has no tokens.", lines=here())
+            raise InputError(f"{which} has no tokens.", hint=_FORMS, lines=here())
         if max_positions and len(row) > max_positions:
-            raise InputError(f"{which} has {len(row)} tokens; the model takes {max_positions}.", lines=here())
+            raise InputError(
+                f"{which} has {len(row)} tokens; the model takes {max_positions}.",
+                hint="Shorten it, or split it.",
+                lines=here(),
+            )
         if min(row) < 0 or (vocabulary and max(row) >= vocabulary):
             wrong = next(each for each in row if each < 0 or each >= vocabulary)
-            raise InputError(f"{which} has the token id {wrong}; ids go from 0 to {vocabulary - 1}.", lines=here())
+            raise InputError(
+                f"{which} has the token id {wrong}; ids go from 0 to {vocabulary - 1}.",
+                hint="Token ids are those of this model's own tokenizer.",
+                lines=here(),
+            )
     return Invoke(tuple(tuple(row) for row in rows))
 
 
@@ -81,7 +91,7 @@ def _rows(
         return _masked(given)
     raise InputError(
         f"A {type(given).__name__} is not a prompt." if given else "There is no prompt.",
-        hint="Give a text, a list of texts, token ids, or messages with a role and a content.",
+        hint=_FORMS,
         lines=here(),
     )
 
@@ -94,7 +104,9 @@ def _matrix(given: Tensor | np.ndarray[Any, Any]) -> Rows:
     ids = torch.as_tensor(given)
     if ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool or ids.ndim not in (1, 2):
         raise InputError(
-            f"Token ids are integers of shape [seq] or [batch, seq], not {list(ids.shape)} {ids.dtype}.", lines=here()
+            f"Token ids are integers of shape [seq] or [batch, seq], not {list(ids.shape)} {ids.dtype}.",
+            hint=_FORMS,
+            lines=here(),
         )
     rows: Rows = (ids if ids.ndim == 2 else ids[None]).tolist()
     return rows
@@ -120,7 +132,11 @@ def _masked(given: Mapping[str, Any]) -> Rows:
     for seens in mask:
         where = seens.nonzero().flatten().tolist()
         if where and where[-1] - where[0] + 1 != len(where):
-            raise InputError("The attention mask hides tokens in the middle of a row; only padding can be left out.")
+            raise InputError(
+                "The attention mask hides tokens in the middle of a row; only padding can be left out.",
+                hint="Leave these tokens out of the prompt.",
+                lines=here(),
+            )
     return kept
 
 

@@ -106,7 +106,11 @@ class Module:
             return list(self)[index]
         keys = self._indices()
         if not keys:
-            raise SiteError(f"`{spell(self._name)}` is not a list of modules.", lines=here())
+            raise SiteError(
+                f"`{spell(self._name)}` is not a list of modules.",
+                hint=f"Write `{spell(self._name)}.output` for what it returns; lists are such as `model.layers[0]`.",
+                lines=here(),
+            )
         if not -len(keys) <= index < len(keys):
             raise SiteError(
                 f"`{spell(self._name)}[{index}]` does not exist.",
@@ -181,9 +185,15 @@ class Module:
         address = self._address(side)
         if not module.calls:
             raise SiteError(
-                f"`{address.spelled}` never exists: a forward pass does not call this module.", lines=here()
+                f"`{address.spelled}` never exists: a forward pass does not call this module.",
+                hint="Print the model: it says which modules are not called.",
+                lines=here(),
             )
-        raise SiteError(f"`{address.spelled}` is not a tensor and has none in it.", lines=here())
+        raise SiteError(
+            f"`{address.spelled}` is not a tensor and has none in it.",
+            hint="Print the model: it says what each module returns.",
+            lines=here(),
+        )
 
     def _side(self, side: str) -> Value | Structure:
         address = self._address(side)

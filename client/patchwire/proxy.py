@@ -136,7 +136,11 @@ class Value(torch.fx.Proxy):
                 lines=here(),
             )
         if self._saved:
-            raise GraphError("The value was saved, but its run did not end well.", lines=here())
+            raise GraphError(
+                "The value was saved, but its run did not end well.",
+                hint="The error that ended it says why; run the trace again.",
+                lines=here(),
+            )
         raise GraphError(
             "The value was not saved, so it stayed on the server.",
             hint="Write `.save()` inside the block.",
@@ -273,7 +277,11 @@ class Value(torch.fx.Proxy):
         return id(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise GraphError("A value is a tensor and cannot be called.", lines=here())
+        raise GraphError(
+            "A value is a tensor and cannot be called.",
+            hint="Call the module itself: `model.lm_head(value)`.",
+            lines=here(),
+        )
 
     def __reduce__(self) -> Any:
         return (_same, (self.value,))
@@ -317,6 +325,16 @@ def _values(argument: Any) -> Iterator[Value]:
             yield from _values(each)
     elif isinstance(argument, slice):
         yield from _values((argument.start, argument.stop, argument.step))
+
+
+def _structures(argument: Any) -> Iterator[Structure]:
+    if isinstance(argument, Structure):
+        yield argument
+    elif isinstance(argument, dict):
+        yield from _structures(tuple(argument.values()))
+    elif isinstance(argument, (tuple, list)):
+        for each in argument:
+            yield from _structures(each)
 
 
 class Structure:
@@ -365,7 +383,7 @@ class Structure:
     def __setitem__(self, key: Step, value: Any) -> None:
         path = self._path(key)
         if self._check(path)[0].path != path:
-            raise SiteError(f"`{self._at(path)}` is not one tensor: assign its items.", lines=here())
+            raise self.not_one_tensor(path)
         self._recorder.assign(self._at(path), value)
 
     def __getattr__(self, name: str) -> Value | Structure:
@@ -379,6 +397,26 @@ class Structure:
                 lines=here(),
             )
         return self[name]
+
+    def not_one_tensor(self, path: Path | None = None) -> SiteError:
+        """The error of using this, or what is at a path in it, as a tensor."""
+        address = Address(self._site.address.name, self._site.address.path if path is None else path)
+        below = [leaf for leaf in self._leaves if leaf.path[: len(address.path)] == address.path]
+        items = " or ".join(f"`{Address(address.name, leaf.path).spelled}`" for leaf in below)
+        return SiteError(
+            f"`{address.spelled}` is a tuple or mapping, not one tensor.", hint=f"Write {items}.", lines=here()
+        )
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        raise next(each.not_one_tensor() for each in _structures((args, kwargs)))
+
+    def _operator(self, *_: Any) -> NoReturn:
+        raise self.not_one_tensor()
+
+    __add__ = __radd__ = __iadd__ = __sub__ = __rsub__ = __isub__ = __mul__ = __rmul__ = __imul__ = _operator
+    __truediv__ = __rtruediv__ = __itruediv__ = __pow__ = __rpow__ = __matmul__ = __rmatmul__ = _operator
+    __neg__ = __abs__ = __lt__ = __le__ = __gt__ = __ge__ = __float__ = __int__ = __array__ = _operator
 
     def save(self) -> Structure:
         """Ask for all tensors; after the block, index this to get them."""

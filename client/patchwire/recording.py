@@ -108,7 +108,7 @@ class Recorder(TracerBase):
         if value is Ellipsis:
             return value
         if isinstance(value, Structure):
-            raise GraphError(f"{value!r} is not one tensor: take one of its items.", lines=here())
+            raise value.not_one_tensor()
         raise GraphError(
             f"A {type(value).__name__} cannot be used inside the block: a graph is data.",
             hint="Numbers, strings, dtypes, tensors, values, and lists and tuples of them can.",

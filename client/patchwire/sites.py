@@ -356,7 +356,10 @@ class Catalogue:
         leaves = module.side(side)
         typed = address.spelled
         if not module.calls:
-            raise SiteError(f"`{typed}` never exists: a forward pass of {self.model} does not call this module.")
+            raise SiteError(
+                f"`{typed}` never exists: a forward pass of {self.model} does not call this module.",
+                hint="Print the model: it says which modules are not called.",
+            )
         if not leaves:
             raise SiteError(f"`{typed}` is not a tensor and has none in it.")
         if module.calls > 1:
@@ -380,6 +383,7 @@ class Catalogue:
             head, _, tail = head.rpartition(".")
         raw = self.raw(head) if head else ""
         below = [*self.prefixes.get(head, []), *(self.children.get(raw, []) if raw is not None else [])]
+        below += [each.name for each in self.modules[raw].parameters] if raw is not None else []
         below = list(dict.fromkeys(below))
         dot = f"{head}." if head else ""
         if tail.isdigit() and below and all(each.isdigit() for each in below):
@@ -389,7 +393,7 @@ class Catalogue:
             return _LAYER_HINTS[tail].format(layer=spell(head), role="an SSM" if role == "ssm" else role)
         close = [f"{dot}{each}" for each in nearest(tail, below)]
         if not close:
-            close = nearest(name, [*self.names, *self.modules]) or [f"{dot}{each}" for each in below[:6]]
+            close = nearest(name, dict.fromkeys([*self.names, *self.modules])) or [f"{dot}{each}" for each in below[:6]]
         return f"Did you mean {_either(close)}?" if close else ""
 
     def parameter(self, path: str) -> Parameter:

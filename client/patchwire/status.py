@@ -100,7 +100,10 @@ def error_from_call(error: grpc.RpcError, address: str, *, started: bool = False
                 hint="Start one with `patchwire serve MODEL`, or check the address, the port and TLS.",
             )
         case grpc.StatusCode.DEADLINE_EXCEEDED:
-            return errors.TimeoutError("The request took longer than its deadline.")
+            return errors.TimeoutError(
+                "The request took longer than its deadline.",
+                hint="Ask for less in one trace, or connect with a longer `timeout`.",
+            )
         case grpc.StatusCode.CANCELLED:
             return errors.CancelledError("The request was cancelled.")
         case grpc.StatusCode.UNAUTHENTICATED:

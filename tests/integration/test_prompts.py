@@ -55,12 +55,13 @@ class TestAModelWithATokenizer:
             chatty.logits[:, -1].save()
 
         words = ["system", ":", "fast", "user", ":", "hello", "world", "assistant", ":"]
-        assert [chatty.tokenizer.tokens(each) for each in trace.tokens] == [words]
+        assert [chatty.tokenizer.decode(each).split() for each in trace.tokens] == [words]
 
     def test_tells_its_tokens_on_the_laptop(self, chatty):
         assert chatty.tokenizer.backend is not None
         assert chatty.tokenize(TEXT) == [IDS]
-        assert chatty.tokenizer.tokens(TEXT) == WORDS
+        assert [each.strip() for each in chatty.tokenizer.tokens(TEXT)] == WORDS
+        assert "".join(chatty.tokenizer.tokens(TEXT)) == TEXT
         assert chatty.tokenizer.decode(IDS) == TEXT
 
     def test_is_asked_for_tokens_with_the_same_result(self, chatty):

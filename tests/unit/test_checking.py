@@ -191,6 +191,7 @@ class TestRefusals:
 
         self.refused(asked, (LimitError, ShapeError), name, value, *args)
 
+    @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
     @pytest.mark.parametrize(
         ("name", "args"),
         [

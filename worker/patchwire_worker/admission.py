@@ -67,7 +67,10 @@ class Admission:
             PatchwireError: of the kind of what is wrong with it.
         """
         if len(message.nodes) > self.limits.nodes:
-            raise LimitError(f"The graph has {len(message.nodes):,} nodes; the server takes {self.limits.nodes:,}.")
+            raise LimitError(
+                f"The graph has {len(message.nodes):,} nodes; the server takes {self.limits.nodes:,}.",
+                hint="Split it into several traces.",
+            )
         if not message.traces:
             raise GraphError("The graph has no trace.")
         model = self.model(message.traces[0].model)

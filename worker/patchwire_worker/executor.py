@@ -253,7 +253,8 @@ class Execution:
             raise at(node, LimitError("The device has no memory for this operation.")) from error
         except Exception as error:
             name = g.operation_of(node).name if g.operation_of(node) else node.target.__name__  # type: ignore[union-attr]
-            raise at(node, ExecutionError(f"`{name}` failed: {_first_line(error)}")) from error
+            hint = "It failed on the values that it was given: save them in a trace of their own, and look."
+            raise at(node, ExecutionError(f"`{name}` failed: {_first_line(error)}", hint=hint)) from error
 
     def _check_size(self, node: torch.fx.Node, args: Any, kwargs: Any) -> None:
         """Check on fakes an operation whose shapes were not known before."""

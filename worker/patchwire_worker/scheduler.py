@@ -97,9 +97,9 @@ class Scheduler:
         position = len(self._waiting) + (self._running is not None)
         self._waiting.append(job)
         loop.run_in_executor(self._thread, self._execute, job, loop)
-        if position:
-            yield Queued(position)
         try:
+            if position:
+                yield Queued(position)
             while True:
                 event = await job.events.get()
                 if isinstance(event, BaseException):
@@ -111,9 +111,18 @@ class Scheduler:
             if job.timer is not None:
                 job.timer.cancel()
             job.stopping.stop(CancelledError("The request was cancelled."))
+            self._leave(job)
+
+    def _leave(self, job: _Job) -> None:
+        """Out of the queue: its turn has come, or nobody waits for it any more."""
+        with contextlib.suppress(ValueError):
+            self._waiting.remove(job)
 
     def _start_timer(self, job: _Job, loop: asyncio.AbstractEventLoop) -> None:
-        late = TimeoutError(f"The request ran longer than the server's {self.limits.seconds:g} seconds.")
+        late = TimeoutError(
+            f"The request ran longer than the server's {self.limits.seconds:g} seconds.",
+            hint="Ask for less in one trace.",
+        )
         job.timer = loop.call_later(self.limits.seconds, job.stopping.stop, late)
 
     def _execute(self, job: _Job, loop: asyncio.AbstractEventLoop) -> None:
@@ -124,8 +133,9 @@ class Scheduler:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(job.events.put_nowait, event)
 
-        self._waiting.remove(job)
+        self._leave(job)
         self._running = job
+        outcome: Event | BaseException
         try:
             if job.stopping.reason is not None:
                 raise job.stopping.reason
@@ -139,11 +149,12 @@ class Scheduler:
                 job.stopping,
                 result_bytes=self.limits.result_bytes,
             )
-            send(Done(execution.run(_told(send)), queued))
+            outcome = Done(execution.run(_told(send)), queued)
         except BaseException as error:
-            send(error)
-        finally:
-            self._running = None
+            outcome = error
+        # In this order: whoever asks after hearing of the end finds the model free.
+        self._running = None
+        send(outcome)
 
 
 def _told(send: Callable[[Event], None]) -> Callable[[int, int], None]:
