@@ -81,7 +81,7 @@ def edit(base: Any, views: Sequence[Change], change: Change) -> Any:
         items = list(base)
         items[index] = edit(items[index], rest, change)
         return type(base)(items)
-    copy = base.clone(memory_format=torch.contiguous_format)
+    copy = base.clone()
     place = copy
     for name, args, kwargs in views:
         place = ops.OPERATIONS[name].function(place, *args, **kwargs)
