@@ -67,6 +67,7 @@ class EagerModel:
             yield
             self._run.finish()
         finally:
+            self._run.close()
             self._run = None
 
 
@@ -175,6 +176,11 @@ class _Run:
         self._wanted = None
         if not self._forward.dead:
             self._forward.switch()
+
+    def close(self) -> None:
+        """Leave no hooks behind, whatever happened."""
+        if not self._forward.dead:
+            self._forward.throw()
 
 
 Results = dict[str, Any]
