@@ -10,6 +10,7 @@ pass its value exists: the latest site it depends on.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -202,7 +203,7 @@ class Checker:
             return None
         _check_pieces(name, args, kwargs)
         try:
-            result = function(*args, **kwargs)
+            result = function(*_any_places(function, args), **kwargs)
         except NotImplementedError as error:
             if unknown_is_fine or name in ops.DATA_DEPENDENT:
                 return None
@@ -299,6 +300,31 @@ def _results(name: str, result: Any) -> Any:
     if isinstance(result, (tuple, list)):
         return tuple(_results(name, each) for each in result)
     raise OperationError(f"`{name}` gives a {type(result).__name__}, which is not a tensor.")
+
+
+def _any_places(function: Any, args: Any) -> Any:
+    """The same arguments, with 0 for every index that is a tensor of one integer: any number gives the same shape."""
+    if function is operator.getitem:
+        return (args[0], _any_place(args[1]))
+    if function is g.edit:
+        base, views, change = args
+        return (base, tuple(_indexed_anywhere(view) for view in views), _indexed_anywhere(change))
+    return args
+
+
+def _indexed_anywhere(change: Any) -> Any:
+    name, args, kwargs = change
+    if name in ("operator.getitem", "operator.setitem"):
+        args = (_any_place(args[0]), *args[1:])
+    return name, args, kwargs
+
+
+def _any_place(index: Any) -> Any:
+    if isinstance(index, tuple):
+        return tuple(_any_place(each) for each in index)
+    if isinstance(index, Tensor) and not index.ndim and not index.is_floating_point() and index.dtype is not torch.bool:
+        return 0
+    return index
 
 
 def _check_pieces(name: str, args: Any, kwargs: Any) -> None:
