@@ -208,6 +208,8 @@ class Recorder(TracerBase):
                 lines=here(),
             )
         kwargs = {name: each for name, each in kwargs.items() if name not in ops.FORBIDDEN_ARGUMENTS}
+        if not args and "input" in kwargs:  # whose memory a view shares
+            args = (kwargs.pop("input"),)
         if not args and "input" in kwargs:  # `torch.softmax(input=value)`
             args = (kwargs.pop("input"),)
         if operation.kind == "inplace":
