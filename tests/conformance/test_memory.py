@@ -347,6 +347,122 @@ def the_results_of_topk_are_used(h: Any) -> Any:
     return top.values
 
 
+@edits_of_the_middle_layer
+def one_position_found_in_the_value_is_a_view(h: Any) -> Any:
+    loudest = h[0].norm(dim=-1).argmax()
+    h[0, loudest][3:5] = 0
+    h[0, loudest] *= 2
+    return h[:, loudest]
+
+
+@edits_of_the_middle_layer
+def a_view_keeps_its_place_when_the_index_is_edited(h: Any) -> Any:
+    order = h[0].norm(dim=-1).argsort()
+    token = h[:, order[0]]
+    order[0] = order[1]
+    token[:] = 7
+    return order
+
+
+@edits_of_the_middle_layer
+def what_a_mask_collects_is_a_tensor_of_its_own(h: Any) -> Any:
+    positive = h[h > 0]
+    positive += 1
+    positive[:3][1:] = 0
+    h[:, 0] = positive.mean()
+    return positive
+
+
+@edits_of_the_middle_layer
+def a_copy_of_transposed_memory_stays_transposed_after_an_edit(h: Any) -> Any:
+    turned = h.transpose(1, 2) * 2
+    turned[:, 0] = 0
+    flat = turned.reshape(-1)
+    flat[:] = 5
+    h[:, :] = turned.transpose(1, 2)
+    return flat
+
+
+@edits_of_the_middle_layer
+def views_may_be_asked_for_by_keyword(h: Any) -> None:
+    torch.transpose(input=h, dim0=1, dim1=2)[:, 3] = 0
+    torch.select(h, dim=1, index=4).mul_(2)
+
+
+@edits_of_the_middle_layer
+def named_results_are_edited(h: Any) -> Any:
+    largest, where = h.max(-1)
+    largest[:, 0] = 3
+    both = h.sort(-1, descending=True)
+    both.values[..., 0] = 9
+    h[:, :, 0] = largest
+    h[:, :, 1] = where.float() + both.values[..., 0] + both.indices[..., 1]
+    return largest
+
+
+@edits_of_the_middle_layer
+def an_element_is_a_view_too(h: Any) -> Any:
+    element = h[0, 0, 0]
+    element += 1
+    total = h.sum()
+    total += 1
+    h[0, 1, 1] = element * 2
+    return total
+
+
+@edits_of_the_middle_layer
+def overlapping_slices_are_edited_one_after_the_other(h: Any) -> Any:
+    first, second = h[:, :3], h[:, 2:5]
+    first += second.clone()
+    second *= 2
+    h[:, 1:3] += first[:, 1:3].clone()
+    first = first + 1
+    first[:] = 0
+    return second
+
+
+@edits_of_the_middle_layer
+def rows_chosen_by_their_own_sum_are_set(h: Any) -> None:
+    h[0][h[0].sum(-1) > 0] = 0.5
+    h[:, h[0].sum(-1) > 3] += 0.5
+    h[..., h[0, 0] > 0] = 0
+
+
+@edits_of_the_middle_layer
+def numbers_of_other_types_are_converted(h: Any) -> None:
+    h[:, 1] = torch.arange(24)
+    h[:, 2] = torch.ones(24, dtype=torch.float64)
+    h[:, 3] = True
+    h.mul_(torch.tensor(2, dtype=torch.float64))
+
+
+@edits_of_the_middle_layer
+def complex_parts_and_frequencies_are_edited(h: Any) -> Any:
+    pair = torch.complex(h, h * 2)
+    pair.real[:] = 1
+    frequencies = torch.fft.rfft(h, dim=1)
+    frequencies[:, 2:] = 0
+    h[:] = torch.fft.irfft(frequencies, n=9, dim=1)
+    return pair.imag - pair.real
+
+
+@edits_of_the_middle_layer
+def attention_is_computed_from_a_value(h: Any) -> Any:
+    heads = h.unflatten(-1, (4, 6))
+    scores = torch.einsum("bqhd,bkhd->bhqk", heads, heads)
+    pattern = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), float("-inf")).softmax(-1)
+    h += torch.einsum("bhqk,bkhd->bqhd", pattern, heads).flatten(2)
+    return pattern
+
+
+@edits_of_the_middle_layer
+def shapes_and_lengths_drive_ordinary_python(h: Any) -> Any:
+    for index in range(len(h[0])):
+        h[:, index, index] = index
+    h[:, h.shape[1] // 2 :] *= h.size(-1) / h.numel()
+    return sum(token.sum() for token in h[0])
+
+
 # --- sites ------------------------------------------------------------------------------------------
 
 
@@ -505,6 +621,26 @@ def a_module_is_applied_to_an_edited_value(model: Any) -> Results:
     lens = model.lm_head(model.norm(hidden))
     lens[..., 0] = 0
     return {"lens": lens, "logits": model.logits}
+
+
+@program
+def operators_work_from_either_side(model: Any) -> Results:
+    h, line = model.layers[1].output, torch.linspace(0, 1, 24)
+    return {
+        "difference": 1 - h,
+        "power": 2**h,
+        "tensor times value": line * h,
+        "tensor minus value": line - h,
+        "tensor at value": line @ h[0].T,
+        "quotient": 5 // (h.abs() + 1),
+        "rest": 3 % (abs(h) + 1),
+        "tensor below value": line < h,
+        "number above value": 0.3 > h,  # noqa: SIM300
+        "promoted": h + torch.ones(24, dtype=torch.float64),
+        "narrow and wide": h.bfloat16() + h,
+        "mask times value": (h > 0) * h,
+        "not": ~(h > 0) | (h < -1),
+    }
 
 
 @program
