@@ -7,6 +7,7 @@ before is NaN. As invokes of one trace, each has its own shape. Either way the r
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -392,3 +393,26 @@ def test_a_value_flows_between_invokes_that_cannot_share_a_pass(name: str, serve
         expected = changed_logits(reference, corrupt, {place: lambda _, place=place: source[place].clone()})
         assert_same(logits.value, expected, place, tolerance=TOLERANCE)
         assert_same(untouched.value, forward(reference, corrupt).logits, place, tolerance=TOLERANCE)
+
+
+# --- from several programs at once -------------------------------------------------------------
+
+
+def test_requests_that_come_at_the_same_time_do_not_mix(name: str, served: Any, references: Any) -> None:
+    model, reference = served[name], references[name]
+    site = next(place for place in floats_with_rows(model) if place[0].endswith(".1") and place[1] == "output")
+    scales = [0.25 * index for index in range(12)]
+
+    def request(scale: float) -> torch.Tensor:
+        with model.trace(PROMPTS[int(scale * 4) % len(PROMPTS)]):
+            places.write(model, site, places.read(model, site) * scale)
+            logits = model.logits.save()
+        return logits.value
+
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(request, scales))
+
+    for scale, logits in zip(scales, found, strict=True):
+        prompt = PROMPTS[int(scale * 4) % len(PROMPTS)]
+        expected = changed_logits(reference, prompt, {site: lambda value, scale=scale: value * scale})
+        assert_same(logits, expected, scale)
