@@ -1,6 +1,7 @@
 """Timing for the benchmarks: alternating runs, medians, ratios within one run, one JSON line each.
 
-Machines differ and are busy in different ways, so nothing is compared across runs: what is compared runs in turn, A B A B.
+Machines differ and are busy in different ways, so nothing is compared across runs: what is compared runs in turn,
+A B A B.
 """
 
 from __future__ import annotations
