@@ -16,6 +16,7 @@ from importlib import metadata
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 from torch import Tensor
 
@@ -54,6 +55,10 @@ async def _refuse(context: Context, error: BaseException) -> None:
     """End the RPC with the status of an error."""
     if isinstance(error, CancelledError):
         await context.abort(grpc.StatusCode.CANCELLED, error.message)
+    if isinstance(error, DecodeError):
+        error = GraphError(
+            "A message is not of the protocol.", hint="Install the same version of patchwire on both sides."
+        )
     if not isinstance(error, PatchwireError):
         log.error("a request failed in a way that it must not", exc_info=error)
         await context.abort(
