@@ -41,6 +41,7 @@ _TABLE = (
     _Row(pb.ERROR_KIND_BUSY, errors.BusyError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     _Row(pb.ERROR_KIND_TIMEOUT, errors.TimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED),
 )
+_LONGEST_WORDS = 500
 _BY_KIND = {row.kind: row for row in _TABLE}
 _BY_ERROR = {row.error: row for row in _TABLE}
 
@@ -69,7 +70,9 @@ def error_to_status(error: PatchwireError, server_version: str = "") -> status_p
         detail.missing.extend(error.missing)
     packed = any_pb2.Any()
     packed.Pack(detail)
-    return status_pb2.Status(code=row.code.value[0], message=error.message, details=[packed])
+    # These words are for those who cannot read the detail; gRPC makes three bytes of each that is not ASCII.
+    words = error.message[:_LONGEST_WORDS].encode("ascii", "replace").decode()
+    return status_pb2.Status(code=row.code.value[0], message=words, details=[packed])
 
 
 def error_from_call(error: grpc.RpcError, address: str, *, started: bool = False) -> PatchwireError:

@@ -251,6 +251,28 @@ def test_an_operation_that_the_server_does_not_know_is_named_with_the_server_s_v
     assert patchwire.__version__ in str(error)
 
 
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [messages.call("\u6f22" * 5000)],
+        [messages.read("\u6f22" * 1024)],
+        [messages.read("layers.2.output"), messages.write("layers.0.output", 0)],
+    ],
+    ids=["operation", "site", "order"],
+)
+def test_an_error_of_long_words_in_any_script_is_that_error(stub, nodes):
+    graph = messages.graph("gpt2", *nodes)
+    graph.lines.add()
+    graph.lines.add(file="\u6f22" * 5000, line=1, code="\u6f22" * 5000)
+    for node in graph.nodes:
+        node.line = 1
+
+    error = refused(stub.Check, service_pb2.CheckRequest(graph=graph))
+
+    assert type(error) in (patchwire.OperationError, patchwire.SiteError, patchwire.OrderError)
+    assert "\u6f22" in str(error)
+
+
 def test_no_error_shows_the_inside_of_the_server(stub):
     graph = messages.graph("gpt2", messages.read("logits"), messages.call("torch.reshape", messages.node(0), [7, 7]))
 

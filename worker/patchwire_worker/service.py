@@ -27,7 +27,9 @@ from patchwire.errors import (
     AuthenticationError,
     CancelledError,
     GraphError,
+    MissingTensorsError,
     PatchwireError,
+    SourceLine,
     VersionError,
 )
 from patchwire.status import error_to_status
@@ -69,11 +71,16 @@ async def _refuse(context: Context, error: BaseException) -> None:
 
 
 def _short(error: PatchwireError) -> PatchwireError:
-    """The same error, small enough for gRPC's trailing metadata."""
-    error.message, error.hint, error.lines = error.message[:2000], error.hint[:1000], error.lines[:3]
-    if hasattr(error, "missing"):
+    """The same error, small enough for gRPC's trailing metadata, which clients take up to 8 KiB of."""
+    error.message, error.hint = _cut(error.message, 2000), _cut(error.hint, 800)
+    error.lines = tuple(SourceLine(_cut(each.file, 400), each.line, _cut(each.code, 300)) for each in error.lines[:3])
+    if isinstance(error, MissingTensorsError):
         error.missing = error.missing[:64]
     return error
+
+
+def _cut(text: str, length: int) -> str:
+    return text.encode(errors="replace")[:length].decode(errors="ignore")
 
 
 def _answering(method: Callable[..., Awaitable[Response]]) -> Callable[..., Awaitable[Response]]:
