@@ -197,6 +197,16 @@ class TestDeadServers:
             with refused(patchwire.ConnectionFailedError, "No server answers", line=False), model.trace([1, 2, 3]):
                 model.logits.save()
 
+    def test_it_is_told_to_stop_in_mid_run(self, tmp_path, monkeypatch):
+        tiny.save("gpt2", tmp_path / "gpt2")
+        with Server({"gpt2": tmp_path / "gpt2"}) as server, patchwire.connect(server.address, progress=False) as client:
+            model = client.model()
+            monkeypatch.setattr(Progress, "running", lambda *_: server.process.send_signal(signal.SIGTERM))
+            with pytest.raises((patchwire.CancelledError, patchwire.ConnectionLostError)), model.trace([1, 2, 3]):
+                compute_for_a_long_time(model)
+
+            assert server.process.wait(PATIENCE) == 0
+
 
 def compute_for_a_long_time(model: patchwire.Model) -> None:
     value = model.layers[0].output.new_ones(2048, 2048)

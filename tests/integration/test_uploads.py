@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import patchwire
+from integration import messages
 from patchwire import graph as g
 from patchwire import tensors
 from patchwire.status import error_from_call
-from patchwire.v1 import service_pb2, service_pb2_grpc, tensor_pb2
+from patchwire.v1 import graph_pb2, service_pb2, service_pb2_grpc, tensor_pb2
 
 LARGE = g.INLINE_BYTES // 4 + 1
 
@@ -126,6 +127,18 @@ def test_an_empty_constant_travels(model):
         result = torch.cat([model.layers[0].output.flatten(), torch.empty(0)]).save()
 
     assert result.shape == (72,)
+
+
+def test_a_hash_that_the_server_does_not_have_is_named(stub):
+    graph = messages.graph("gpt2", messages.read("logits"), graph_pb2.Node(constant=0), messages.save(1))
+    graph.constants.add(uploaded=b"\x01" * 32)
+
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Check(service_pb2.CheckRequest(graph=graph))
+    error = error_from_call(caught.value, "here")
+
+    assert type(error) is patchwire.MissingTensorsError
+    assert error.missing == (b"\x01" * 32,)
 
 
 class TestTheUploadItself:
