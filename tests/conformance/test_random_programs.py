@@ -1,7 +1,8 @@
 """Whatever a program does with sites, views and edits: a trace gives the numbers that PyTorch gives.
 
 Random small programs over one to three prompts. A step's numbers choose among the values and sites that there are, so
-that every list of steps is a program; what it chooses depends on shapes alone, and is the same for both.
+that every list of steps is a program; what it chooses depends on shapes alone, and is the same for both. No step jumps
+where a value crosses a threshold, so that rounding stays rounding.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ def edit_set_from(v: Any, w: Any) -> None:
 
 
 def edit_mask(v: Any, w: Any) -> None:
-    v[v > 0.3337] = -0.25
+    v[v > 0.3337] = 0.3337
 
 
 def edit_mask_scaled(v: Any, w: Any) -> None:
-    v[v < -0.3337] *= 0.5
+    v[v < 0] *= 0.5
 
 
 def edit_list(v: Any, w: Any) -> None:
