@@ -124,7 +124,7 @@ class Checker:
         """What the value of a site looks like."""
         lengths = self.graph.traces[site.trace].invokes[site.invoke].lengths
         leaf = self.leaf(site)
-        if not leaf.packs and len(set(lengths)) > 1:
+        if not leaf.aligns and len(set(lengths)) > 1:
             raise SiteError(
                 f"`{site}` {leaf.symbolic} cannot be told apart for prompts of different lengths.",
                 hint="Give it prompts of one length, or one trace for each prompt.",

@@ -33,7 +33,7 @@ from patchwire.errors import (
 )
 from patchwire.graph import Graph, Site
 from patchwire.proxy import Memory, Structure, Value
-from patchwire.sites import Catalogue, Leaf
+from patchwire.sites import Catalogue, Leaf, spell
 
 _SETITEM = ops.OPERATIONS["operator.setitem"]
 _GETITEM = ops.OPERATIONS["operator.getitem"]
@@ -350,6 +350,13 @@ class Recorder(TracerBase):
         """Apply a module of a model to values."""
         arguments = self.argument(args)
         keywords = {name: self.argument(each) for name, each in kwargs.items()}
+        catalogue = self.checker.catalogue(self.request.traces[trace].model)
+        if catalogue.holds_layers(catalogue.module(module).path):
+            raise OperationError(
+                f"`{spell(module)}` holds the layers and cannot be applied to a value.",
+                hint="Give a prompt to a trace of its own.",
+                lines=here(),
+            )
         return Value(self, self._create(g.apply, (trace, module, arguments, keywords)))
 
     # --- the end ------------------------------------------------------------------------------------------------------

@@ -152,6 +152,8 @@ class Leaf:
     """Its element type."""
     order: int
     """When in a forward pass it exists: the position among all sides of all modules."""
+    independent: bool = True
+    """Whether a row's part of it is the same whatever other rows, and whatever padding, share the pass."""
 
     @property
     def location(self) -> tuple[str, str]:
@@ -165,8 +167,16 @@ class Leaf:
 
     @property
     def packs(self) -> bool:
-        """Whether rows of different lengths can be told apart in it."""
-        return all(dim.axis is Axis.CONSTANT or (dim.axis is not Axis.UNKNOWN and dim.size == 0) for dim in self.shape)
+        """Whether rows of different lengths may share a pass in which it is read or written."""
+        return self.independent and all(
+            dim.axis is Axis.CONSTANT or (dim.axis is not Axis.UNKNOWN and dim.size == 0) for dim in self.shape
+        )
+
+    @property
+    def aligns(self) -> bool:
+        """Whether rows of different lengths can be shown side by side, ending together: not if they share it."""
+        axes = {dim.axis for dim in self.shape}
+        return self.packs and (Axis.SEQ not in axes or Axis.BATCH in axes)
 
     def lengths(self, batch: int, seq: int) -> tuple[int, ...] | None:
         """The shape in a call with this many rows of this many tokens; None if it is not known beforehand."""
@@ -186,6 +196,7 @@ class Leaf:
             shape=[model_pb2.Dim(axis=dim.axis.value, size=dim.size) for dim in self.shape],
             dtype=dtype_to_proto(self.dtype),
             order=self.order,
+            independent=self.independent,
         )
 
     @classmethod
@@ -198,6 +209,7 @@ class Leaf:
             tuple(Dim(Axis(dim.axis), dim.size) for dim in message.shape),
             dtype_from_proto(message.dtype),
             message.order,
+            message.independent,
         )
 
 
@@ -310,6 +322,12 @@ class Catalogue:
         if name in self.names and self.names[name].value is None:
             return self.names[name].module
         return name if name in self.modules else None
+
+    def holds_layers(self, path: str) -> bool:
+        """Whether a module, by its raw path, has layers in it: then applying it is a forward pass of its own."""
+        first = self.names.get("layers.0")
+        prefix = f"{path}." if path else ""
+        return path == "" or (first is not None and first.module.startswith(prefix))
 
     def module(self, name: str) -> Module:
         """The module of a canonical name or raw path.

@@ -25,12 +25,14 @@ from patchwire.checking import describe
 from patchwire.errors import (
     ExecutionError,
     LimitError,
+    OperationError,
     OrderError,
     PatchwireError,
     ShapeError,
     SiteError,
     SourceLine,
 )
+from patchwire.sites import spell
 from patchwire_worker import containers
 from patchwire_worker.admission import Admitted, at
 from patchwire_worker.interleaving import SiteMediator, StopPass, Stopping
@@ -94,15 +96,21 @@ class Execution:
             PatchwireError: of the kind of what went wrong, at the line that caused it.
         """
         start = time.perf_counter()
-        with torch.no_grad():
-            self._evaluate_ready()
-            for number, each in enumerate(self.plan.passes, start=1):
-                on_pass(number, len(self.plan.passes))
-                self._run_pass(each)
-                self.cost.passes += 1
-                self.cost.rows += each.ids.shape[0]
-                self.cost.modules_skipped += each.modules_skipped
-        self._check_all_done()
+        try:
+            with torch.no_grad():
+                self._evaluate_ready()
+                for number, each in enumerate(self.plan.passes, start=1):
+                    on_pass(number, len(self.plan.passes))
+                    self._run_pass(each)
+                    self.cost.passes += 1
+                    self.cost.rows += each.ids.shape[0]
+                    self.cost.modules_skipped += each.modules_skipped
+            self._check_all_done()
+        finally:
+            # An error's traceback would keep them alive.
+            self._values.clear()
+            self._ready.clear()
+            self._fresh.clear()
         self.cost.seconds = time.perf_counter() - start
         return self.cost
 
@@ -241,9 +249,14 @@ class Execution:
                     return self.model.parameter(args[1]).contiguous()  # type: ignore[arg-type]
                 case target if target is g.apply:
                     path = self.model.catalogue.module(args[1]).path  # type: ignore[arg-type]
+                    if self.model.catalogue.holds_layers(path):
+                        raise OperationError(
+                            f"`{spell(str(args[1]))}` holds the layers and cannot be applied to a value.",
+                            hint="Give a prompt to a trace of its own.",
+                        )
                     # A module may change its arguments in place, and these may be weights, or values of others.
                     own = _map_tensors((args[2], args[3]), torch.clone)
-                    return _map_tensors(self.model.apply(path, *own), torch.Tensor.contiguous)
+                    return _map_tensors(self.model.apply(path, self.stopping, *own), torch.Tensor.contiguous)
                 case target:
                     self._check_size(node, args, kwargs)
                     return target(*args, **kwargs)  # type: ignore[operator]

@@ -7,6 +7,7 @@ Ours wait for one fixed location and call a function with the value: no greenlet
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -94,11 +95,17 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
         self.stopping = Stopping()
         self.observe: Callable[[str, Any], None] | None = None
         self._waiting: dict[str, Mediator] = {}
+        self._thread = 0
+        self._applying = False
 
     def handle(self, provider: str, value: Any) -> Any:
         """Offer a value to those that wait for it; the value to go on with."""
+        if threading.get_ident() != self._thread:
+            return value  # somebody else's forward pass of the same module
         if self.stopping.reason is not None:
             raise self.stopping.reason
+        if self._applying:
+            return value
         if self.observe is not None:
             self.observe(provider, value)
         if provider not in self.parked:
@@ -134,18 +141,27 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
         """
         self.mediators = mediators
         self.stopping = stopping
+        self._thread = threading.get_ident()
         try:
             with self:
                 module(**inputs)
         finally:
             self.cancel()
+            self._waiting = {}
+            self.parked = set()
             self.stopping = Stopping()
 
-    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Apply a module in the middle of a pass, without its sites being seen."""
-        before = bool(self.interleaving)
-        self.interleaving: bool = False
+    def call(self, module: nn.Module, stopping: Stopping, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Apply a module, in the middle of a pass or outside of one, without its sites being seen.
+
+        Raises:
+            PatchwireError: it was stopped.
+        """
+        before = (self.interleaving, self.busy, self.stopping, self._thread)
+        self.interleaving, self.busy, self.stopping, self._thread = True, True, stopping, threading.get_ident()
+        self._applying = True
         try:
             return module(*args, **kwargs)
         finally:
-            self.interleaving = before
+            self._applying = False
+            self.interleaving, self.busy, self.stopping, self._thread = before

@@ -11,16 +11,17 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import torch
 from nnsight import NNsight
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from patchwire.errors import GraphError, InputError
 from patchwire.tensors import dtype_to_proto
 from patchwire.v1 import model_pb2
 from patchwire_worker.interleaving import PassInterleaver, SiteMediator, Stopping
 from patchwire_worker.models.families import family_of
-from patchwire_worker.models.learning import Learner
+from patchwire_worker.models.learning import Learner, pads
 from patchwire_worker.models.loading import Loaded
 
 log = logging.getLogger(__name__)
@@ -51,11 +52,12 @@ class HostedModel:
             warnings.simplefilter("ignore")
             self._envoy = NNsight(self.module, interleaver=self.interleaver)
         self._options = self._call_options()
+        self._memory = _Memory(self.module)
         family, how = family_of(self.module, getattr(self.config, "model_type", ""))
         learner = Learner(self.module, self.interleaver, self._options, self.device, self.vocabulary)
         self.catalogue = learner.catalogue(self.name, family)
         self.overwritten = frozenset(learner.overwritten)
-        self.pads = learner.pads()
+        self.pads = pads(self.catalogue) and not _scales_with_length(self.config)
         log.info("%s: %d layers named (%s), %s rows of different lengths", self.name, self.catalogue.num_layers, how,
                  "packs" if self.pads else "does not pack")  # fmt: skip
 
@@ -73,6 +75,8 @@ class HostedModel:
     @cached_property
     def max_positions(self) -> int:
         """The longest row that has positions; 0 if any length has."""
+        if "dynamic" in _rope_kinds(self.config):
+            return 0
         for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
             found = getattr(self.config, name, None)
             if isinstance(found, int) and found > 0:
@@ -81,11 +85,17 @@ class HostedModel:
 
     def run(self, ids: Tensor, mediators: list[SiteMediator], stopping: Stopping) -> None:
         """One forward pass over token ids `[batch, seq]`."""
-        self.interleaver.run(self.module, mediators, stopping, input_ids=ids.to(self.device), **self._options)
+        try:
+            self.interleaver.run(self.module, mediators, stopping, input_ids=ids.to(self.device), **self._options)
+        finally:
+            self._memory.restore()
 
-    def apply(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def apply(self, path: str, stopping: Stopping, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Apply one of its modules, in the middle of a pass or outside of one."""
-        return self.interleaver.call(self.module.get_submodule(path), args, kwargs)
+        try:
+            return self.interleaver.call(self.module.get_submodule(path), stopping, args, kwargs)
+        finally:
+            self._memory.restore()
 
     def parameter(self, path: str) -> Tensor:
         """A parameter or buffer, by its module's name or path and its own name."""
@@ -179,3 +189,51 @@ class HostedModel:
             for module in self.catalogue.modules.values()
         ]
         return hashlib.sha256(json.dumps([tree, self._config_json()]).encode()).digest()
+
+
+class _Memory:
+    """What modules remember between calls (buffers, and the length that rotary embeddings have seen).
+
+    Some change it as they run, such as rotary embeddings that stretch with the longest input so far; without this, one
+    request would change the numbers of the next.
+    """
+
+    _ATTRIBUTES = ("max_seq_len_cached",)
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers = [
+            (module, name, buffer, buffer.clone())
+            for module in model.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
+        self._versions = [buffer._version for _, _, buffer, _ in self._buffers]
+        self._attributes = [
+            (module, name, getattr(module, name))
+            for module in model.modules()
+            for name in self._ATTRIBUTES
+            if name in module.__dict__
+        ]
+
+    def restore(self) -> None:
+        """Put everything back to what it was."""
+        for index, (module, name, buffer, copy) in enumerate(self._buffers):
+            if module._buffers.get(name) is not buffer:
+                module._buffers[name] = buffer
+            if buffer._version != self._versions[index]:
+                with torch.no_grad():
+                    buffer.copy_(copy)
+                self._versions[index] = buffer._version
+        for module, name, value in self._attributes:
+            module.__dict__[name] = value
+
+
+def _scales_with_length(config: Any) -> bool:
+    """Whether position embeddings depend on the longest row of a pass, so that a short row is another in company."""
+    kinds = _rope_kinds(config)
+    return "longrope" in kinds or "dynamic" in kinds
+
+
+def _rope_kinds(config: Any) -> str:
+    """What the configuration says of rotary embeddings, as text: there is one entry, or one for each kind of layer."""
+    found = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
+    return str([each for each in found if each])

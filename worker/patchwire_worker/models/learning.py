@@ -1,15 +1,16 @@
 """Learning what flows through a model: every site's shape in terms of the call, and the order of sites.
 
 The model runs three times on a handful of tokens, with other numbers of rows and tokens. A length that is the same in
-all is constant; one that follows the rows or the tokens is named after them. One more run tells whether padding on the
-right leaves a row's own numbers alone, as it must before rows of different lengths may share a pass. Tensors that the
-model changes in place after they were at a site are noted too: rows that share a pass with a write there could miss it.
+all is constant; one that follows the rows or the tokens is named after them. One more run, of a single short row alone,
+tells which values are the same for that row among others and padded, as they must be before rows may share a pass.
+Tensors that the model changes in place after they were at a site are noted too: rows that share a pass with a write
+there could miss it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,10 +22,16 @@ from patchwire.tensors import dtype_to_proto
 from patchwire_worker import containers
 from patchwire_worker.interleaving import Location, PassInterleaver, Stopping, location_of
 from patchwire_worker.models.families import ATTENTION, Family
+from patchwire_worker.rows import Rows
 
 # Rows and tokens of each run. Small, so that it costs nothing; three, and not on one line, so that a length that grows
 # with the rows (one for each row and attention head, say) cannot be taken for one that grows with the tokens.
-_SHAPES = ((2, 7), (3, 11), (5, 8))
+_SHAPES = ((2, 7), (5, 8), (3, 11))
+# The row of the last of these runs that also runs alone, and how many of its tokens.
+_ROW, _LENGTH = 1, 5
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+_ROUGH_TOLERANCE = 5e-2
+_MASKED = 1e4  # beyond it are the large numbers of attention masks, which say nothing of a value's scale
 
 
 @dataclass
@@ -35,6 +42,7 @@ class _Seen:
     calls: dict[str, int] = field(default_factory=dict)
     leaves: dict[tuple[Location, Path], tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
     versions: dict[tuple[Location, Path], tuple[Tensor, int]] = field(default_factory=dict)
+    values: dict[tuple[Location, Path], Tensor] = field(default_factory=dict)
 
     def observe(self, provider: str, value: Any) -> None:
         location = location_of(provider)
@@ -48,6 +56,7 @@ class _Seen:
         for path, tensor in containers.tensors(value, location[1]):
             self.leaves[location, path] = (tuple(tensor.shape), tensor.dtype)
             self.versions[location, path] = (tensor, tensor._version)
+            self.values[location, path] = tensor.clone()
 
     def overwritten(self) -> set[tuple[Location, Path]]:
         """The tensors that were changed in place after they had been seen; forgets all of them."""
@@ -77,60 +86,47 @@ class Learner:
 
     def catalogue(self, name: str, family: Family | None) -> Catalogue:
         """Every module of the model, with the tensors that it takes and returns."""
-        runs = [self._run(*shape) for shape in _SHAPES]
+        runs = [self._run(self._ids(*shape)) for shape in _SHAPES]
+        alone = self._run(self._ids(*_SHAPES[-1])[_ROW : _ROW + 1, :_LENGTH])
         modules = {
             path: Module(
                 path,
                 type(module).__name__,
                 _parameters(module),
-                tuple(_leaves(path, runs)),
-                runs[0].calls.get(path, 0),
+                tuple(_leaves(path, runs, alone)),
+                _calls(path, runs),
             )
             for path, module in self.module.named_modules()
         }
         return Catalogue(name, modules, _names(modules, family))
 
-    def _run(self, batch: int, seq: int) -> _Seen:
+    def _run(self, ids: Tensor) -> _Seen:
         seen = _Seen()
         self.interleaver.observe = seen.observe
         try:
-            self._forward(self._ids(batch, seq))
+            with torch.no_grad():
+                self.interleaver.run(self.module, [], Stopping(), input_ids=ids, **self.options)
         finally:
             self.interleaver.observe = None
         self.overwritten |= seen.overwritten()
         return seen
 
-    def _forward(self, ids: Tensor) -> None:
-        with torch.no_grad():
-            self.interleaver.run(self.module, [], Stopping(), input_ids=ids, **self.options)
-
     def _ids(self, batch: int, seq: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(0, self.vocabulary, (batch, seq), generator=generator).to(self.device)
 
-    def pads(self) -> bool:
-        """Whether padding on the right leaves a row's own numbers alone, as in every causal model."""
-        batch, seq = _SHAPES[1]
-        short = seq // 2
-        ids = self._ids(batch, seq)
-        padded, alone = self._result(ids)[:, :short], self._result(ids[:, :short])
-        scale = alone.abs().max().clamp(min=1e-6)
-        tolerance = 1e-4 if alone.dtype is torch.float32 else 5e-2
-        return bool(((padded - alone).abs().max() / scale) < tolerance)
 
-    def _result(self, ids: Tensor) -> Tensor:
-        found: list[Tensor] = []
+def pads(catalogue: Catalogue) -> bool:
+    """Whether padding on the right leaves a row's own numbers alone, as in every causal model: its result says so."""
+    results = catalogue.modules[""].side(OUTPUT)
+    named = [leaf for leaf in results if leaf.path == ("logits",)]
+    return all(leaf.packs for leaf in named or results[:1])
 
-        def observe(provider: str, value: Any) -> None:
-            if location_of(provider) == ("", OUTPUT):
-                found.extend(tensor for _, tensor in containers.tensors(value, OUTPUT))
 
-        self.interleaver.observe = observe
-        try:
-            self._forward(ids)
-        finally:
-            self.interleaver.observe = None
-        return found[0].float() if found[0].dtype is torch.float64 else found[0]
+def _calls(path: str, runs: Sequence[_Seen]) -> int:
+    """How often a forward pass calls a module; more than once if that depends on the input."""
+    counts = {each.calls.get(path, 0) for each in runs}
+    return counts.pop() if len(counts) == 1 else max(2, *counts)
 
 
 def _parameters(module: nn.Module) -> tuple[Parameter, ...]:
@@ -144,7 +140,7 @@ def _parameters(module: nn.Module) -> tuple[Parameter, ...]:
     return tuple(found)
 
 
-def _leaves(path: str, runs: Sequence[_Seen]) -> list[Leaf]:
+def _leaves(path: str, runs: Sequence[_Seen], alone: _Seen) -> list[Leaf]:
     leaves = []
     first, *others = runs
     for side in (INPUT, OUTPUT):
@@ -160,8 +156,28 @@ def _leaves(path: str, runs: Sequence[_Seen]) -> list[Leaf]:
             shapes = [shape, *(each[0] for each in seen if each is not None)]
             alike = len({len(each) for each in shapes}) == 1
             dims = tuple(map(_dim, zip(*shapes, strict=True))) if alike else (Dim(Axis.UNKNOWN),)
-            leaves.append(Leaf(path, side, place[1], dims, dtype, first.order[location]))
+            leaf = Leaf(path, side, place[1], dims, dtype, first.order[location])
+            independent = leaf.packs and _is_independent(leaf, runs[-1].values.get(place), alone.values.get(place))
+            leaves.append(replace(leaf, independent=independent))
     return leaves
+
+
+def _is_independent(leaf: Leaf, together: Tensor | None, alone: Tensor | None) -> bool:
+    """Whether a short row has the same value among other rows, padded, and alone."""
+    if together is None or alone is None:
+        return False
+    batch, seq = _SHAPES[-1]
+    if tuple(together.shape) != leaf.lengths(batch, seq) or tuple(alone.shape) != leaf.lengths(1, _LENGTH):
+        return False
+    own = Rows(_ROW, (_LENGTH,), batch, seq).take(together, leaf)
+    if not alone.is_floating_point() and not alone.is_complex():
+        return torch.equal(own, alone)
+    wide = torch.complex128 if alone.is_complex() else torch.float64
+    own, alone = own.to(wide), alone.to(wide)
+    finite = alone[alone.abs() < _MASKED]
+    scale = float(finite.abs().max()) if finite.numel() else 1.0
+    tolerance = _TOLERANCE.get(leaf.dtype, _ROUGH_TOLERANCE) * max(scale, 1e-6)
+    return torch.allclose(own, alone, rtol=0, atol=tolerance, equal_nan=True)
 
 
 def _dim(lengths: tuple[int, ...]) -> Dim:
