@@ -42,6 +42,7 @@ DTYPES: Mapping[pb.Dtype, torch.dtype] = {
 _WIRE = {dtype: wire for wire, dtype in DTYPES.items()}
 _MAX_DIMENSIONS = 64
 _MAX_BYTES = 1 << 63
+_LARGEST_CHUNK = 4 * MIB
 
 COMPRESSIONS = (pb.COMPRESSION_UNSPECIFIED, pb.COMPRESSION_ZSTD)
 """How chunks may be packed."""
@@ -153,7 +154,7 @@ class Assembly:
         assert self._unpack is not None
         try:
             announced = zstandard.frame_content_size(chunk)
-            if announced < 0 or announced > room:
+            if announced < 0 or announced > min(room, _LARGEST_CHUNK):
                 raise GraphError("A compressed chunk does not say its size, or it is too large.")
             return self._unpack.decompress(chunk, max_output_size=room)
         except zstandard.ZstdError as error:

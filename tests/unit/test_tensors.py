@@ -248,6 +248,18 @@ class TestCompressedBytes:
         with pytest.raises(GraphError, match="too large"):
             self.assembly(1000).add(bomb)
 
+    def test_a_chunk_of_more_than_4_mib_is_refused_even_if_the_tensor_has_room(self):
+        chunk = zstandard.ZstdCompressor().compress(b"\0" * ((4 << 20) + 1))
+
+        with pytest.raises(GraphError, match="too large"):
+            self.assembly(64 << 20).add(chunk)
+
+    def test_a_chunk_of_4_mib_is_taken(self):
+        assembly = self.assembly(4 << 20)
+        assembly.add(zstandard.ZstdCompressor().compress(b"\0" * (4 << 20)))
+
+        assert assembly.complete
+
     def test_a_frame_that_hides_its_size_is_refused(self):
         packer = zstandard.ZstdCompressor(write_content_size=False).compressobj()
         frame = packer.compress(b"\0" * (1 << 20)) + packer.flush()
