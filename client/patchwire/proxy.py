@@ -210,7 +210,7 @@ class Value(torch.fx.Proxy):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         args, kwargs = args or (), kwargs or {}
-        values = list(_values((args, kwargs)))
+        values = list(values_in((args, kwargs)))
         recorder = next((value.recorder for value in values if value._tensor is None), values[0].recorder)
         return recorder.function(orig_method, args, kwargs)
 
@@ -314,17 +314,18 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _values(argument: Any) -> Iterator[Value]:
+def values_in(argument: Any) -> Iterator[Value]:
+    """Every value inside an argument."""
     if isinstance(argument, Value):
         yield argument
     elif isinstance(argument, dict):
         for each in argument.values():
-            yield from _values(each)
+            yield from values_in(each)
     elif isinstance(argument, (tuple, list)):
         for each in argument:
-            yield from _values(each)
+            yield from values_in(each)
     elif isinstance(argument, slice):
-        yield from _values((argument.start, argument.stop, argument.step))
+        yield from values_in((argument.start, argument.stop, argument.step))
 
 
 def _structures(argument: Any) -> Iterator[Structure]:
@@ -343,11 +344,13 @@ class Structure:
     Its items can be read, edited and assigned one by one; `save` asks for all of them.
     """
 
-    def __init__(self, recorder: Recorder, site: Site, leaves: tuple[Leaf, ...]) -> None:
+    def __init__(
+        self, recorder: Recorder, site: Site, leaves: tuple[Leaf, ...], items: dict[Path, Value] | None = None
+    ) -> None:
         self._recorder = recorder
         self._site = site
         self._leaves = leaves
-        self._items: dict[Path, Value] = {}
+        self._items = {} if items is None else items
 
     def _path(self, key: Any) -> Path:
         path = self._site.address.path
@@ -374,11 +377,14 @@ class Structure:
     def __getitem__(self, key: Step) -> Value | Structure:
         path = self._path(key)
         below = self._check(path)
-        if path in self._items:
-            return self._items[path]
         if below[0].path == path:
-            return self._recorder.read(self._at(path))
-        return Structure(self._recorder, self._at(path), below)
+            if self._recorder.open:
+                return self._recorder.read(self._at(path))
+            if path in self._items:
+                return self._items[path]
+            message = "The value was not saved, so it stayed on the server."
+            raise GraphError(message, hint="Write `.save()` inside the block.", lines=here())
+        return Structure(self._recorder, self._at(path), below, self._items)
 
     def __setitem__(self, key: Step, value: Any) -> None:
         path = self._path(key)
@@ -427,7 +433,9 @@ class Structure:
     @property
     def value(self) -> dict[str, Tensor]:
         """The tensors, by what follows the site's name: {"[0]": …}."""
-        return {_steps(path[len(self._site.address.path) :]): item.value for path, item in self._items.items()}
+        own = self._site.address.path
+        saved = {path: item for path, item in self._items.items() if path[: len(own)] == own}
+        return {_steps(path[len(own) :]): item.value for path, item in saved.items()}
 
     def __repr__(self) -> str:
         return f"<{self._site}: {', '.join(f'{_steps(leaf.path)} {leaf.symbolic}' for leaf in self._leaves)}>"

@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.fx.proxy import TracerBase
 
 from patchwire import graph as g
-from patchwire import ops
+from patchwire import ops, tensors
 from patchwire.checking import Checker, fake_of
 from patchwire.errors import (
     GraphError,
     OperationError,
+    PatchwireError,
     PatchwireWarning,
     ShapeError,
     SiteError,
@@ -32,7 +33,7 @@ from patchwire.errors import (
     with_code,
 )
 from patchwire.graph import Graph, Site
-from patchwire.proxy import Memory, Structure, Value
+from patchwire.proxy import Memory, Structure, Value, values_in
 from patchwire.sites import Catalogue, Leaf, spell
 
 _SETITEM = ops.OPERATIONS["operator.setitem"]
@@ -59,7 +60,7 @@ class Recorder(TracerBase):
         self.saved: list[tuple[Value, torch.dtype | None, int, SourceLine | None]] = []
         self._sites: dict[_Place, Value] = {}
         self._writes: dict[_Place, torch.fx.Node] = {}
-        self._constants: dict[int, tuple[Tensor, int, torch.fx.Node]] = {}
+        self._constants: dict[int, tuple[Tensor, Tensor, torch.fx.Node]] = {}
 
     # --- nodes --------------------------------------------------------------------------------------------------------
 
@@ -91,6 +92,8 @@ class Recorder(TracerBase):
                 return self._value(value)
             case Tensor():
                 return self._constant(value)
+            case int() if not -(2**63) <= value < 2**63:
+                raise GraphError(f"{value} does not fit into 64 bits.", lines=here())
             case None | bool() | int() | float() | str() | torch.dtype():
                 return value
             case tuple():
@@ -127,16 +130,17 @@ class Recorder(TracerBase):
         return value.node
 
     def _constant(self, tensor: Tensor) -> torch.fx.Node:
-        version = -1 if tensor.is_inference() else tensor._version  # inference tensors count no versions
-        known = self._constants.get(id(tensor))
-        if known is not None and known[0] is tensor and known[1] == version >= 0:
-            return known[2]
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
             raise GraphError("Only ordinary dense tensors can go into a graph.", lines=here())
-        # What counts is the tensor as it is now: the program may change it before the graph is sent.
-        self.request.constants.append(tensor.detach().to("cpu", copy=True).contiguous())
+        # What counts is the tensor as it is now: the program may change it before it is used again or sent, and in
+        # ways that PyTorch does not notice.
+        known = self._constants.get(id(tensor))
+        if known is not None and _same_content(known[1], tensor):
+            return known[2]
+        copy = tensor.detach().to("cpu", copy=True).contiguous()
+        self.request.constants.append(copy)
         node = self._create(g.constant, (len(self.request.constants) - 1,))
-        self._constants[id(tensor)] = (tensor, version, node)
+        self._constants[id(tensor)] = (tensor, copy, node)
         return node
 
     # --- operations ---------------------------------------------------------------------------------------------------
@@ -218,10 +222,16 @@ class Recorder(TracerBase):
         keywords = {name: self.argument(each) for name, each in kwargs.items()}
         node = self._create(operation.function, arguments, keywords, operation)
         source = args[0] if args and isinstance(args[0], Value) and not args[0].ready else None
-        return self._result(node, source, (operation.name, arguments[1:], keywords), operation)
+        others = [each for each in values_in((args if source is None else args[1:], kwargs)) if not each.ready]
+        return self._result(node, source, (operation.name, arguments[1:], keywords), operation, others)
 
     def _result(
-        self, node: torch.fx.Node, source: Value | None, change: g.Change, operation: ops.Operation
+        self,
+        node: torch.fx.Node,
+        source: Value | None,
+        change: g.Change,
+        operation: ops.Operation,
+        others: list[Value],
     ) -> Value | tuple[Value, ...]:
         """The value of a node, or the values of one that yields several; views of `source` if they share its memory."""
         fake = fake_of(node)
@@ -230,21 +240,36 @@ class Recorder(TracerBase):
             items = []
             for index in range(len(fake)):
                 item = self._create(operator.getitem, (node, index), None, _GETITEM)
-                items.append(self._alias(item, source, (*views, (_GETITEM.name, (index,), {})), operation))
+                items.append(self._alias(item, source, (*views, (_GETITEM.name, (index,), {})), operation, others))
             return type(fake)(items)
-        return self._alias(node, source, views, operation)
+        return self._alias(node, source, views, operation, others)
 
     def _alias(
-        self, node: torch.fx.Node, source: Value | None, views: tuple[g.Change, ...], operation: ops.Operation
+        self,
+        node: torch.fx.Node,
+        source: Value | None,
+        views: tuple[g.Change, ...],
+        operation: ops.Operation,
+        others: list[Value],
     ) -> Value:
-        if source is None:
+        fake = fake_of(node)
+        base = None if source is None else fake_of(source.node)
+        if source is not None and g.same_storage(fake, base):
+            return Value(self, node, source.memory, views, source)
+        for each in others:
+            if g.same_storage(fake, fake_of(each.node)):
+                return self._entangled(node, each, operation)
+        if source is None or (fake is not None and base is not None) or operation.kind != "view":
             return Value(self, node)
-        fake, base = fake_of(node), fake_of(source.node)
-        if fake is not None and base is not None:
-            shared = g.same_storage(fake, base)
-        else:
-            shared = operation.kind == "view" and not (operation is _GETITEM and _gathers(views[-1][1][0]))
-        return Value(self, node, source.memory, views, source) if shared else Value(self, node)
+        if operation is _GETITEM:
+            return Value(self, node) if _gathers(views[-1][1][0]) else Value(self, node, source.memory, views, source)
+        return self._entangled(node, source, operation)  # whether it is a view or a copy depends on data
+
+    def _entangled(self, node: torch.fx.Node, source: Value, operation: ops.Operation) -> Value:
+        """A value that shares memory with another in a way that edits cannot follow: neither may be edited any more."""
+        why = f"A value and its `{operation.name.rsplit('.', 1)[-1]}` may share memory here, so neither can be edited."
+        source.memory.constant = source.memory.constant or why
+        return Value(self, node, Memory(node, constant=why))
 
     def derived(self, value: Value) -> torch.fx.Node:
         """The node of a view of the newest version of its memory."""
@@ -268,19 +293,32 @@ class Recorder(TracerBase):
             return value
         self._value(value)
         change = (operation.name, self.argument(args), {name: self.argument(each) for name, each in kwargs.items()})
-        memory.node = self._create(g.edit, (memory.node, value.views, change))
-        memory.version += 1
-        memory.edits.append((value, user_line()))
-        for site, alias in memory.sites:
-            self._write(self._place(site), site, alias)
+        former = memory.node
+        self._advance(memory, self._create(g.edit, (memory.node, value.views, change)), value, user_line())
+        try:
+            for site, alias in memory.sites:
+                self._write(self._place(site), site, alias)
+        except PatchwireError:
+            # The program may go on after a refused edit: then nothing of it must remain.
+            self._advance(memory, former, value, None)
+            for site, alias in memory.sites:
+                if self._place(site) in self._writes:
+                    self._write(self._place(site), site, alias)
+            raise
         return value
+
+    @staticmethod
+    def _advance(memory: Memory, node: torch.fx.Node, editor: Value, line: SourceLine | None) -> None:
+        memory.node = node
+        memory.version += 1
+        memory.edits.append((editor, line))
 
     def _is_itself(self, value: Value, index: Any, item: Any) -> bool:
         """Whether `value[index] = item` puts a view back where it was taken, as `value[index] += 1` does in the end."""
         if not isinstance(item, Value) or item.ready or item.memory is not value.memory:
             return False
         view: g.Change = (_GETITEM.name, (self.argument(index),), {})
-        return item.views == (*value.views, view)
+        return repr(item.views) == repr((*value.views, view))  # `==` would take True for 1
 
     # --- sites --------------------------------------------------------------------------------------------------------
 
@@ -323,11 +361,11 @@ class Recorder(TracerBase):
             )
         self._value(value)
         known = self._sites.get(place)
-        if known is not None:
-            if known.memory is value.memory and known.views == value.views:
-                return  # `site += 1` has edited the value and now assigns it
-            known.memory.sites = [each for each in known.memory.sites if self._place(each[0]) != place]
+        if known is not None and known.memory is value.memory and repr(known.views) == repr(value.views):
+            return  # `site += 1` has edited the value and now assigns it
         self._write(place, site, value)
+        if known is not None:
+            known.memory.sites = [each for each in known.memory.sites if self._place(each[0]) != place]
         self._bind(place, site, value)
 
     def _bind(self, place: _Place, site: Site, value: Value) -> None:
@@ -382,11 +420,13 @@ class Recorder(TracerBase):
         Warns:
             PatchwireWarning: a saved value was edited in place afterwards, through another name.
         """
-        for value, dtype, version, line in self.saved:
-            node = self._create(g.save, (value.node, dtype))
-            node.meta["line"] = line
-            self._warn_if_edited(value, version, line)
-        self.open = False
+        try:
+            for value, dtype, version, line in self.saved:
+                node = self._create(g.save, (value.node, dtype))
+                node.meta["line"] = line
+                self._warn_if_edited(value, version, line)
+        finally:
+            self.open = False
         self.graph.eliminate_dead_code()
         self._drop_unused_constants()
         return self.request
@@ -419,6 +459,11 @@ class Recorder(TracerBase):
             kept.append(self.request.constants[node.args[0]])
             node.args = (len(kept) - 1,)
         self.request.constants = kept
+
+
+def _same_content(one: Tensor, other: Tensor) -> bool:
+    alike = one.shape == other.shape and one.dtype == other.dtype
+    return alike and tensors.data(one) == tensors.data(other)
 
 
 def _gathers(index: Any) -> bool:

@@ -95,6 +95,7 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
         self.stopping = Stopping()
         self.observe: Callable[[str, Any], None] | None = None
         self._waiting: dict[str, Mediator] = {}
+        self.interleaving: bool = False
         self._thread = 0
         self._applying = False
 
