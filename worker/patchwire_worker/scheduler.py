@@ -7,19 +7,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import Tensor
 
-from patchwire.errors import BusyError, CancelledError, TimeoutError
+from patchwire.errors import BusyError, CancelledError, ConnectionLostError, PatchwireError, TimeoutError
 from patchwire_worker.admission import Admitted
 from patchwire_worker.config import Limits
 from patchwire_worker.executor import Cost, Execution
 from patchwire_worker.interleaving import Stopping
 from patchwire_worker.planner import Plan
+
+log = logging.getLogger(__name__)
+
+E = TypeVar("E", bound=BaseException)
+
+
+class InternalError(Exception):
+    """A request failed in a way that it must not; the log has it."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ class Done:
 Event = Queued | Running | Saved | Done
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
     admitted: Admitted
     plan: Plan
@@ -67,18 +78,25 @@ class _Job:
 
 
 class Scheduler:
-    """The queue of one model."""
+    """The queue of one model. Belongs to one event loop."""
 
     def __init__(self, name: str, limits: Limits) -> None:
         self.limits = limits
+        self._jobs: set[_Job] = set()
         self._waiting: list[_Job] = []
         self._running: _Job | None = None
+        self._moving = threading.Lock()
+        self._closed: PatchwireError | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"model-{name}")
 
     def close(self) -> None:
-        """Stop what runs and take nothing more."""
-        for job in (*self._waiting, *([self._running] if self._running else [])):
-            job.stopping.stop(CancelledError("The server is shutting down."))
+        """End what runs and what waits, and take nothing more."""
+        if self._closed is not None:
+            return
+        self._closed = ConnectionLostError("The server is shutting down.")
+        for job in self._jobs:
+            job.stopping.stop(self._closed)
+            job.events.put_nowait(ConnectionLostError(self._closed.message))
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def run(self, admitted: Admitted, plan: Plan) -> AsyncGenerator[Event, None]:
@@ -88,60 +106,85 @@ class Scheduler:
 
         Raises:
             BusyError: too many requests wait.
+            ConnectionLostError: the server is shutting down.
+            InternalError: something failed in a way that it must not.
             PatchwireError: of the kind of what went wrong.
         """
-        if len(self._waiting) >= self.limits.queued:
+        if self._closed is not None:
+            raise ConnectionLostError(self._closed.message)
+        position = self._ahead()
+        if position > self.limits.queued:
             raise BusyError("The server's queue is full.", hint="Try again in a while.")
         job = _Job(admitted, plan)
         loop = asyncio.get_running_loop()
-        position = len(self._waiting) + (self._running is not None)
-        self._waiting.append(job)
-        loop.run_in_executor(self._thread, self._execute, job, loop)
         try:
+            self._jobs.add(job)
+            self._waiting.append(job)
+            loop.run_in_executor(self._thread, self._next, loop)
             if position:
                 yield Queued(position)
             while True:
                 event = await job.events.get()
                 if isinstance(event, BaseException):
-                    raise event
+                    try:
+                        raise event
+                    finally:
+                        del event  # or the error would keep this frame, and this frame the error
                 yield event
                 if isinstance(event, Done):
                     return
         finally:
             if job.timer is not None:
                 job.timer.cancel()
+                job.timer = None
             job.stopping.stop(CancelledError("The request was cancelled."))
+            self._jobs.discard(job)
             self._leave(job)
+            del job
+
+    def _ahead(self) -> int:
+        """How many come before the next one."""
+        with self._moving:
+            return len(self._waiting) + (self._running is not None)
 
     def _leave(self, job: _Job) -> None:
-        """Out of the queue: its turn has come, or nobody waits for it any more."""
-        with contextlib.suppress(ValueError):
+        """Out of the queue: nobody waits for it any more."""
+        with self._moving, contextlib.suppress(ValueError):
             self._waiting.remove(job)
 
     def _start_timer(self, job: _Job, loop: asyncio.AbstractEventLoop) -> None:
+        if job.stopping.reason is not None:  # it has ended already
+            return
         late = TimeoutError(
             f"The request ran longer than the server's {self.limits.seconds:g} seconds.",
             hint="Ask for less in one trace.",
         )
         job.timer = loop.call_later(self.limits.seconds, job.stopping.stop, late)
 
-    def _execute(self, job: _Job, loop: asyncio.AbstractEventLoop) -> None:
-        """On the model's thread: run the job and send its events to the loop."""
+    def _next(self, loop: asyncio.AbstractEventLoop) -> None:
+        """On the model's thread: run the job whose turn it is and send its events to the loop."""
+        with self._moving:
+            if not self._waiting:  # somebody has left
+                return
+            job = self._running = self._waiting.pop(0)
 
         def send(event: Event | BaseException) -> None:
             # The loop is gone only when the server is, and then nobody listens.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(job.events.put_nowait, event)
 
-        self._leave(job)
-        self._running = job
-        outcome: Event | BaseException
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(self._start_timer, job, loop)
+        outcome = self._outcome(job, send)
+        # In this order: whoever asks after hearing of the end finds the model free.
+        self._running = None
+        send(outcome)
+
+    def _outcome(self, job: _Job, send: Callable[[Event], None]) -> Done | Exception:
+        queued = time.perf_counter() - job.arrived
         try:
             if job.stopping.reason is not None:
                 raise job.stopping.reason
-            queued = time.perf_counter() - job.arrived
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._start_timer, job, loop)
             execution = Execution(
                 job.admitted,
                 job.plan,
@@ -149,13 +192,24 @@ class Scheduler:
                 job.stopping,
                 result_bytes=self.limits.result_bytes,
             )
-            outcome = Done(execution.run(_told(send)), queued)
+            return Done(execution.run(_told(send)), queued)
+        except PatchwireError as error:
+            return _without_frames(error)
         except BaseException as error:
-            outcome = error
-        # In this order: whoever asks after hearing of the end finds the model free.
-        self._running = None
-        send(outcome)
+            log.error("a request failed in a way that it must not", exc_info=error)
+            _without_frames(error)
+            return InternalError(type(error).__name__)
 
 
 def _told(send: Callable[[Event], None]) -> Callable[[int, int], None]:
     return lambda number, passes: send(Running(number, passes))
+
+
+def _without_frames(error: E) -> E:
+    """The same error, without the frames that it and its causes came through: they hold the values of the run."""
+    chain: list[BaseException] = [error]
+    while chain:
+        each = chain.pop()
+        chain += [other for other in (each.__cause__, each.__context__) if other is not None]
+        each.__traceback__ = each.__cause__ = each.__context__ = None
+    return error

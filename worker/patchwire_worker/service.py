@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import hmac
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial, wraps
 from importlib import metadata
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from patchwire.checking import fake_of
 from patchwire.errors import (
     AuthenticationError,
     CancelledError,
+    ConnectionLostError,
     GraphError,
     MissingTensorsError,
     PatchwireError,
@@ -40,7 +42,7 @@ from patchwire_worker.admission import Admission
 from patchwire_worker.config import ServerConfig
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.planner import plan
-from patchwire_worker.scheduler import Scheduler
+from patchwire_worker.scheduler import InternalError, Scheduler
 from patchwire_worker.store import TensorStore
 
 log = logging.getLogger(__name__)
@@ -48,26 +50,35 @@ log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 Request = TypeVar("Request")
 Response = TypeVar("Response")
+T = TypeVar("T")
 
 _LIBRARIES = ("torch", "transformers", "nnsight")
 _SMALL_GRAPH = 256
+_SMALL_BYTES = 64 * 1024
+_THREADS = 4
 
 
-async def _refuse(context: Context, error: BaseException) -> None:
-    """End the RPC with the status of an error."""
+Refusal = tuple[grpc.StatusCode, str, Any]
+"""A status code, its words, and the metadata after them."""
+
+
+def _refusal(error: Exception) -> Refusal:
+    """With what an RPC ends that failed."""
     if isinstance(error, CancelledError):
-        await context.abort(grpc.StatusCode.CANCELLED, error.message)
+        return grpc.StatusCode.CANCELLED, error.message, ()
+    if isinstance(error, ConnectionLostError):
+        return grpc.StatusCode.UNAVAILABLE, error.message, ()
     if isinstance(error, DecodeError):
         error = GraphError(
             "A message is not of the protocol.", hint="Install the same version of patchwire on both sides."
         )
-    if not isinstance(error, PatchwireError):
+    if isinstance(error, PatchwireError):
+        status = rpc_status.to_status(error_to_status(_short(error), VERSION))
+        return status.code, status.details or "", status.trailing_metadata or ()
+    if not isinstance(error, InternalError):
         log.error("a request failed in a way that it must not", exc_info=error)
-        await context.abort(
-            grpc.StatusCode.INTERNAL, f"internal error ({type(error).__name__}); the server's log has it"
-        )
-    status = rpc_status.to_status(error_to_status(_short(error), VERSION))
-    await context.abort(status.code, status.details or "", status.trailing_metadata or ())
+        error = InternalError(type(error).__name__)
+    return grpc.StatusCode.INTERNAL, f"internal error ({error}); the server's log has it", ()
 
 
 def _short(error: PatchwireError) -> PatchwireError:
@@ -86,7 +97,7 @@ def _cut(text: str, length: int) -> str:
 def _answering(method: Callable[..., Awaitable[Response]]) -> Callable[..., Awaitable[Response]]:
     """A unary method that checks the token and answers errors with a status."""
 
-    @functools.wraps(method)
+    @wraps(method)
     async def wrapper(self: PatchwireService, request: Any, context: Context) -> Response:
         try:
             self.authenticate(context)
@@ -94,8 +105,10 @@ def _answering(method: Callable[..., Awaitable[Response]]) -> Callable[..., Awai
         except grpc.aio.AbortError:
             raise
         except Exception as error:
-            await _refuse(context, error)
-            raise  # not reached: `abort` raises
+            refusal = _refusal(error)
+        # Out here, because gRPC keeps what `abort` raises, and that would keep the error that was being handled.
+        await context.abort(*refusal)
+        raise AssertionError("`abort` raises")
 
     return wrapper
 
@@ -109,11 +122,19 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         self.store = TensorStore(config.limits.stored_bytes)
         self.admission = Admission(models, config.limits, self.store)
         self.schedulers = {name: Scheduler(name, config.limits) for name in models}
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="requests")
+        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizers")  # these bear no two threads at a time
 
-    def close(self) -> None:
-        """Stop what runs."""
+    def close_queues(self) -> None:
+        """End what runs and what waits; from now on nothing runs."""
         for each in self.schedulers.values():
             each.close()
+
+    def close(self) -> None:
+        """End everything."""
+        self.close_queues()
+        for each in (self._threads, self._tokenizing):
+            each.shutdown(wait=False, cancel_futures=True)
 
     def authenticate(self, context: Context) -> None:
         """Check the token of an RPC.
@@ -162,10 +183,14 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
     @_answering
     async def Tokenize(self, request: service_pb2.TokenizeRequest, context: Context) -> service_pb2.TokenizeResponse:
         model = self.admission.model(request.model)
-        if request.texts:
-            rows = model.tokenize_texts(list(request.texts))
-        else:
-            rows = model.tokenize_messages([{"role": each.role, "content": each.content} for each in request.messages])
+
+        def work() -> list[list[int]]:
+            if request.texts:
+                return model.tokenize_texts(list(request.texts))
+            return model.tokenize_messages([{"role": each.role, "content": each.content} for each in request.messages])
+
+        # A tokenizer takes its time, however short a text is: a chat template is a program.
+        rows = await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
         return service_pb2.TokenizeResponse(rows=[graph_pb2.TokenRow(ids=row) for row in rows])
 
     @_answering
@@ -175,21 +200,24 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         hashes: list[bytes] = []
         assembly: tensors.Assembly | None = None
 
-        def keep() -> None:
+        async def keep() -> None:
             if assembly is not None:
-                hashes.append(self.store.put(assembly.tensor()))
+                hashes.append(await self._apart(partial(self._keep, assembly), small=assembly.total <= _SMALL_BYTES))
 
         async for message in request:
             match message.WhichOneof("part"):
                 case "header":
-                    keep()
+                    await keep()
                     assembly = tensors.Assembly(message.header, self.config.limits.constant_bytes)
                 case "chunk" if assembly is not None:
-                    assembly.add(message.chunk)
+                    await self._apart(partial(assembly.add, message.chunk), small=assembly.total <= _SMALL_BYTES)
                 case _:
                     raise GraphError("An upload starts with a header.")
-        keep()
+        await keep()
         return service_pb2.UploadResponse(hashes=hashes)
+
+    def _keep(self, assembly: tensors.Assembly) -> bytes:
+        return self.store.put(assembly.tensor())
 
     @_answering
     async def Check(self, request: service_pb2.CheckRequest, context: Context) -> service_pb2.CheckResponse:
@@ -208,27 +236,41 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
             admitted = self.admission.admit(message)
             return admitted, plan(admitted)
 
-        # A small graph is checked faster than a thread takes it over; a large one must not keep others waiting.
-        return work() if len(message.nodes) <= _SMALL_GRAPH else await asyncio.to_thread(work)
+        small = len(message.nodes) <= _SMALL_GRAPH and message.ByteSize() <= _SMALL_BYTES
+        return await self._apart(work, small=small)
+
+    async def _apart(self, work: Callable[[], T], *, small: bool = False) -> T:
+        """What `work` returns, done on one of a few threads so that others need not wait for it.
+
+        Small work is done here and now: that is sooner than a thread takes it over.
+        """
+        return work() if small else await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def Run(self, request: service_pb2.RunRequest, context: Context) -> AsyncIterator[service_pb2.RunResponse]:
         try:
             self.authenticate(context)
-            if request.compression not in tensors.COMPRESSIONS:
-                raise GraphError(f"compression {request.compression} is not known to this version.")
-            admitted, planned = await self._admit(request.graph)
-            events = self.schedulers[admitted.model.name].run(admitted, planned)
-            async with contextlib.aclosing(events):
-                async for event in events:
-                    for message in _messages(event, request.compression):
-                        yield message
+            async with contextlib.aclosing(self._run(request)) as messages:
+                async for message in messages:
+                    yield message
+            return
         except grpc.aio.AbortError:
             raise
         except (asyncio.CancelledError, GeneratorExit):
             log.info("a request was cancelled by its client")
             raise
         except Exception as error:
-            await _refuse(context, error)
+            refusal = _refusal(error)
+        await context.abort(*refusal)  # out here, as in `_answering`
+
+    async def _run(self, request: service_pb2.RunRequest) -> AsyncGenerator[service_pb2.RunResponse, None]:
+        if request.compression not in tensors.COMPRESSIONS:
+            raise GraphError(f"compression {request.compression} is not known to this version.")
+        admitted, planned = await self._admit(request.graph)
+        events = self.schedulers[admitted.model.name].run(admitted, planned)
+        async with contextlib.aclosing(events):
+            async for event in events:
+                for message in _messages(event, request.compression):
+                    yield message
 
 
 def _messages(event: scheduler.Event, compression: tensor_pb2.Compression) -> Any:

@@ -1,0 +1,109 @@
+"""A server inside the tests' own process: what it keeps of a request, and how it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+
+import patchwire
+import tiny
+from integration import messages
+from patchwire.status import error_from_call
+from patchwire.v1 import service_pb2
+from patchwire_worker.config import ServerConfig
+from patchwire_worker.models.hosted import HostedModel
+from patchwire_worker.models.loading import Loaded
+from patchwire_worker.server import Server
+
+
+class Serving:
+    """A server on a loop in a thread of its own."""
+
+    def __init__(self, model: HostedModel) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread.start()
+        self.server = Server({"gpt2": model}, ServerConfig())
+        self.on_loop(self.server.start())
+
+    def on_loop(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
+
+    def end(self) -> None:
+        self.on_loop(self.server.stop())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+
+
+@pytest.fixture(scope="module")
+def hosted() -> HostedModel:
+    return HostedModel(Loaded("gpt2", tiny.build("gpt2"), None))
+
+
+@pytest.fixture
+def serving(hosted) -> Iterator[Serving]:
+    serving = Serving(hosted)
+    yield serving
+    serving.end()
+
+
+FAILS = messages.graph(
+    "gpt2",
+    messages.read("logits"),
+    messages.call("torch.nonzero", messages.node(0)),
+    messages.call("torch.reshape", messages.node(1), [7]),
+    messages.save(2),
+)
+
+
+def test_a_request_that_failed_is_forgotten(serving, monkeypatch):
+    admission = serving.server.service.admission
+    admit, seen = admission.admit, []
+
+    def watched(message):
+        admitted = admit(message)
+        seen.append(weakref.ref(admitted))
+        return admitted
+
+    monkeypatch.setattr(admission, "admit", watched)
+    channel, stub = messages.stub(serving.server.address)
+    gc.collect()
+    gc.disable()
+    try:
+        with channel, pytest.raises(grpc.RpcError):
+            list(stub.Run(service_pb2.RunRequest(graph=FAILS)))
+        end = time.monotonic() + 60
+        while seen[0]() is not None and time.monotonic() < end:
+            time.sleep(0.01)
+        assert seen[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_a_server_that_stops_ends_its_requests_and_says_so(hosted, caplog):
+    serving = Serving(hosted)
+    channel, stub = messages.stub(serving.server.address)
+    with channel, caplog.at_level(logging.INFO):
+        running = stub.Run(service_pb2.RunRequest(graph=messages.slow("gpt2", steps=3_000)))
+        next(iter(running))
+        waiting = stub.Run(service_pb2.RunRequest(graph=messages.slow("gpt2", steps=3_000)))
+        assert next(iter(waiting)).WhichOneof("event") == "queued"
+        serving.end()
+        for each in (running, waiting):
+            with pytest.raises(grpc.RpcError) as caught:
+                list(each)
+            error = error_from_call(caught.value, "here", started=True)
+            assert type(error) is patchwire.ConnectionLostError
+            assert "shutting down" in caught.value.details()
+
+    assert "Traceback" not in caplog.text

@@ -1,0 +1,215 @@
+"""A model's queue: whose turn it is, how a run ends, and that nothing of it stays behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from patchwire.errors import BusyError, ConnectionLostError, ExecutionError, PatchwireError, TimeoutError
+from patchwire_worker import scheduler
+from patchwire_worker.config import Limits
+from patchwire_worker.executor import Cost
+from patchwire_worker.scheduler import Done, InternalError, Queued, Scheduler
+
+
+class Value:
+    """Stands for what a run computes."""
+
+
+@pytest.fixture
+def work(monkeypatch) -> Callable[[Callable[..., Any]], None]:
+    """Says what an execution does: a function of its admitted graph and of what stops it."""
+
+    def use(function: Callable[..., Any]) -> None:
+        class Execution:
+            def __init__(self, admitted, plan, sink, stopping, *, result_bytes) -> None:
+                self.given = (admitted, stopping)
+
+            def run(self, on_pass) -> Cost:
+                function(*self.given)
+                return Cost()
+
+        monkeypatch.setattr(scheduler, "Execution", Execution)
+
+    return use
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """What goes away here does so because nobody refers to it."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def within(coroutine) -> Any:
+    return asyncio.run(asyncio.wait_for(coroutine, 60))
+
+
+async def events(queue: Scheduler, admitted: Any = None) -> list[Any]:
+    return [event async for event in queue.run(admitted, None)]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize(
+    ("raised", "arrives"),
+    [(ExecutionError("no"), ExecutionError), (OSError("no"), InternalError)],
+    ids=["ours", "other"],
+)
+def test_an_error_keeps_nothing_of_the_run(work, no_collector, monkeypatch, raised, arrives):
+    monkeypatch.setattr(scheduler.log, "disabled", True)  # pytest keeps what is logged
+    values: list[weakref.ref] = []
+
+    def fail(*_) -> None:
+        value = Value()
+        values.append(weakref.ref(value))
+        try:
+            raise KeyError(value)
+        except KeyError as error:
+            raise raised from error
+
+    async def run() -> BaseException:
+        with pytest.raises(arrives) as caught:
+            await events(Scheduler("tiny", Limits()))
+        return caught.value
+
+    work(fail)
+    error = within(run())
+
+    assert values[0]() is None
+    assert error.__cause__ is error.__context__ is None
+
+
+def test_an_error_goes_when_nobody_handles_it_any_more(work, no_collector):
+    def fail(admitted, stopping) -> None:
+        stopping.stop(ExecutionError("no"))
+        raise stopping.reason
+
+    async def run() -> weakref.ref:
+        admitted = Value()
+        found = weakref.ref(admitted)
+        with contextlib.suppress(PatchwireError):
+            await events(Scheduler("tiny", Limits()), admitted)
+        del admitted
+        return found
+
+    work(fail)
+
+    assert within(run())() is None
+
+
+def test_an_error_of_another_kind_is_logged_with_where_it_was(work, caplog):
+    def fail(*_) -> None:
+        raise OSError("the disk is gone")
+
+    work(fail)
+    with pytest.raises(InternalError, match="OSError"):
+        within(events(Scheduler("tiny", Limits())))
+
+    assert "the disk is gone" in caplog.text
+    assert "in fail" in caplog.text
+
+
+def test_where_nobody_may_wait_one_runs_and_the_next_is_refused(work):
+    go = threading.Event()
+    work(lambda *_: go.wait(60))
+
+    async def run() -> None:
+        queue = Scheduler("tiny", Limits(queued=0))
+        first = asyncio.create_task(events(queue))
+        await asyncio.sleep(0)
+        with pytest.raises(BusyError):
+            await events(queue)
+        go.set()
+        assert isinstance((await first)[-1], Done)
+        assert isinstance((await events(queue))[-1], Done)
+
+    within(run())
+
+
+def test_whoever_leaves_the_queue_keeps_nothing_in_it(work, no_collector):
+    go = threading.Event()
+    work(lambda *_: go.wait(60))
+
+    async def run() -> None:
+        queue = Scheduler("tiny", Limits())
+        first = asyncio.create_task(events(queue))
+        await until(lambda: queue._running is not None)
+        admitted = Value()
+        found = weakref.ref(admitted)
+        second = queue.run(admitted, None)
+        assert await anext(second) == Queued(1)
+        await second.aclose()
+        del admitted, second
+        await asyncio.sleep(0)
+        assert found() is None
+        third = asyncio.create_task(events(queue))
+        await asyncio.sleep(0)
+        go.set()
+        await first
+        assert [type(each) for each in await third] == [Queued, Done]
+
+    within(run())
+
+
+def test_a_run_that_is_late_ends(work):
+    def wait(admitted, stopping) -> None:
+        while stopping.reason is None:
+            threading.Event().wait(0.001)
+        raise stopping.reason
+
+    work(wait)
+    with pytest.raises(TimeoutError, match=r"0\.01 seconds"):
+        within(events(Scheduler("tiny", Limits(seconds=0.01))))
+
+
+def test_a_timer_of_what_has_ended_is_not_started():
+    async def run() -> None:
+        queue = Scheduler("tiny", Limits())
+        job = scheduler._Job(None, None)
+        job.stopping.stop(ExecutionError("no"))
+        queue._start_timer(job, asyncio.get_running_loop())
+        assert job.timer is None
+
+    within(run())
+
+
+class TestClosing:
+    def test_ends_at_once_what_runs_and_what_waits(self, work):
+        go = threading.Event()
+        work(lambda *_: go.wait(60))
+
+        async def run() -> None:
+            queue = Scheduler("tiny", Limits())
+            jobs = [asyncio.create_task(events(queue)) for _ in range(3)]
+            await until(lambda: queue._running is not None and len(queue._waiting) == 2)
+            queue.close()
+            for each in jobs:
+                with pytest.raises(ConnectionLostError, match="shutting down"):
+                    await each
+            go.set()
+
+        within(run())
+
+    def test_takes_nothing_more(self):
+        async def run() -> None:
+            queue = Scheduler("tiny", Limits())
+            queue.close()
+            for _ in range(2):
+                with pytest.raises(ConnectionLostError, match="shutting down"):
+                    await events(queue)
+            assert not queue._waiting
+
+        within(run())
