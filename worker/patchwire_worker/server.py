@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 SERVICE_NAME = service_pb2.DESCRIPTOR.services_by_name["PatchwireService"].full_name
 _GRACE_SECONDS = 2.0
+_OTHER_RPCS = 256
 
 
 class Server:
@@ -56,7 +57,9 @@ class Server:
             # A second server on the same port is a mistake, not load balancing.
             ("grpc.so_reuseport", 0),
         ]
-        server = grpc.aio.server(options=options)
+        # Every request that may run or wait, and as many others as a server of some clients has at a time.
+        rpcs = len(self.service.models) * (self.config.limits.queued + 1) + _OTHER_RPCS
+        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=rpcs)
         service_pb2_grpc.add_PatchwireServiceServicer_to_server(self.service, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -84,7 +87,8 @@ class Server:
         )
 
     async def stop(self) -> None:
-        """Stop listening; what runs has a moment to end."""
+        """Stop listening, and end what runs: whoever waits for it has a moment to hear of it."""
+        self.service.close_queues()
         if self._server is not None:
             await self._health.enter_graceful_shutdown()
             await self._server.stop(_GRACE_SECONDS)
