@@ -15,6 +15,8 @@ from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.models.loading import load
 from patchwire_worker.server import Server
 
+_STOP_SECONDS = 5.0
+
 
 class EmbeddedServer:
     """A server on a thread of its own. Ends with `stop`, or when it is forgotten, or with the program.
@@ -28,7 +30,7 @@ class EmbeddedServer:
         self.token = secrets.token_urlsafe()
         self._loop = asyncio.new_event_loop()
         server = Server({model.name: model}, ServerConfig(token=self.token))
-        thread = threading.Thread(target=self._loop.run_forever, name="patchwire-server", daemon=True)
+        thread = threading.Thread(target=_run, args=(self._loop,), name="patchwire-server", daemon=True)
         thread.start()
         try:
             asyncio.run_coroutine_threadsafe(server.start(), self._loop).result()
@@ -43,11 +45,20 @@ class EmbeddedServer:
         self._finalizer()
 
 
-def _stop(server: Server, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
-    asyncio.run_coroutine_threadsafe(server.stop(), loop).result()
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
     loop.close()
+
+
+def _stop(server: Server, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    """End the server, and wait for it a while.
+
+    A server that is forgotten may be collected on any thread and in the middle of anything: on its own thread, where
+    waiting would be for ever, or while somebody holds what the server needs to end.
+    """
+    asyncio.run_coroutine_threadsafe(server.stop(), loop).add_done_callback(lambda _: loop.stop())
+    if threading.current_thread() is not thread:
+        thread.join(_STOP_SECONDS)
 
 
 def start(spec: str | nn.Module, **options: Any) -> EmbeddedServer:
