@@ -10,8 +10,7 @@ pass its value exists: the latest site it depends on.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,50 +172,87 @@ class Checker:
         return self.run(operation.name, operation.function, node.args, node.kwargs)
 
     def _edit(self, node: torch.fx.Node) -> Any:
-        names = [name for name, _, _ in (*node.args[1], node.args[2])]  # type: ignore[misc]
-        base, _, change = node.args
+        base = node.args[0]
         assert isinstance(base, torch.fx.Node)
+        args, _ = _fakes(node.args, {})
+        if _has_unknown(args):
+            node.meta["unchecked"] = True
+            return fake_of(base)
         try:
-            edited = self.run(names[-1], g.edit, node.args, {}, unknown_is_fine=True)
+            edited = self.check_edit(*args)
         except ShapeError as error:
             what = f"`{base.args[0]}`" if base.target is g.read else "The value"
-            given = ", ".join(describe(fake_of(each)) for each in _nodes(change)) or "this"
+            given = ", ".join(describe(fake_of(each)) for each in _nodes(node.args[2])) or "this"
             raise ShapeError(
                 f"{what} is {describe(fake_of(base))}; the part that is changed does not take {given}:"
                 f"{error.message.partition(':')[2]}",
                 hint=_LOOK,
             ) from None
-        return fake_of(node.args[0]) if edited is None else edited  # type: ignore[arg-type]
+        return fake_of(base) if edited is None else edited
 
-    def run(self, name: str, function: Any, args: Any, kwargs: Any, *, unknown_is_fine: bool = False) -> Any:
-        """What the result of a function on nodes or fakes looks like; None if that depends on data."""
-        unknown = False
+    def check_edit(self, base: Any, views: Sequence[g.Change], change: g.Change) -> Any:
+        """What an edit of a fake looks like, every step on the way checked; None if a step depends on data.
 
-        def fake(node: torch.fx.Node) -> Any:
-            nonlocal unknown
-            value = fake_of(node)
-            unknown = unknown or value is None
-            return value
+        Args:
+            base: The fake of the value that is edited.
+            views: The way to the place that is changed, with fakes for tensors.
+            change: What changes it, with fakes for tensors.
 
-        args, kwargs = map_arg(args, fake), map_arg(kwargs, fake)
-        if unknown:
-            return None
-        _check_pieces(name, args, kwargs)
+        Raises:
+            ShapeError, OperationError, LimitError: a step that does not fit.
+        """
+
+        def step(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+            result = self._result(name, ops.OPERATIONS[name].function, args, kwargs)
+            self.check_size(result)
+            return result
+
         try:
-            result = function(*_any_places(function, args), **kwargs)
+            return g.edit(base, views, change, step)
+        except PatchwireError:
+            raise
+        except NotImplementedError:
+            return None
+        except Exception as error:  # a way that leads nowhere
+            raise ShapeError(f"`{change[0]}` cannot be done: {_first_line(error)}", hint=_LOOK) from None
+
+    def run(self, name: str, function: Any, args: Any, kwargs: Any) -> Any:
+        """What the result of a function on nodes or fakes looks like; None if that depends on data.
+
+        Raises:
+            ShapeError, OperationError, LimitError: it cannot be done with these.
+        """
+        args, kwargs = _fakes(args, kwargs)
+        if _has_unknown((args, kwargs)):
+            _check_arguments(name, args, kwargs)
+            return None
+        try:
+            return _results(name, self._result(name, function, args, kwargs))
         except NotImplementedError as error:
-            if unknown_is_fine or name in ops.DATA_DEPENDENT:
+            if name in ops.DATA_DEPENDENT:
                 return None
             raise OperationError(
                 f"The size of `{name}` depends on values: {_first_line(error)}",
                 hint="Save what it is given, and compute this after the block.",
             ) from None
+
+    def _result(self, name: str, function: Any, args: Any, kwargs: Any) -> Any:
+        """What a function makes of fakes.
+
+        Raises:
+            NotImplementedError: that depends on data.
+        """
+        _check_arguments(name, args, kwargs)
+        _check_pieces(name, args, kwargs)
+        try:
+            return function(*_any_places(name, args), **kwargs)
+        except (NotImplementedError, PatchwireError):
+            raise
         except Exception as error:  # PyTorch and Python raise what they like
             tensors = ", ".join(describe(each) for each in _tensors((args, kwargs)))
             raise ShapeError(
                 f"`{name.rsplit('.', 1)[-1]}` cannot be done with {tensors}: {_first_line(error)}", hint=_LOOK
             ) from None
-        return _results(name, result)
 
     def _apply(self, node: torch.fx.Node) -> Any:
         trace, name, args, kwargs = node.args
@@ -302,21 +338,11 @@ def _results(name: str, result: Any) -> Any:
     raise OperationError(f"`{name}` gives a {type(result).__name__}, which is not a tensor.")
 
 
-def _any_places(function: Any, args: Any) -> Any:
+def _any_places(name: str, args: Any) -> Any:
     """The same arguments, with 0 for every index that is a tensor of one integer: any number gives the same shape."""
-    if function is operator.getitem:
-        return (args[0], _any_place(args[1]))
-    if function is g.edit:
-        base, views, change = args
-        return (base, tuple(_indexed_anywhere(view) for view in views), _indexed_anywhere(change))
+    if name in ("operator.getitem", "operator.setitem") and len(args) > 1:
+        return (args[0], _any_place(args[1]), *args[2:])
     return args
-
-
-def _indexed_anywhere(change: Any) -> Any:
-    name, args, kwargs = change
-    if name in ("operator.getitem", "operator.setitem"):
-        args = (_any_place(args[0]), *args[1:])
-    return name, args, kwargs
 
 
 def _any_place(index: Any) -> Any:
@@ -325,6 +351,67 @@ def _any_place(index: Any) -> Any:
     if isinstance(index, Tensor) and not index.ndim and not index.is_floating_point() and index.dtype is not torch.bool:
         return 0
     return index
+
+
+class _Unknown:
+    """Stands for a value of unknown shape."""
+
+
+_UNKNOWN = _Unknown()
+
+
+def _fakes(args: Any, kwargs: Any) -> Any:
+    """The same arguments, with fakes for nodes."""
+
+    def fake(node: torch.fx.Node) -> Any:
+        value = fake_of(node)
+        return _UNKNOWN if value is None else value
+
+    return map_arg(args, fake), map_arg(kwargs, fake)
+
+
+def _has_unknown(argument: Any) -> bool:
+    if isinstance(argument, dict):
+        return any(map(_has_unknown, argument.values()))
+    if isinstance(argument, slice):
+        return any(map(_has_unknown, (argument.start, argument.stop, argument.step)))
+    if isinstance(argument, (tuple, list)):
+        return any(map(_has_unknown, argument))
+    return argument is _UNKNOWN
+
+
+def _is_tensor(value: Any) -> bool:
+    return value is _UNKNOWN or isinstance(value, Tensor)
+
+
+def _is_tensors(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and bool(value) and all(map(_is_tensor, value))
+
+
+def _check_arguments(name: str, args: Any, kwargs: Any) -> None:
+    """Refuse arguments on which Python would compute instead of PyTorch, at any length and size: `[x] * 10**9`."""
+    owner, _, short = name.rpartition(".")
+    values = (*args, *kwargs.values())
+    first = wrong = args[0] if args else None
+    if name in ("operator.getitem", "operator.setitem"):
+        # An item of a tuple is how a graph takes one of several results.
+        item = name == "operator.getitem" and isinstance(first, tuple) and isinstance(args[-1], (int, slice))
+        fine = _is_tensor(first) or item
+    elif owner == "operator":
+        odd = [each for each in values if not _is_tensor(each) and not isinstance(each, (bool, int, float))]
+        fine, wrong = not odd, odd[0] if odd else None
+    elif owner == "torch.Tensor":
+        fine = _is_tensor(first)
+    elif not args or isinstance(first, (bool, int, float)) or name == "torch.einsum":
+        fine = any(_is_tensor(each) or _is_tensors(each) for each in values)
+    else:
+        fine = _is_tensor(first) or _is_tensors(first)
+    if not fine:
+        takes = "tensors and numbers" if owner == "operator" else "tensors"
+        raise OperationError(
+            f"`{short}` takes {takes}, not a {type(wrong).__name__.removeprefix('immutable_')}.",
+            hint="Make one tensor of several numbers with `torch.tensor`, and of several tensors with `torch.stack`.",
+        )
 
 
 def _check_pieces(name: str, args: Any, kwargs: Any) -> None:

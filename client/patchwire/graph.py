@@ -10,7 +10,7 @@ argument is plain data); whether its sites exist and its shapes fit is for `patc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,11 +67,26 @@ Change = tuple[str, tuple[Any, ...], Mapping[str, Any]]
 """An operation's name and its arguments, the first left out."""
 
 
-def edit(base: Any, views: Sequence[Change], change: Change) -> Any:
+def _evaluate(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return ops.OPERATIONS[name].function(*args, **kwargs)
+
+
+def edit(
+    base: Any,
+    views: Sequence[Change],
+    change: Change,
+    evaluate: Callable[[str, tuple[Any, ...], Mapping[str, Any]], Any] = _evaluate,
+) -> Any:
     """A copy of `base` in which the place that `views` lead to is changed in place by `change`.
 
     This is PyTorch's own view semantics: the copy is made, the views are taken of it one after the other, and the
     operation runs on the last. Tuples on the way are copied too.
+
+    Args:
+        base: The value that is copied.
+        views: The way to the place.
+        change: What happens there.
+        evaluate: Evaluates each of these operations, given by its name.
 
     Raises:
         ValueError: a step on the way copied its argument, so that the change would be lost.
@@ -79,16 +94,18 @@ def edit(base: Any, views: Sequence[Change], change: Change) -> Any:
     if isinstance(base, (tuple, list)):
         (_, (index,), _), *rest = views
         items = list(base)
-        items[index] = edit(items[index], rest, change)
+        items[index] = edit(items[index], rest, change, evaluate)
         return type(base)(items)
     copy = base.clone()
     place = copy
     for name, args, kwargs in views:
-        place = ops.OPERATIONS[name].function(place, *args, **kwargs)
-    if not same_storage(place, copy):
-        raise ValueError(f"the edit would be lost: {' or '.join(name for name, _, _ in views)} made a copy")
+        place = evaluate(name, (place, *args), kwargs)
+        if isinstance(place, Tensor) and not same_storage(place, copy):
+            raise ValueError(f"the edit would be lost: {name} made a copy")
+    if not isinstance(place, Tensor):
+        raise ValueError("it is a tuple: change one of its items")
     name, args, kwargs = change
-    ops.OPERATIONS[name].function(place, *args, **kwargs)
+    evaluate(name, (place, *args), kwargs)
     return copy
 
 

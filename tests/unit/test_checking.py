@@ -119,6 +119,50 @@ class TestWrites:
             asked.write("layers.0.output", pair)
 
 
+class TestArguments:
+    """What stands in the first place is a tensor, or tensors, or a number where PyTorch takes one."""
+
+    @pytest.mark.parametrize(
+        ("name", "args"),
+        [
+            ("operator.sub", (1, None)),
+            ("operator.mul", (None, 2.5)),
+            ("operator.and_", (None, None)),
+            ("torch.add", (2, None)),
+            ("torch.pow", (2, None)),
+            ("torch.where", (None, 0, None)),
+            ("torch.bucketize", (None, None)),
+            ("torch.einsum", ("b,b->b", None, None)),
+            ("torch.einsum", (None, [0], None, [0])),
+            ("torch.stack", ([None, None],)),
+            ("torch.cartesian_prod", (None, None)),
+            ("torch.atleast_2d", ([None, None],)),
+            ("torch.Tensor.mul", (None, 2)),
+        ],
+    )
+    def test_are_what_an_operation_takes(self, asked, name, args):
+        values = asked.add("operator.gt", asked.add("torch.Tensor.new_zeros", asked.read("logits"), (4,)), 1)
+        if name == "torch.einsum":
+            values = asked.add("torch.Tensor.float", values)
+        filled = [[values for _ in each] if each == [None, None] else values if each is None else each for each in args]
+
+        assert fake_of(asked.add(name, *filled)) is not None
+
+    def test_may_all_be_given_by_name(self, asked):
+        hidden = asked.read("layers.0.output")
+
+        assert fake_of(asked.add("torch.cat", tensors=[hidden, hidden], dim=0)).shape == (4, 3, 8)
+        assert fake_of(asked.add("torch.sum", input=hidden, dim=0)).shape == (3, 8)
+
+    def test_may_be_of_unknown_shape(self, asked):
+        hidden = asked.read("layers.0.output")
+        chosen = asked.add("torch.masked_select", hidden, asked.add("operator.gt", hidden, 0))
+
+        assert fake_of(asked.add("torch.stack", [chosen, chosen])) is None
+        with pytest.raises(OperationError, match="not a list"):
+            asked.add("operator.mul", [chosen], 10**8)
+
+
 class TestRefusals:
     """What is refused, with the line that asked for it."""
 
@@ -144,6 +188,41 @@ class TestRefusals:
     )
     def test_python_without_a_tensor(self, asked, name, args):
         assert "is given no tensor" in self.refused(asked, GraphError, name, *args)
+
+    @pytest.mark.parametrize(
+        ("name", "args"),
+        [
+            ("operator.mul", ([None], 10**8)),
+            ("operator.mul", ((None, None), 10**8)),
+            ("operator.mod", ("%500000000s", None)),
+            ("operator.add", (None, "text")),
+            ("operator.getitem", ([None], 0)),
+            ("torch.Tensor.repeat", ([None], 10**8)),
+            ("torch.Tensor.sum", (1, None)),
+            ("torch.split", ("text", None)),
+            ("torch.softmax", ("text", None)),
+            ("torch.stack", ([None, 1],)),
+        ],
+    )
+    def test_python_values_in_the_place_of_a_tensor(self, asked, name, args):
+        hidden = asked.read("layers.0.output")
+
+        def filled(value: Any) -> Any:
+            if isinstance(value, (tuple, list)):
+                return type(value)(filled(each) for each in value)
+            return hidden if value is None else value
+
+        assert "takes tensors" in self.refused(asked, OperationError, name, *filled(args))
+
+    def test_arithmetic_with_several_results_at_once(self, asked):
+        pair = asked.add("torch.chunk", asked.read("layers.0.output"), 2, -1)
+
+        assert "not a tuple" in self.refused(asked, OperationError, "operator.mul", pair, 10**8)
+
+    def test_python_values_in_an_edit(self, asked):
+        hidden = asked.read("layers.0.output")
+
+        assert "not a str" in self.refused(asked, OperationError, g.edit, hidden, (), ("operator.imod", ("%s",), {}))
 
     @pytest.mark.parametrize(
         ("name", "shape", "args"),
