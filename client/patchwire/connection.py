@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
+import torch
 from torch import Tensor
 
 from patchwire import graph as g
@@ -89,6 +90,7 @@ class Connection:
         self._uploaded: set[bytes] = set()
         self._lock = threading.Lock()
         weakref.finalize(self, self._channel.close)
+        self._answers = False
         try:
             self.server = self._handshake()
         except BaseException:
@@ -106,9 +108,11 @@ class Connection:
 
     def _call(self, call: Callable[..., T], request: Any, timeout: float | None = None) -> T:
         try:
-            return call(request, metadata=self._metadata, timeout=timeout or self.timeout)
+            response = call(request, metadata=self._metadata, timeout=timeout or self.timeout)
         except grpc.RpcError as error:
             raise error_from_call(error, self.address) from None
+        self._answers = True
+        return response
 
     def _handshake(self) -> service_pb2.HandshakeResponse:
         request = service_pb2.HandshakeRequest(
@@ -201,18 +205,33 @@ class Connection:
             PatchwireError: of the kind that the server says.
             ConnectionLostError: the server went away.
         """
-        expected = [node.args[0].meta.get("fake") for node in graph.fx.nodes if node.target is g.save]
-        try:
-            return self._stream(self._message(graph), expected, progress)
-        except MissingTensorsError as error:
-            with self._lock:
-                self._uploaded.difference_update(error.missing)
-            return self._stream(self._message(graph), expected, progress)
+        expected = [_expected(node) for node in graph.fx.nodes if node.target is g.save]
+        return self._with_uploads(graph, lambda message: self._stream(message, expected, progress))
 
     def check(self, graph: g.Graph) -> list[tensor_pb2.TensorHeader]:
         """Check a graph on the server without running it: the shape and dtype of each saved value."""
-        message = self._message(graph)
-        return list(self._call(self._stub.Check, service_pb2.CheckRequest(graph=message)).saved)
+
+        def ask(message: graph_pb2.Graph) -> service_pb2.CheckResponse:
+            return self._call(self._stub.Check, service_pb2.CheckRequest(graph=message))
+
+        return list(self._with_uploads(graph, ask).saved)
+
+    def _with_uploads(self, graph: g.Graph, ask: Callable[[graph_pb2.Graph], T]) -> T:
+        """What `ask` gets for a graph's message, with its large constants sent again if the server has dropped some."""
+        try:
+            return ask(self._message(graph))
+        except MissingTensorsError:
+            with self._lock:
+                self._uploaded.clear()  # the error names only some of what is missing
+        try:
+            return ask(self._message(graph))
+        except MissingTensorsError:
+            large = [each for each in graph.constants if isinstance(each, Tensor) and each.nbytes > g.INLINE_BYTES]
+            raise LimitError(
+                f"The server cannot keep the {len(large)} large tensors of this request together: they have "
+                f"{sum(each.nbytes for each in large):,} bytes.",
+                hint="Use fewer of them in one trace, or smaller ones.",
+            ) from None
 
     def _message(self, graph: g.Graph) -> graph_pb2.Graph:
         large = [
@@ -233,19 +252,19 @@ class Connection:
         return message
 
     def _stream(
-        self, message: graph_pb2.Graph, expected: list[Tensor | None], progress: Progress
+        self, message: graph_pb2.Graph, expected: list[_Expected | None], progress: Progress
     ) -> tuple[list[Tensor], Stats]:
         saves = [index for index, node in enumerate(message.nodes) if node.HasField("save")]
-        fakes = dict(zip(saves, expected, strict=True))
+        announced = dict(zip(saves, expected, strict=True))
         found: dict[int, Tensor] = {}
         assembly: tensors.Assembly | None = None
         current = -1
-        started = False
+        answers = self._answers  # a server that did so the last time, and is not there, went away
         request = service_pb2.RunRequest(graph=message, compression=self.compression)
         call = self._stub.Run(request, metadata=self._metadata, timeout=self.timeout)
         try:
             for event in call:
-                started = True
+                answers = self._answers = True
                 match event.WhichOneof("event"):
                     case "queued":
                         progress.queued(event.queued.position)
@@ -253,14 +272,9 @@ class Connection:
                         progress.running(event.running.number, event.running.passes)
                     case "saved":
                         current = event.saved.node
-                        if current not in fakes or current in found:
+                        if current not in announced or current in found:
                             raise GraphError("The server sent a value that was not asked for.")
-                        fake = fakes[current]
-                        if fake is not None and list(fake.shape) != list(event.saved.header.shape):
-                            raise GraphError(
-                                f"The server sent a value of shape {list(event.saved.header.shape)} where "
-                                f"{list(fake.shape)} was asked for."
-                            )
+                        _check_header(event.saved.header, announced[current])
                         assembly = tensors.Assembly(event.saved.header, _LARGEST_RESULT)
                         progress.bytes(0, assembly.total)
                     case "chunk":
@@ -275,7 +289,9 @@ class Connection:
                     found[current] = assembly.tensor()
                     assembly = None
         except grpc.RpcError as error:
-            raise error_from_call(error, self.address, started=started) from None
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                self._answers = False
+            raise error_from_call(error, self.address, started=answers) from None
         except KeyError:
             raise GraphError("The server ended the request without all saved values.") from None
         finally:
@@ -284,3 +300,28 @@ class Connection:
                 call.cancel()
             progress.close()
         raise ConnectionLostError(f"The server at {self.address} ended the request early.")
+
+
+_Expected = tuple[list[int], torch.dtype]
+"""The shape and dtype of a value that is to come."""
+
+
+def _expected(save: torch.fx.Node) -> _Expected | None:
+    """What a save brings, if that is known before it runs."""
+    value, dtype = save.args[0], save.args[1]
+    fake = value.meta.get("fake") if isinstance(value, torch.fx.Node) else None
+    return (list(fake.shape), dtype or fake.dtype) if isinstance(fake, Tensor) else None  # type: ignore[return-value]
+
+
+def _check_header(header: tensor_pb2.TensorHeader, expected: _Expected | None) -> None:
+    """Check that a value is what was asked for.
+
+    Raises:
+        GraphError: it has another shape or dtype.
+    """
+    found = list(header.shape), tensors.dtype_from_proto(header.dtype)
+    if expected is not None and found != expected:
+        raise GraphError(
+            f"The server sent a value of shape {found[0]} and {found[1]} where {expected[0]} and {expected[1]} was "
+            "asked for."
+        )

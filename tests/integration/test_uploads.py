@@ -10,6 +10,7 @@ import torch
 
 import patchwire
 from integration import messages
+from integration.refusals import refused
 from patchwire import graph as g
 from patchwire import tensors
 from patchwire.status import error_from_call
@@ -120,6 +121,34 @@ def test_what_the_server_has_dropped_is_uploaded_again_unasked(uploads, strict_c
 
     assert torch.equal(doubled(model, first), first[:10] * 2)
     assert [each[0] for each in uploads].count(tensors.digest(first)) == 2
+
+
+def test_many_that_the_server_has_dropped_are_all_uploaded_again(server, uploads):
+    with patchwire.connect(server.address, progress=False) as client:
+        many = [fresh(100 + seed) for seed in range(70)]  # an error names only the first 64
+        client.connection._uploaded.update(tensors.digest(each) for each in many)  # as if it had been dropped since
+        model = client.model("gpt2")
+        with model.trace([1, 2, 3]):
+            total = model.layers[0].output.sum() * 0
+            for each in many:
+                total = total + each
+            total = total[:10].save()
+
+    torch.testing.assert_close(total.value, sum(each[:10] for each in many))
+    assert [len(each) for each in uploads] == [70]
+
+
+def test_more_than_the_server_can_keep_is_refused_with_figures(strict_client, limits):
+    model = strict_client.model("chatty")
+    length = limits["constant_bytes"] // 4
+    constants = [fresh(seed, length) for seed in (10, 11)]
+
+    with (
+        refused(patchwire.LimitError, "2 large tensors", "800,000 bytes", hint="smaller", line=False),
+        model.trace([1, 2, 3]),
+    ):
+        zero = model.layers[0].output.sum() * 0
+        (zero + constants[0] + constants[1])[:10].save()
 
 
 def test_an_empty_constant_travels(model):
