@@ -81,7 +81,7 @@ def error_from_call(error: grpc.RpcError, address: str, *, started: bool = False
     Args:
         error: What gRPC raised.
         address: The server's address, for messages.
-        started: Whether the server had begun to answer.
+        started: Whether the server had answered before.
     """
     detail = _detail(error)
     if detail is not None:
@@ -111,6 +111,8 @@ def error_from_call(error: grpc.RpcError, address: str, *, started: bool = False
             return errors.CancelledError("The request was cancelled.")
         case grpc.StatusCode.UNAUTHENTICATED:
             return errors.AuthenticationError(words or "The token is missing or wrong.")
+        case grpc.StatusCode.RESOURCE_EXHAUSTED if "Concurrent RPC limit" in words:
+            return errors.BusyError("The server answers too many requests at once.", hint="Try again in a while.")
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             return errors.LimitError(f"A message is larger than allowed: {words}.")
         case grpc.StatusCode.UNIMPLEMENTED:

@@ -13,13 +13,15 @@ from typing import Any
 
 import grpc
 import pytest
+import torch
 
 import patchwire
 import tiny
 from integration import messages
 from patchwire.status import error_from_call
 from patchwire.v1 import service_pb2
-from patchwire_worker.config import ServerConfig
+from patchwire_worker import server as worker
+from patchwire_worker.config import Limits, ServerConfig
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.models.loading import Loaded
 from patchwire_worker.server import Server
@@ -28,11 +30,11 @@ from patchwire_worker.server import Server
 class Serving:
     """A server on a loop in a thread of its own."""
 
-    def __init__(self, model: HostedModel) -> None:
+    def __init__(self, model: HostedModel, limits: Limits | None = None) -> None:
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
-        self.server = Server({"gpt2": model}, ServerConfig())
+        self.server = Server({"gpt2": model}, ServerConfig(limits=limits or Limits()))
         self.on_loop(self.server.start())
 
     def on_loop(self, coroutine: Any) -> Any:
@@ -107,3 +109,60 @@ def test_a_server_that_stops_ends_its_requests_and_says_so(hosted, caplog):
             assert "shutting down" in caught.value.details()
 
     assert "Traceback" not in caplog.text
+
+
+def test_one_more_than_a_server_answers_at_a_time_is_told_so(hosted, monkeypatch):
+    monkeypatch.setattr(worker, "_OTHER_RPCS", 0)
+    serving = Serving(hosted, Limits(queued=0))
+    channel, stub = messages.stub(serving.server.address)
+    with channel:
+        running = stub.Run(service_pb2.RunRequest(graph=messages.slow("gpt2", steps=3_000)))
+        next(iter(running))
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.ListModels(service_pb2.ListModelsRequest())
+        serving.end()
+
+    assert type(error_from_call(caught.value, "here")) is patchwire.BusyError
+
+
+class TestTheLoop:
+    """What takes long is done elsewhere: the loop answers others meanwhile."""
+
+    @pytest.fixture
+    def threads(self, serving, monkeypatch) -> list[str]:
+        """The names of the threads that admit a graph or keep a tensor."""
+        service, names = serving.server.service, []
+
+        def watch(owner: Any, name: str) -> None:
+            function = getattr(owner, name)
+
+            def watched(*args: Any) -> Any:
+                names.append(threading.current_thread().name)
+                return function(*args)
+
+            monkeypatch.setattr(owner, name, watched)
+
+        watch(service.admission, "admit")
+        watch(service.store, "put")
+        return names
+
+    @pytest.mark.parametrize(
+        ("nodes", "words", "apart"),
+        [(1, 10, False), (300, 10, True), (1, 100_000, True)],
+        ids=["small", "nodes", "bytes"],
+    )
+    def test_checks_only_small_graphs(self, serving, threads, nodes, words, apart):
+        graph = messages.graph("gpt2", *[messages.read("logits")] * nodes)
+        graph.lines.add(file="x" * words)
+        channel, stub = messages.stub(serving.server.address)
+        with channel:
+            stub.Check(service_pb2.CheckRequest(graph=graph))
+
+        assert [name.startswith("requests") for name in threads] == [apart]
+
+    @pytest.mark.parametrize(("length", "apart"), [(100, False), (100_000, True)])
+    def test_keeps_only_small_tensors(self, serving, threads, length, apart):
+        with patchwire.connect(serving.server.address, progress=False) as client:
+            client.connection.upload([torch.ones(length)])
+
+        assert [name.startswith("requests") for name in threads] == [apart]

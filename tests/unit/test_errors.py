@@ -175,6 +175,12 @@ def test_a_status_without_our_detail_has_its_class_too(code, started, kind):
     assert error.message
 
 
+def test_a_server_with_too_many_requests_is_busy():
+    error = error_from_call(FakeCall(grpc.StatusCode.RESOURCE_EXHAUSTED, "Concurrent RPC limit exceeded!"), "here")
+
+    assert type(error) is errors.BusyError
+
+
 def test_details_that_contradict_their_call_are_not_believed():
     sent = rpc_status.to_status(error_to_status(errors.SiteError("no such site")))
 
