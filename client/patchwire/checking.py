@@ -10,14 +10,18 @@ pass its value exists: the latest site it depends on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
 import torch.fx
 from torch import Tensor
 from torch.fx.node import map_arg
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from patchwire import graph as g
 from patchwire import ops
@@ -34,9 +38,20 @@ from patchwire.errors import (
 )
 from patchwire.sites import Axis, Catalogue, Leaf, Module
 
+_ELEMENTWISE = frozenset(name for name in ops.OPERATIONS if name.startswith("operator.")) - {"operator.matmul"}
+"""Operations that make nothing but their result."""
 _LOOK = "The shape of a value is known inside the block: `print(value.shape)`."
-_MAX_PIECES = 1 << 18
+_MAX_PIECES = 1 << 12
+_MAX_ALL_PIECES = 1 << 18
 _MAX_JOINED = 64
+_MAX_POWER = 1024
+_MAX_WORK = 8192**3
+_FEW = 1024
+_CUBIC = """
+    cholesky cond det eig eigh eigvals eigvalsh inv inverse logdet matrix_exp matrix_power matrix_rank pinv pinverse qr
+    slogdet solve svd svdvals
+"""
+"""Operations on matrices whose time grows with the third power of their size."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +95,7 @@ class Checker:
         self.graph = graph
         self.catalogue = catalogue
         self.value_bytes = value_bytes
+        self._pieces = 0
         self._rules = {
             g.read: self._read,
             g.write: self._write,
@@ -244,8 +260,11 @@ class Checker:
         """
         _check_arguments(name, args, kwargs)
         _check_pieces(name, args, kwargs)
+        _check_work(name, args, kwargs)
         try:
-            return function(*_any_places(name, args), **kwargs)
+            self._check_bytes(name, _scratch(name, args, kwargs))
+            with nullcontext() if name in _ELEMENTWISE or self.value_bytes is None else _Sizes(name, self._check_bytes):
+                result = function(*_any_places(name, args), **kwargs)
         except (NotImplementedError, PatchwireError):
             raise
         except Exception as error:  # PyTorch and Python raise what they like
@@ -253,6 +272,14 @@ class Checker:
             raise ShapeError(
                 f"`{name.rsplit('.', 1)[-1]}` cannot be done with {tensors}: {_first_line(error)}", hint=_LOOK
             ) from None
+        if isinstance(result, (tuple, list)):
+            self._pieces += len(result)
+            if self._pieces > _MAX_ALL_PIECES:
+                raise LimitError(
+                    f"The graph takes values apart into more than {_MAX_ALL_PIECES:,} pieces.",
+                    hint="Split it into several traces, or index the values that are needed.",
+                )
+        return result
 
     def _apply(self, node: torch.fx.Node) -> Any:
         trace, name, args, kwargs = node.args
@@ -288,6 +315,35 @@ class Checker:
                     f"the server allows {self.value_bytes:,}.",
                     hint="Compute it in smaller parts, or take the part that is needed first.",
                 )
+
+    def _check_bytes(self, name: str, size: int) -> None:
+        if self.value_bytes is not None and size > self.value_bytes:
+            raise LimitError(
+                f"`{name.rsplit('.', 1)[-1]}` needs {size:,} bytes on its way; the server allows {self.value_bytes:,}.",
+                hint="Compute it in smaller parts, or take the part that is needed first.",
+            )
+
+
+class _Sizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Checks the size of every tensor that an operation makes on the way to its result.
+
+    Many operations are made of others, and these are seen as PyTorch's dispatcher sees them: the products of an
+    `einsum`, the copies that a `matmul` of broadcast batches makes. Views are not counted, for they take no memory.
+    """
+
+    def __init__(self, name: str, check: Callable[[str, int], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.name = name
+        self.check = check
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given = _tensors((args, kwargs))
+        for tensor in _tensors(result):
+            if not any(g.same_storage(tensor, each) for each in given):
+                self.check(self.name, tensor.numel() * tensor.itemsize)
+        return result
 
 
 def applied(module: Module, fake: Any) -> Tensor | None:
@@ -414,30 +470,113 @@ def _check_arguments(name: str, args: Any, kwargs: Any) -> None:
         )
 
 
+def _given(args: Any, kwargs: Any, position: int, *names: str) -> Any:
+    """An argument, given by position or by one of its names."""
+    if len(args) > position:
+        return args[position]
+    return next((kwargs[name] for name in names if name in kwargs), None)
+
+
 def _check_pieces(name: str, args: Any, kwargs: Any) -> None:
     """Refuse what makes or joins so many tensors that their number, not their size, is the work."""
     short, tensors = name.rsplit(".", 1)[-1], _tensors((args, kwargs))
-    values = (*args[1:], *kwargs.values())
-    numbers = [each for each in values if isinstance(each, int)]
-    longest = max((length for each in tensors for length in each.shape), default=0)
+    numbers = [each for each in (*args[1:], *kwargs.values()) if isinstance(each, int)]
+    pieces, limit = 0, _MAX_PIECES
     match short:
         case "unbind":
-            pieces, limit = longest, _MAX_PIECES
+            pieces = _longest(tensors, _given(args, kwargs, 1, "dim"))
         case "split":
-            size = values[0] if values and isinstance(values[0], int) else longest
-            pieces, limit = longest // max(size, 1), _MAX_PIECES
+            size = _given(args, kwargs, 1, "split_size", "split_size_or_sections")
+            if isinstance(size, int):
+                pieces = _longest(tensors, _given(args, kwargs, 2, "dim")) // max(size, 1)
         case "chunk" | "tensor_split" | "hsplit" | "vsplit" | "dsplit":
-            pieces, limit = max(numbers, default=0), _MAX_PIECES
+            pieces = max(numbers, default=0)
         case "meshgrid" | "cartesian_prod" | "chain_matmul" | "multi_dot":
             pieces, limit = len(tensors), _MAX_JOINED
         case "tensordot":
             pieces, limit = max(numbers, default=0), _MAX_JOINED
-        case _:
-            return
-    if pieces > limit:
+        case "diff":  # so many times, one after the other
+            pieces, limit = _given(args, kwargs, 1, "n") or 1, _MAX_JOINED
+        case "matrix_power":
+            pieces, limit = abs(_given(args, kwargs, 1, "n") or 1), _MAX_POWER
+    if isinstance(pieces, int) and pieces > limit:
         raise LimitError(
             f"`{short}` of {pieces:,} is too many; at most {limit:,} are allowed.", hint="Do it in smaller parts."
         )
+
+
+def _longest(tensors: list[Tensor], dim: Any) -> int:
+    """How long the longest of some tensors is along a dimension."""
+    dim = 0 if dim is None else dim
+    if not isinstance(dim, int):
+        return 0  # not for this operation
+    return max((each.shape[dim] for each in tensors if -each.ndim <= dim < each.ndim), default=0)
+
+
+def _check_work(name: str, args: Any, kwargs: Any) -> None:
+    """Refuse decompositions and inverses of matrices whose size allows them, and whose time does not."""
+    owner, _, short = name.rpartition(".")
+    norm = short in ("norm", "matrix_norm")
+    if norm:
+        order, dim = _given(args, kwargs, 1, "ord", "p"), _given(args, kwargs, 2, "dim")
+        if order != "nuc" and not (order in (2, -2) and owner == "torch.linalg" and not isinstance(dim, int)):
+            return
+    elif short not in _CUBIC.split():
+        return
+    for tensor in _tensors((args, kwargs)):
+        # A norm may be of any two dimensions.
+        sides = sorted(tensor.shape)[-2:] if norm else tensor.shape[-2:]
+        work = tensor.numel() * min(sides) if len(sides) == 2 else 0
+        if work > _MAX_WORK:
+            raise LimitError(
+                f"`{short}` of {describe(tensor)} takes too long; one matrix of 8192 by 8192 is the most.",
+                hint="Give it smaller matrices, or fewer at once.",
+            )
+
+
+def _broadcast(tensors: list[Tensor]) -> int:
+    """How many elements tensors have after they are broadcast, if they can be."""
+    shapes = [reversed(each.shape) for each in tensors]
+    return math.prod(0 if 0 in each else max(each) for each in zip_longest(*shapes, fillvalue=1))
+
+
+def _scratch(name: str, args: Any, kwargs: Any) -> int:
+    """How many bytes an operation needs on its way that neither its result nor PyTorch's dispatcher show."""
+    short, tensors = name.rsplit(".", 1)[-1], _tensors((args, kwargs))
+    widest = max((each.itemsize for each in tensors), default=0)
+    match short:
+        case "dist" | "l1_loss" | "mse_loss" | "smooth_l1_loss" | "huber_loss":
+            return _broadcast(tensors) * widest
+        case "cdist" | "solve":
+            largest = max((math.prod(each.shape[-2:]) for each in tensors), default=0)
+            batches = [torch.empty(each.shape[:-2], device="meta") for each in tensors]
+            return _broadcast(batches) * largest * widest
+        case "isin":
+            elements, tests = (
+                _tensors(_given(args, kwargs, *each)) for each in ((0, "elements"), (1, "test_elements"))
+            )
+            few = _broadcast(tests) < _FEW  # these are compared with every element, many are sorted
+            return _broadcast(elements) * _broadcast(tests) if few else 0
+        case "nonzero" | "argwhere":
+            return sum(_positions(each) for each in tensors)
+        case "where" if len(tensors) == 1:
+            return _positions(tensors[0])
+        case "index_fill" | "index_fill_" if len(tensors) > 1:
+            length = _longest(tensors[:1], _given(args, kwargs, 1, "dim"))
+            return tensors[0].nbytes // max(length, 1) * max(each.numel() for each in tensors[1:])
+        case "getitem" | "setitem" | "index_put" | "index_put_":
+            index = _given(args, kwargs, 1, "indices")
+            masks = [each for each in _tensors(index) if each.dtype in (torch.bool, torch.uint8)]
+            if masks or short == "getitem" or not _tensors(index):
+                return sum(_positions(each) for each in masks)
+            # What an index picks is changed as often as it is picked.
+            return int(tensors[0][tuple(index) if short.startswith("index_put") else _any_place(index)].nbytes)
+    return 0
+
+
+def _positions(mask: Tensor) -> int:
+    """How many bytes the positions of all elements have."""
+    return mask.numel() * max(mask.ndim, 1) * 8
 
 
 def _nodes(argument: Any) -> list[torch.fx.Node]:

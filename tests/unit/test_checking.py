@@ -234,10 +234,96 @@ class TestRefusals:
             ("torch.tensor_split", (8,), (1 << 40,)),
             ("torch.hsplit", (0,), (1 << 40,)),
             ("torch.Tensor.vsplit", (0, 0), (1 << 40,)),
+            ("torch.unbind", (4097, 0), ()),
+            ("torch.unbind", (0, 4097), (-1,)),
+            ("torch.Tensor.diff", (1 << 17,), (1 << 17,)),
+            ("torch.linalg.matrix_power", (2, 2), (1025,)),
+            ("torch.linalg.matrix_power", (2, 2), (-(1 << 40),)),
         ],
     )
     def test_more_results_than_can_be_counted(self, asked, name, shape, args):
         assert "is too many" in self.refused(asked, LimitError, name, asked.zeros(*shape), *args)
+
+    @pytest.mark.parametrize("names", [{"dim": 30, "split_size": 1}, {"split_size": 1, "dim": 30}])
+    def test_more_results_than_can_be_counted_whatever_the_order_of_names(self, asked, names):
+        value = asked.zeros(*[1] * 30, 1 << 40, 0)
+
+        assert "is too many" in self.refused(asked, LimitError, "torch.Tensor.split", value, **names)
+
+    def test_more_results_than_can_be_counted_on_the_way_of_an_edit(self, asked):
+        zeros = asked.zeros(200_000)
+        views = (("torch.unbind", (), {}), ("operator.getitem", (0,), {}))
+
+        assert "is too many" in self.refused(asked, LimitError, g.edit, zeros, views, ("torch.Tensor.zero_", (), {}))
+
+    def test_a_place_of_an_edit_that_is_too_large(self, asked):
+        views = (("torch.Tensor.expand", (1 << 40, 2, 3, 8), {}),)
+        hidden = asked.read("layers.0.output")
+
+        self.refused(asked, LimitError, g.edit, hidden, views, ("torch.Tensor.zero_", (), {}))
+
+    def test_more_results_in_the_whole_graph_than_can_be_counted(self, asked):
+        zeros = asked.zeros(4096)
+        for _ in range(64):
+            asked.add("torch.unbind", zeros)
+
+        assert "262,144 pieces" in self.refused(asked, LimitError, "torch.unbind", zeros)
+
+    @pytest.mark.parametrize(
+        ("name", "shapes", "args"),
+        [
+            ("torch.dist", ((1000, 1), (1, 1000)), ()),
+            ("torch.nn.functional.mse_loss", ((1000, 1), (1, 1000)), ()),
+            ("torch.nn.functional.huber_loss", ((1000, 1), (1, 1000)), ()),
+            ("torch.nn.functional.kl_div", ((1000, 1), (1, 1000)), ()),
+            ("torch.nn.functional.cosine_similarity", ((100, 1, 100), (1, 100, 100)), ()),
+            ("torch.linalg.vecdot", ((100, 1, 100), (1, 100, 100)), ()),
+            ("operator.matmul", ((100, 1, 1, 100), (1, 100, 100, 1)), ()),
+            ("torch.cdist", ((100, 1, 1, 100), (1, 100, 1, 100)), ()),
+            ("torch.linalg.solve", ((100, 1, 50, 50), (1, 100, 50, 1)), ()),
+            ("torch.isin", ((100_000,), (200,)), ()),
+        ],
+    )
+    @pytest.mark.filterwarnings("ignore::UserWarning")
+    def test_what_is_too_large_on_the_way_to_a_small_result(self, asked, name, shapes, args):
+        values = [asked.zeros(*shape) for shape in shapes]
+
+        self.refused(asked, LimitError, name, *values, *args)
+
+    def test_an_einsum_whose_first_product_is_too_large(self, asked):
+        wide, deep = asked.zeros(600, 1), asked.zeros(1, 600)
+
+        assert "einsum" in self.refused(asked, LimitError, "torch.einsum", "ab,bc,cd,da->", wide, deep, wide, deep)
+
+    def test_positions_that_are_too_many(self, asked):
+        mask = asked.add("torch.Tensor.bool", asked.zeros(200_000))
+
+        self.refused(asked, LimitError, "torch.nonzero", mask)
+
+    def test_an_index_that_picks_everything_again_and_again(self, asked):
+        rows, columns = (asked.add("torch.Tensor.long", asked.zeros(*shape)) for shape in ((1000, 1), (1, 1000)))
+        change = ("operator.setitem", ((rows, columns), 0.0), {})
+        fill = ("torch.Tensor.index_fill_", (0, asked.add("torch.Tensor.flatten", rows), 0.0), {})
+
+        self.refused(asked, LimitError, g.edit, asked.zeros(4, 4), (), change)
+        self.refused(asked, LimitError, g.edit, asked.zeros(1, 1000), (), fill)
+
+    @pytest.mark.parametrize(
+        ("name", "args"),
+        [
+            ("torch.linalg.svd", ()),
+            ("torch.linalg.eigh", ()),
+            ("torch.inverse", ()),
+            ("torch.det", ()),
+            ("torch.matrix_exp", ()),
+            ("torch.linalg.matrix_norm", ("nuc",)),
+            ("torch.linalg.norm", (2,)),
+        ],
+    )
+    def test_a_decomposition_that_takes_too_long(self, asked, name, args):
+        asked.checker.value_bytes = None
+
+        assert "8192 by 8192" in self.refused(asked, LimitError, name, asked.zeros(8193, 8193), *args)
 
     @pytest.mark.parametrize("name", ["torch.meshgrid", "torch.linalg.multi_dot"])
     def test_more_tensors_at_once_than_their_number_allows(self, asked, name):
@@ -322,6 +408,42 @@ def test_a_constant_that_was_not_looked_up_is_refused(catalogue):
 def test_the_number_of_results_that_is_allowed_is_allowed(catalogue):
     request = Request(catalogue)
 
-    assert len(fake_of(request.add("torch.unbind", request.zeros(1000)))) == 1000
+    assert len(fake_of(request.add("torch.unbind", request.zeros(4096)))) == 4096
+    assert len(fake_of(request.add("torch.unbind", request.zeros(2, 100_000)))) == 2
+    assert len(fake_of(request.add("torch.split", request.zeros(2, 100_000), 1))) == 2
     assert len(fake_of(request.add("torch.split", request.zeros(1000), 10**9))) == 1
     assert len(fake_of(request.add("torch.chunk", request.zeros(1 << 18), 2))) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "args"),
+    [
+        ("torch.linalg.svd", ((50257, 768),), (False,)),
+        ("torch.linalg.svdvals", ((12, 768, 768),), ()),
+        ("torch.linalg.norm", ((8, 1000, 50257),), (2, -1)),
+        ("torch.norm", ((8, 1000, 50257),), (2, -1)),
+        ("torch.linalg.matrix_norm", ((50257, 50257),), ()),
+        ("operator.matmul", ((64, 1000, 768), (768, 50257 // 4)), ()),
+        ("operator.matmul", ((8, 12, 1000, 64), (8, 12, 64, 1000)), ()),
+        ("torch.isin", ((8, 1000), (50257,)), ()),
+        ("torch.diff", ((8, 1000),), ()),
+    ],
+)
+def test_what_the_field_computes_is_not_too_large(catalogue, name, shapes, args):
+    request = Request(catalogue)
+    request.checker.value_bytes = 16 << 30
+
+    request.add(name, *(request.zeros(*shape) for shape in shapes), *args)
+
+
+def test_an_edit_of_a_value_of_unknown_shape_is_checked_once_its_shape_is_known(catalogue):
+    request = Request(catalogue)
+    hidden = request.read("layers.0.output")
+    chosen = request.add("torch.masked_select", hidden, request.add("operator.gt", hidden, 0))
+    views = (("torch.Tensor.expand", (1 << 40, -1), {}),)
+
+    edited = request.add(g.edit, chosen, views, ("torch.Tensor.zero_", (), {}))
+
+    assert edited.meta["unchecked"]
+    with pytest.raises(LimitError):
+        request.checker.check_edit(torch.empty(24, device="meta"), *edited.args[1:])
