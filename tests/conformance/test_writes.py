@@ -86,7 +86,7 @@ def test_writes_at_every_site_at_once_equal_hooks_at_every_site(
 def test_a_constant_can_be_written_without_reading(name: str, served: Any, references: Any) -> None:
     model, reference = served[name], references[name]
 
-    for place, value in record(reference, IDS).items():
+    for place, value in list(record(reference, IDS).items())[::3]:
         if not value.is_floating_point():
             continue
         new = torch.randn(value.shape, generator=torch.Generator().manual_seed(1))
