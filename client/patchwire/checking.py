@@ -444,10 +444,19 @@ def _is_tensors(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and bool(value) and all(map(_is_tensor, value))
 
 
+def _check_lengths(argument: Any) -> None:
+    if isinstance(argument, (tuple, list)):
+        if len(argument) > g.MAX_ITEMS:
+            raise g.too_long(argument)
+        for each in argument:
+            _check_lengths(each)
+
+
 def _check_arguments(name: str, args: Any, kwargs: Any) -> None:
     """Refuse arguments on which Python would compute instead of PyTorch, at any length and size: `[x] * 10**9`."""
     owner, _, short = name.rpartition(".")
     values = (*args, *kwargs.values())
+    _check_lengths(values)
     first = wrong = args[0] if args else None
     if name in ("operator.getitem", "operator.setitem"):
         # An item of a tuple is how a graph takes one of several results.

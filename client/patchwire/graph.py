@@ -10,7 +10,7 @@ argument is plain data); whether its sites exist and its shapes fit is for `patc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch.fx
 from torch import Tensor
 
 from patchwire import ops, tensors
-from patchwire.errors import GraphError, OperationError, SourceLine, with_code
+from patchwire.errors import GraphError, LimitError, OperationError, PatchwireError, SourceLine, with_code
 from patchwire.sites import Address, path_from_proto, path_to_proto
 from patchwire.v1 import graph_pb2 as pb
 from patchwire.version import VERSION
@@ -27,10 +27,15 @@ from patchwire.version import VERSION
 INLINE_BYTES = 64 * 1024
 """Constants up to this size travel inside the graph; larger ones are uploaded once and referred to by hash."""
 
+MAX_ITEMS = 1 << 12
+"""How long a list or tuple among the arguments of an operation may be."""
+
+_LONG_LISTS = "Put long lists of numbers into a tensor: `torch.tensor(...)`."
 _MAX_DEPTH = 16
 _MAX_TEXT = 256
 _MAX_NAME = 1024
-_MAX_ITEMS = 1 << 16
+_MAX_ARGUMENTS = 1 << 18
+_MAX_ARGUMENTS_OF_NODE = 16
 
 
 def read(site: Site) -> Tensor:
@@ -324,6 +329,11 @@ def _kind(change: Change) -> ops.Kind:
     return ops.OPERATIONS[change[0]].kind
 
 
+def too_long(items: Sized) -> LimitError:
+    """The error for a list of arguments that is too long."""
+    return LimitError(f"A list of {len(items):,} arguments is too long; at most {MAX_ITEMS:,} fit.", hint=_LONG_LISTS)
+
+
 class _Decoder:
     """Builds a graph from a message that may be hostile: every index, name and length is checked before it is used."""
 
@@ -338,9 +348,11 @@ class _Decoder:
             for each in message.lines
         ]
         self.line: SourceLine | None = None
+        # In proportion to the nodes, and as many more for a few long lists.
+        self.arguments_left = _MAX_ARGUMENTS + _MAX_ARGUMENTS_OF_NODE * len(message.nodes)
 
-    def error(self, message: str, kind: type[GraphError] | type[OperationError] = GraphError) -> Exception:
-        return kind(message, lines=[self.line] if self.line else [])
+    def error(self, message: str, kind: type[PatchwireError] = GraphError, hint: str = "") -> PatchwireError:
+        return kind(message, hint=hint, lines=[self.line] if self.line else [])
 
     def decode(self) -> Graph:
         for trace in self.message.traces:
@@ -378,9 +390,10 @@ class _Decoder:
                 node.meta["operation"] = operation
                 return node
             case "edit":
+                self.count(message.edit.views)
                 views = tuple(self.change(each) for each in message.edit.views)
                 change = self.change(message.edit.change)
-                if any(_kind(view) == "inplace" for view in views) or _kind(change) != "inplace":
+                if any(_kind(view) != "view" for view in views) or _kind(change) != "inplace":
                     raise self.error("An edit is views and then one in-place operation.")
                 return create(edit, (self.value(message.edit.base), views, change))
             case "apply":
@@ -440,7 +453,17 @@ class _Decoder:
             raise self.error("Where values live is not for a graph to say.", OperationError)
         return operation.name, args, kwargs
 
+    def count(self, items: Sized) -> None:
+        self.arguments_left -= len(items)
+        if len(items) > MAX_ITEMS:
+            error = too_long(items)
+            raise self.error(error.message, LimitError, error.hint)
+        if self.arguments_left < 0:
+            raise self.error("The graph has too many arguments.", LimitError, _LONG_LISTS)
+
     def arguments(self, message: pb.Call | pb.Apply) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self.count(message.args)
+        self.count(message.kwargs)
         return (
             tuple(self.argument(each) for each in message.args),
             {name: self.argument(each) for name, each in message.kwargs.items()},
@@ -476,8 +499,7 @@ class _Decoder:
                 return Ellipsis
             case "list" | "tuple" as kind:
                 items = getattr(message, kind).items
-                if len(items) > _MAX_ITEMS:
-                    raise self.error("A list argument is too long.")
+                self.count(items)
                 values = [self.argument(each, depth + 1) for each in items]
                 return values if kind == "list" else tuple(values)
             case "dtype":
@@ -496,6 +518,6 @@ def graph_from_proto(message: pb.Graph, *, constant_bytes: int | None = None) ->
     Raises:
         GraphError: the message does not follow the protocol.
         OperationError: an operation is not on the list.
-        LimitError: a constant is too large.
+        LimitError: a constant is too large, or there are too many arguments.
     """
     return _Decoder(message, constant_bytes).decode()

@@ -295,10 +295,27 @@ def test_a_value_cannot_be_moved_to_another_device(place):
 
 
 def test_a_list_argument_that_is_too_long_is_refused():
-    items = [pb.Argument(integer=0)] * ((1 << 16) + 1)
+    items = [pb.Argument(integer=0)] * ((1 << 12) + 1)
 
-    with pytest.raises(GraphError, match="too long"):
+    with pytest.raises(LimitError, match="4,097 arguments is too long"):
         g.graph_from_proto(message(READ, operation("torch.neg", pb.Argument(list=pb.Sequence(items=items)))))
+
+
+def test_lists_that_are_too_many_together_are_refused():
+    items = [pb.Argument(integer=0)] * (1 << 12)
+    lists = [pb.Argument(list=pb.Sequence(items=items))] * 65
+
+    with pytest.raises(LimitError, match="too many arguments"):
+        g.graph_from_proto(message(READ, operation("torch.stack", *lists)))
+
+
+@pytest.mark.parametrize("name", ["torch.neg", "torch.Tensor.new_zeros", "torch.Tensor.repeat", "torch.Tensor.zero_"])
+def test_the_way_of_an_edit_leads_through_views_only(name):
+    change = pb.Call(op="torch.Tensor.zero_")
+    edit = pb.Node(edit=pb.Edit(base=0, views=[pb.Call(op=name)], change=change))
+
+    with pytest.raises(GraphError, match="views and then one in-place operation"):
+        g.graph_from_proto(message(READ, edit))
 
 
 def test_the_deepest_argument_that_is_allowed_is_read():
