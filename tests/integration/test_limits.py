@@ -10,7 +10,7 @@ import patchwire
 from integration import messages
 from integration.refusals import refused
 from patchwire.status import error_from_call
-from patchwire.v1 import service_pb2
+from patchwire.v1 import graph_pb2, service_pb2
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +64,16 @@ class TestFoundByTheServer:
 
         assert type(error) is patchwire.LimitError
         assert all(figure in error.message for figure in figures)
+
+    @pytest.mark.parametrize("method", ["Check", "Run"])
+    def test_before_anything_looks_at_each_of_many_invokes(self, strict_stub, authorized, method):
+        graph = messages.graph("chatty", messages.read("logits"), messages.save(0))
+        graph.traces[0].invokes.extend(graph_pb2.Invoke() for _ in range(50_000))
+
+        error = answer(strict_stub, graph, authorized, method)
+
+        assert type(error) is patchwire.LimitError
+        assert "more than 100 rows" in error.message
 
     def test_when_the_size_depends_on_values(self, strict_stub, authorized):
         nodes = [

@@ -76,9 +76,10 @@ class Admission:
         model = self.model(message.traces[0].model)
         if any(trace.model != model.name for trace in message.traces):
             raise GraphError("The traces of one request are of one model.")
-        graph = g.graph_from_proto(message, constant_bytes=self.limits.constant_bytes)
-        for trace in graph.traces:
+        self._count_rows(message)
+        for trace in message.traces:
             self._check_rows(trace, model)
+        graph = g.graph_from_proto(message, constant_bytes=self.limits.constant_bytes)
         self._look_up_constants(graph)
         checker = Checker(graph, self._catalogue, value_bytes=self.limits.value_bytes)
         checker.all()
@@ -91,23 +92,44 @@ class Admission:
     def _catalogue(self, name: str) -> Catalogue:
         return self.model(name).catalogue
 
-    def _check_rows(self, trace: g.Trace, model: HostedModel) -> None:
+    def _count_rows(self, message: graph_pb2.Graph) -> None:
+        """Refuse more traces, invokes and rows than the limits allow, before anything looks at each of them."""
+        traces, rows = len(message.traces), 0
+        if traces > self.limits.nodes:
+            raise LimitError(
+                f"The graph has {traces:,} traces; the server takes {self.limits.nodes:,}.",
+                hint="Split it into several requests.",
+            )
+        # A row has a token at least, and a trace that is good for anything an operation.
+        most = self.limits.tokens + self.limits.nodes
+        for trace in message.traces:
+            rows += len(trace.invokes)
+            if rows <= most:
+                rows += sum(max(len(invoke.rows) - 1, 0) for invoke in trace.invokes)
+            if rows > most:
+                raise LimitError(
+                    f"The traces have more than {most:,} rows; the server takes no more.",
+                    hint="Split them over several requests.",
+                )
+
+    def _check_rows(self, trace: graph_pb2.Trace, model: HostedModel) -> None:
+        """Check the rows of a trace."""
+        rows = [row.ids for invoke in trace.invokes for row in invoke.rows]
         if not trace.invokes or any(not invoke.rows for invoke in trace.invokes):
             raise InputError("A trace has no rows.")
-        lengths = [length for invoke in trace.invokes for length in invoke.lengths]
-        if min(lengths) == 0:
+        longest = max(map(len, rows))
+        if min(map(len, rows)) == 0:
             raise InputError("A row has no tokens.")
-        if model.max_positions and max(lengths) > model.max_positions:
-            raise InputError(f"A row has {max(lengths)} tokens; {model.name} takes {model.max_positions}.")
-        if len(lengths) * max(lengths) > self.limits.tokens:
+        if model.max_positions and longest > model.max_positions:
+            raise InputError(f"A row has {longest} tokens; {model.name} takes {model.max_positions}.")
+        if len(rows) * longest > self.limits.tokens:
             raise LimitError(
-                f"The rows have {len(lengths) * max(lengths):,} tokens; the server takes {self.limits.tokens:,}.",
+                f"The rows have {len(rows) * longest:,} tokens; the server takes {self.limits.tokens:,}.",
                 hint="Split them over several traces.",
             )
-        rows = (row for invoke in trace.invokes for row in invoke.rows)
         if any(min(row) < 0 or max(row) >= model.vocabulary for row in rows):
             raise InputError(f"Token ids go from 0 to {model.vocabulary - 1}.")
-        if not model.pads and any(len(set(invoke.lengths)) > 1 for invoke in trace.invokes):
+        if not model.pads and any(len({len(row.ids) for row in invoke.rows}) > 1 for invoke in trace.invokes):
             raise InputError(f"{model.name} is not causal: give it prompts of one length, or one trace for each.")
 
     def _look_up_constants(self, graph: g.Graph) -> None:

@@ -10,18 +10,24 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 
 import torch
 import torch.fx
 from torch import Tensor
 
 from patchwire import graph as g
-from patchwire.errors import OrderError
+from patchwire.errors import LimitError, OrderError
 from patchwire.sites import Axis, Leaf
-from patchwire_worker.admission import Admitted
+from patchwire_worker.admission import Admitted, at
 from patchwire_worker.interleaving import Location
 from patchwire_worker.rows import Rows
+
+_MAX_ENTRIES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,10 @@ class Plan:
     """The nodes that have to be evaluated."""
 
 
+_Accesses = defaultdict[int, defaultdict[int, list[torch.fx.Node]]]
+"""The needed reads and writes of each trace and each of its invokes, in order."""
+
+
 def plan(admitted: Admitted) -> Plan:
     """The passes of a graph.
 
@@ -72,10 +82,15 @@ def plan(admitted: Admitted) -> Plan:
         OrderError: invokes that cannot share a pass need values of each other.
     """
     needed = _needed(admitted)
+    accesses: _Accesses = defaultdict(lambda: defaultdict(list))
+    for node in admitted.graph.fx.nodes:
+        if node in needed and node.target in (g.read, g.write):
+            accesses[node.args[0].trace][node.args[0].invoke].append(node)
+    behind = cache(lambda: _invokes_behind(admitted, needed))
     passes: list[Pass] = []
     for index, trace in enumerate(admitted.graph.traces):
-        for invokes in _groups(admitted, index, trace, needed):
-            made = _pass(admitted, index, trace, invokes, needed)
+        for invokes in _groups(admitted, index, trace, accesses[index], behind):
+            made = _pass(admitted, trace, invokes, accesses[index])
             if made.works:
                 passes.append(made)
     return Plan(passes, needed)
@@ -115,20 +130,22 @@ def _moment(admitted: Admitted, node: torch.fx.Node) -> tuple[int, bool]:
     return admitted.leaves[node.args[0]].order, node.target is g.write  # type: ignore[index]
 
 
-def _groups(admitted: Admitted, index: int, trace: g.Trace, needed: set[torch.fx.Node]) -> list[list[int]]:
+def _groups(
+    admitted: Admitted,
+    index: int,
+    trace: g.Trace,
+    accesses: Mapping[int, Sequence[torch.fx.Node]],
+    behind: Callable[[], Mapping[torch.fx.Node, frozenset[int]]],
+) -> list[list[int]]:
     """The invokes of a trace, in groups that share a pass."""
     everyone = list(range(len(trace.invokes)))
     lengths = {length for invoke in trace.invokes for length in invoke.lengths}
-    sites = [
-        (node, admitted.leaves[node.args[0]])  # type: ignore[index]
-        for node in needed
-        if node.target in (g.read, g.write) and node.args[0].trace == index  # type: ignore[union-attr]
-    ]
+    sites = [(node, admitted.leaves[node.args[0]]) for nodes in accesses.values() for node in nodes]  # type: ignore[index]
     splits = all(leaf.packs for _, leaf in sites)
     shared_writes = any(node.target is g.write and not _writes_alone(admitted, leaf) for node, leaf in sites)
     if len(everyone) == 1 or (splits and not shared_writes and (admitted.model.pads or len(lengths) == 1)):
         return [everyone]
-    return [[invoke] for invoke in _ordered(index, everyone, needed)]
+    return [[invoke] for invoke in _ordered(index, everyone, accesses, behind())]
 
 
 def _writes_alone(admitted: Admitted, leaf: Leaf) -> bool:
@@ -141,65 +158,82 @@ def _writes_alone(admitted: Admitted, leaf: Leaf) -> bool:
     return has_rows and (leaf.location, leaf.path) not in admitted.model.overwritten
 
 
-def _ordered(trace: int, invokes: list[int], needed: set[torch.fx.Node]) -> list[int]:
+def _ordered(
+    trace: int,
+    invokes: list[int],
+    accesses: Mapping[int, Sequence[torch.fx.Node]],
+    behind: Mapping[torch.fx.Node, frozenset[int]],
+) -> list[int]:
     """Invokes that run one after the other, those first whose values others write."""
     sources: dict[int, dict[int, torch.fx.Node]] = {invoke: {} for invoke in invokes}
-    for node in needed:
-        if node.target is g.write and node.args[0].trace == trace:  # type: ignore[union-attr]
-            for site in _reads_behind(node):
-                if site.trace == trace and site.invoke != node.args[0].invoke:  # type: ignore[union-attr]
-                    sources[node.args[0].invoke][site.invoke] = node  # type: ignore[union-attr]
-    order: list[int] = []
-    while len(order) < len(invokes):
-        free = [each for each in invokes if each not in order and all(source in order for source in sources[each])]
-        if not free:
-            lines = [g.line_of(node) for each in invokes if each not in order for node in sources[each].values()]
-            raise OrderError(
-                "These invokes write values of each other and cannot share a pass.",
-                hint="Save the values of one trace and write them in a second.",
-                lines=[line for line in lines if line is not None][:2],
+    for invoke, nodes in accesses.items():
+        for node in nodes:
+            if node.target is g.write and _trace(node) == trace:
+                sources[invoke] |= dict.fromkeys(sorted(behind[node] - {invoke}), node)
+    try:
+        return list(TopologicalSorter(sources).static_order())
+    except CycleError as error:
+        cycle = error.args[1]
+        lines = [g.line_of(sources[user][source]) for source, user in pairwise(cycle)]
+        raise OrderError(
+            "These invokes write values of each other and cannot share a pass.",
+            hint="Save the values of one trace and write them in a second.",
+            lines=sorted((line for line in lines if line is not None), key=lambda line: (line.file, line.line))[:2],
+        ) from None
+
+
+def _trace(node: torch.fx.Node) -> int | None:
+    """The latest trace that a node's value depends on."""
+    after = node.meta["after"]
+    return None if after is None else after.order[0]
+
+
+def _invokes_behind(admitted: Admitted, needed: set[torch.fx.Node]) -> dict[torch.fx.Node, frozenset[int]]:
+    """The invokes of the latest trace that each node depends on whose sites it depends on.
+
+    Earlier traces have run by the time that a value of a later one is written.
+    """
+    behind: dict[torch.fx.Node, frozenset[int]] = {}
+    entries = 0
+    for node in admitted.graph.fx.nodes:
+        if node not in needed:
+            continue
+        if node.target is g.read:
+            behind[node] = frozenset((node.args[0].invoke,))
+            continue
+        sets = {behind[each] for each in node.all_input_nodes if _trace(each) == _trace(node)}
+        behind[node] = next(iter(sets)) if len(sets) == 1 else frozenset().union(*sets)
+        entries += len(behind[node]) if len(sets) > 1 else 0
+        if entries > _MAX_ENTRIES:
+            raise at(
+                node,
+                LimitError(
+                    "Too many invokes that cannot share a pass depend on each other.",
+                    hint="Save the values of one trace and write them in a second.",
+                ),
             )
-        order.extend(free)
-    return order
+    return behind
 
 
-def _reads_behind(node: torch.fx.Node) -> set[g.Site]:
-    found: set[g.Site] = set()
-    seen: set[torch.fx.Node] = set()
-    stack = [node]
-    while stack:
-        for each in stack.pop().all_input_nodes:
-            if each not in seen:
-                seen.add(each)
-                stack.append(each)
-                if each.target is g.read:
-                    found.add(each.args[0])  # type: ignore[arg-type]
-    return found
-
-
-def _pass(admitted: Admitted, index: int, trace: g.Trace, invokes: list[int], needed: set[torch.fx.Node]) -> Pass:
+def _pass(
+    admitted: Admitted, trace: g.Trace, invokes: list[int], accesses: Mapping[int, Sequence[torch.fx.Node]]
+) -> Pass:
     rows = [row for invoke in invokes for row in trace.invokes[invoke].rows]
     batch, seq = len(rows), max(len(row) for row in rows)
     # Which id stands for padding does not matter: nobody ever looks at it.
     ids = torch.zeros((batch, seq), dtype=torch.long)
     for row, tokens in enumerate(rows):
         ids[row, : len(tokens)] = torch.tensor(tokens)
-    places: dict[int, Rows] = {}
+    works: dict[Location, Work] = {}
     start = 0
     for invoke in invokes:
         lengths = tuple(trace.invokes[invoke].lengths)
-        places[invoke] = Rows(start, lengths, batch, seq)
+        place = Rows(start, lengths, batch, seq)
         start += len(lengths)
-    works: dict[Location, Work] = {}
-    for node in admitted.graph.fx.nodes:
-        if node not in needed or node.target not in (g.read, g.write):
-            continue
-        site = node.args[0]
-        assert isinstance(site, g.Site)
-        if site.trace == index and site.invoke in places:
-            leaf = admitted.leaves[site]
+        for node in accesses.get(invoke, ()):
+            leaf = admitted.leaves[node.args[0]]  # type: ignore[index]
             work = works.setdefault(leaf.location, Work(leaf.location, leaf.order))
-            access = Access(node, leaf, places[site.invoke])
+            access = Access(node, leaf, place)
             (work.reads if node.target is g.read else work.writes).append(access)
     ordered = sorted(works.values(), key=lambda work: work.order)
     return Pass(ids, ordered, _skipped(admitted, ordered[-1].order) if ordered else 0)
