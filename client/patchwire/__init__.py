@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from patchwire.client import Client, connect, local
     from patchwire.connection import TLS
     from patchwire.model import Model, Module
-    from patchwire.proxy import Structure, Value
+    from patchwire.proxy import Structure, Value, save
     from patchwire.results import Stats
     from patchwire.tracing import Trace
 
@@ -60,6 +60,7 @@ _HOMES = {
     "Value": "proxy",
     "connect": "client",
     "local": "client",
+    "save": "proxy",
 }
 """Where the names live that need torch, which takes seconds to import: they are looked up when they are first used."""
 
@@ -108,4 +109,5 @@ __all__ = [
     "__version__",
     "connect",
     "local",
+    "save",
 ]

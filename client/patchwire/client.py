@@ -37,7 +37,9 @@ class Client:
             near = nearest(name, known) if name else []
             raise ModelNotFoundError(
                 f"The server has no model `{name}`." if name else "Say which model.",
-                hint=f"It has {', '.join(f'`{each}`' for each in near or known) or 'none'}.",
+                hint=f"Did you mean `{near[0]}`?"
+                if near
+                else f"It has {', '.join(f'`{each}`' for each in known) or 'none'}.",
             )
         assert name is not None
         return Model(self.connection, self.connection.describe(name), progress=self.progress)

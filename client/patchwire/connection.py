@@ -16,7 +16,14 @@ from torch import Tensor
 
 from patchwire import graph as g
 from patchwire import ops, tensors
-from patchwire.errors import ConnectionLostError, GraphError, LimitError, MissingTensorsError, VersionError
+from patchwire.errors import (
+    ConnectionFailedError,
+    ConnectionLostError,
+    GraphError,
+    LimitError,
+    MissingTensorsError,
+    VersionError,
+)
 from patchwire.results import Progress, Stats
 from patchwire.status import error_from_call
 from patchwire.v1 import graph_pb2, model_pb2, service_pb2, service_pb2_grpc, tensor_pb2
@@ -79,7 +86,16 @@ class Connection:
         self.address = address
         self.timeout = timeout
         self.compression = tensor_pb2.COMPRESSION_ZSTD if compression else tensor_pb2.COMPRESSION_UNSPECIFIED
-        options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+        if "://" in address or not address.rpartition(":")[2].isdigit():
+            hint = 'Write "host:port", for example "gpu-box:50051".'
+            raise ConnectionFailedError(f"`{address}` is not an address.", hint=hint)
+        options = [
+            ("grpc.max_receive_message_length", -1),
+            ("grpc.max_send_message_length", -1),
+            # A server that comes back is found again within a second.
+            ("grpc.initial_reconnect_backoff_ms", 200),
+            ("grpc.max_reconnect_backoff_ms", 1000),
+        ]
         if tls:
             credentials = (TLS() if tls is True else tls).credentials()
             self._channel = grpc.secure_channel(address, credentials, options=options)
@@ -259,6 +275,7 @@ class Connection:
         found: dict[int, Tensor] = {}
         assembly: tensors.Assembly | None = None
         current = -1
+        stats: Stats | None = None
         answers = self._answers  # a server that did so the last time, and is not there, went away
         request = service_pb2.RunRequest(graph=message, compression=self.compression)
         call = self._stub.Run(request, metadata=self._metadata, timeout=self.timeout)
@@ -284,7 +301,6 @@ class Connection:
                         progress.bytes(len(event.chunk), 0)
                     case "done":
                         stats = Stats.from_proto(event.done)
-                        return [found[index] for index in saves], stats
                 if assembly is not None and assembly.complete:
                     found[current] = assembly.tensor()
                     assembly = None
@@ -292,14 +308,16 @@ class Connection:
             if error.code() is grpc.StatusCode.UNAVAILABLE:
                 self._answers = False
             raise error_from_call(error, self.address, started=answers) from None
-        except KeyError:
-            raise GraphError("The server ended the request without all saved values.") from None
         finally:
             # After the end this does nothing; before it, it stops the pass at its next site.
             with contextlib.suppress(Exception):
                 call.cancel()
             progress.close()
-        raise ConnectionLostError(f"The server at {self.address} ended the request early.")
+        if stats is None:
+            raise ConnectionLostError(f"The server at {self.address} ended the request early.")
+        if found.keys() != set(saves):
+            raise GraphError("The server ended the request without all saved values.")
+        return [found[index] for index in saves], stats
 
 
 _Expected = tuple[list[int], torch.dtype]

@@ -104,6 +104,10 @@ class Value(torch.fx.Proxy):
         """
         if self._tensor is not None:
             return self
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise GraphError(
+                f"{dtype!r} is not a dtype.", hint="Write for example `dtype=torch.bfloat16`.", lines=here()
+            )
         value = self if dtype is None else Value(self.recorder, self.node, self.memory, self.views, self)
         self.recorder.save(value, dtype)
         return value
@@ -266,12 +270,20 @@ class Value(torch.fx.Proxy):
         return self.value.__array__(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __format__(self, spec: str) -> str:
-        return format(self._tensor, spec) if self._tensor is not None else format(repr(self), spec)
+        if self._tensor is None and spec:
+            self._not_there("its text")
+        return format(repr(self)) if self._tensor is None else format(self._tensor, spec)
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return round(self.value.item(), digits)
 
     def __repr__(self) -> str:
         if self._tensor is not None:
             return repr(self._tensor)
-        return f"<value, {describe(self.node.meta.get('fake'))}, of {self.node.name}>"
+        if not self.recorder.open:
+            state = "its run did not end well" if self._saved else "not saved: it stayed on the server"
+            return f"<value, {describe(self._node.meta.get('fake'))}, {state}>"
+        return f"<value, {describe(self.node.meta.get('fake'))}>"
 
     def __hash__(self) -> int:
         return id(self)
@@ -338,6 +350,17 @@ def _structures(argument: Any) -> Iterator[Structure]:
             yield from _structures(each)
 
 
+def save(values: Any) -> Any:
+    """Save every value in a list, tuple or mapping of them: `patchwire.save(value.topk(3))`.
+
+    Returns:
+        The same containers; after the block, the values in them behave as their tensors.
+    """
+    for each in values_in(values):
+        each.save()
+    return values
+
+
 class Structure:
     """A tuple or mapping of tensors at a site: `attn.output[0]`, `block.inputs[1]["attention_mask"]`.
 
@@ -375,6 +398,11 @@ class Structure:
         return below
 
     def __getitem__(self, key: Step) -> Value | Structure:
+        if not isinstance(key, (int, str)):
+            known = " or ".join(f"`{Address(self._site.address.name, leaf.path).spelled}`" for leaf in self._leaves)
+            raise SiteError(
+                f"`{self._site}` is a tuple or mapping, not a tensor.", hint=f"Write {known} first.", lines=here()
+            )
         path = self._path(key)
         below = self._check(path)
         if below[0].path == path:

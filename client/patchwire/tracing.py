@@ -7,6 +7,7 @@ tensors and hands each to its value. If the block raises, nothing is sent.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from patchwire import graph as g
-from patchwire.errors import GraphError, PatchwireError, here, trim
+from patchwire.errors import GraphError, PatchwireError, PatchwireWarning, here, trim, user_frame
 from patchwire.recording import Recorder
 from patchwire.results import Progress, Stats
 from patchwire.sites import Address
@@ -172,6 +173,14 @@ class Trace:
         self._run()
 
     def _run(self) -> None:
+        if not self._recorder.saved:
+            frame = user_frame()
+            warnings.warn_explicit(
+                PatchwireWarning("The block saved nothing, so nothing comes back. Write `.save()` on what you want."),
+                None,
+                frame.f_code.co_filename if frame else "<block>",
+                frame.f_lineno if frame else 1,
+            )
         graph = self._recorder.finish()
         try:
             tensors, self.stats = self._model.connection.run(graph, Progress(self._model.progress))

@@ -271,11 +271,14 @@ class Execution:
 
     def _check_size(self, node: torch.fx.Node, args: Any, kwargs: Any) -> None:
         """Check on fakes an operation whose shapes were not known before."""
-        operation = g.operation_of(node)
-        if operation is None or node.meta.get("fake") is not None:
+        if node.meta.get("fake") is not None:
             return
+        operation = g.operation_of(node)
         fakes = _map_tensors((args, dict(kwargs)), lambda tensor: tensor.to("meta"))
         checker = self.admitted.checker
+        if operation is None:
+            checker.check_edit(*fakes[0])
+            return
         checker.check_size(checker.run(operation.name, operation.function, *fakes))
 
     def _save(self, node: torch.fx.Node, value: Any, dtype: torch.dtype | None) -> None:

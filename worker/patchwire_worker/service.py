@@ -149,7 +149,7 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         if not hmac.compare_digest(given.encode(), f"Bearer {self.config.token}".encode()):
             raise AuthenticationError(
                 "The token is wrong." if given else "This server asks for a token.",
-                hint="Write `patchwire.connect(address, token=…)`.",
+                hint="Write `patchwire.connect(address, token=…)`, with what `patchwire serve --token` was given.",
             )
 
     @_answering
