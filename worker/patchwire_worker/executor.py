@@ -271,9 +271,10 @@ class Execution:
 
     def _check_size(self, node: torch.fx.Node, args: Any, kwargs: Any) -> None:
         """Check on fakes an operation whose shapes were not known before."""
-        if node.meta.get("fake") is not None:
-            return
         operation = g.operation_of(node)
+        unknown = node.meta.get("unchecked") if operation is None else node.meta.get("fake") is None
+        if not unknown:
+            return
         fakes = _map_tensors((args, dict(kwargs)), lambda tensor: tensor.to("meta"))
         checker = self.admitted.checker
         if operation is None:
