@@ -16,6 +16,7 @@ from patchwire.errors import BusyError, ConnectionLostError, ExecutionError, Pat
 from patchwire_worker import scheduler
 from patchwire_worker.config import Limits
 from patchwire_worker.executor import Cost
+from patchwire_worker.planner import Plan
 from patchwire_worker.scheduler import Done, InternalError, Queued, Scheduler
 
 
@@ -55,7 +56,7 @@ def within(coroutine) -> Any:
 
 
 async def events(queue: Scheduler, admitted: Any = None) -> list[Any]:
-    return [event async for event in queue.run(admitted, None)]
+    return [event async for event in queue.run(admitted, Plan([], set()))]
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -149,7 +150,7 @@ def test_whoever_leaves_the_queue_keeps_nothing_in_it(work, no_collector):
         await until(lambda: queue._running is not None)
         admitted = Value()
         found = weakref.ref(admitted)
-        second = queue.run(admitted, None)
+        second = queue.run(admitted, Plan([], set()))
         assert await anext(second) == Queued(1)
         await second.aclose()
         del admitted, second

@@ -74,6 +74,7 @@ class _Job:
     stopping: Stopping = field(default_factory=Stopping)
     events: asyncio.Queue[Event | BaseException] = field(default_factory=asyncio.Queue)
     arrived: float = field(default_factory=time.perf_counter)
+    announced: bool = False
     timer: asyncio.TimerHandle | None = None
 
 
@@ -120,9 +121,15 @@ class Scheduler:
         try:
             self._jobs.add(job)
             self._waiting.append(job)
+            # To be woken in the middle of a pass costs milliseconds: what can be said and set before it is done here.
+            job.announced = position == 0 and bool(plan.passes)
+            if position == 0:
+                self._start_timer(job, loop)
             loop.run_in_executor(self._thread, self._next, loop)
             if position:
                 yield Queued(position)
+            elif job.announced:
+                yield Running(1, len(plan.passes))
             while True:
                 event = await job.events.get()
                 if isinstance(event, BaseException):
@@ -173,8 +180,9 @@ class Scheduler:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(job.events.put_nowait, event)
 
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(self._start_timer, job, loop)
+        if job.timer is None:
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._start_timer, job, loop)
         outcome = self._outcome(job, send)
         # In this order: whoever asks after hearing of the end finds the model free.
         self._running = None
@@ -192,7 +200,7 @@ class Scheduler:
                 job.stopping,
                 result_bytes=self.limits.result_bytes,
             )
-            return Done(execution.run(_told(send)), queued)
+            return Done(execution.run(_told(send, job.announced)), queued)
         except PatchwireError as error:
             return _without_frames(error)
         except BaseException as error:
@@ -201,8 +209,14 @@ class Scheduler:
             return InternalError(type(error).__name__)
 
 
-def _told(send: Callable[[Event], None]) -> Callable[[int, int], None]:
-    return lambda number, passes: send(Running(number, passes))
+def _told(send: Callable[[Event], None], announced: bool) -> Callable[[int, int], None]:
+    """Sends the beginning of each pass; of the first only if it was not announced."""
+
+    def tell(number: int, passes: int) -> None:
+        if number > 1 or not announced:
+            send(Running(number, passes))
+
+    return tell
 
 
 def _without_frames(error: E) -> E:
