@@ -34,6 +34,7 @@ from patchwire.errors import (
     ShapeError,
     SiteError,
     SourceLine,
+    first_line,
     with_code,
 )
 from patchwire.sites import Axis, Catalogue, Leaf, Module
@@ -230,7 +231,7 @@ class Checker:
         except NotImplementedError:
             return None
         except Exception as error:  # a way that leads nowhere
-            raise ShapeError(f"`{change[0]}` cannot be done: {_first_line(error)}", hint=_LOOK) from None
+            raise ShapeError(f"`{change[0]}` cannot be done: {first_line(error)}", hint=_LOOK) from None
 
     def run(self, name: str, function: Any, args: Any, kwargs: Any) -> Any:
         """What the result of a function on nodes or fakes looks like; None if that depends on data.
@@ -248,7 +249,7 @@ class Checker:
             if name in ops.DATA_DEPENDENT:
                 return None
             raise OperationError(
-                f"The size of `{name}` depends on values: {_first_line(error)}",
+                f"The size of `{name}` depends on values: {first_line(error)}",
                 hint="Save what it is given, and compute this after the block.",
             ) from None
 
@@ -270,7 +271,7 @@ class Checker:
         except Exception as error:  # PyTorch and Python raise what they like
             tensors = ", ".join(describe(each) for each in _tensors((args, kwargs)))
             raise ShapeError(
-                f"`{name.rsplit('.', 1)[-1]}` cannot be done with {tensors}: {_first_line(error)}", hint=_LOOK
+                f"`{name.rsplit('.', 1)[-1]}` cannot be done with {tensors}: {first_line(error)}", hint=_LOOK
             ) from None
         if isinstance(result, (tuple, list)):
             self._pieces += len(result)
@@ -592,7 +593,3 @@ def _nodes(argument: Any) -> list[torch.fx.Node]:
     found: list[torch.fx.Node] = []
     map_arg(argument, found.append)
     return found
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

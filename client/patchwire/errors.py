@@ -227,6 +227,11 @@ def here(*others: SourceLine | None) -> tuple[SourceLine, ...]:
     return tuple(with_code(line) for line in lines if line is not None)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its class if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
     """The `count` names most like `name`, best first."""
     import difflib

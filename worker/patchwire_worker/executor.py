@@ -31,6 +31,7 @@ from patchwire.errors import (
     ShapeError,
     SiteError,
     SourceLine,
+    first_line,
 )
 from patchwire.sites import spell
 from patchwire_worker import containers
@@ -267,7 +268,7 @@ class Execution:
         except Exception as error:
             name = g.operation_of(node).name if g.operation_of(node) else node.target.__name__  # type: ignore[union-attr]
             hint = "It failed on the values that it was given: save them in a trace of their own, and look."
-            raise at(node, ExecutionError(f"`{name}` failed: {_first_line(error)}", hint=hint)) from error
+            raise at(node, ExecutionError(f"`{name}` failed: {first_line(error)}", hint=hint)) from error
 
     def _check_size(self, node: torch.fx.Node, args: Any, kwargs: Any) -> None:
         """Check on fakes an operation whose shapes were not known before."""
@@ -312,7 +313,7 @@ class Execution:
         writes = [g.line_of(access.node) for work in each.works for access in work.writes]
         lines: list[SourceLine] = [line for line in writes if line is not None]
         hint = "It may be due to what these lines write into it." if lines else ""
-        return ExecutionError(f"The model failed: {_first_line(error)}", hint=hint, lines=lines[-3:])
+        return ExecutionError(f"The model failed: {first_line(error)}", hint=hint, lines=lines[-3:])
 
     def _check_all_done(self) -> None:
         for node, missing in self._missing.items():
@@ -346,7 +347,3 @@ def _behind(node: torch.fx.Node) -> list[torch.fx.Node]:
                 found[each] = None
                 stack.append(each)
     return list(found)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

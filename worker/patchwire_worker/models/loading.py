@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from patchwire.errors import ModelNotFoundError
+from patchwire.errors import ModelNotFoundError, first_line
 
 DTYPES = {
     "float32": torch.float32,
@@ -71,7 +71,7 @@ def load(
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelNotFoundError(
-            f"`{spec}` cannot be loaded: {_first_line(error)}",
+            f"`{spec}` cannot be loaded: {first_line(error)}",
             hint="Give a hub id, a directory with config.json and weights, or a .gguf file.",
         ) from error
     if place != "balanced":
@@ -120,14 +120,10 @@ def _tokenizer(source: str, options: dict[str, Any]) -> Any | None:
         return AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         if local:
-            raise ModelNotFoundError(f"The tokenizer in {source} cannot be loaded: {_first_line(error)}") from error
+            raise ModelNotFoundError(f"The tokenizer in {source} cannot be loaded: {first_line(error)}") from error
         return None
 
 
 def _has_tokenizer(directory: Path) -> bool:
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
     return any((directory / name).is_file() for name in names)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
