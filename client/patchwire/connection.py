@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -280,9 +280,9 @@ class Connection:
         request = service_pb2.RunRequest(graph=message, compression=self.compression)
         call = self._stub.Run(request, metadata=self._metadata, timeout=self.timeout)
         try:
-            for event in call:
+            for event in _events(call):
                 answers = self._answers = True
-                match event.WhichOneof("event"):
+                match event.WhichOneof("kind"):
                     case "queued":
                         progress.queued(event.queued.position)
                     case "running":
@@ -301,6 +301,7 @@ class Connection:
                         progress.bytes(len(event.chunk), 0)
                     case "done":
                         stats = Stats.from_proto(event.done)
+                        break  # the status that follows says nothing new, and waiting for it takes a while
                 if assembly is not None and assembly.complete:
                     found[current] = assembly.tensor()
                     assembly = None
@@ -309,7 +310,7 @@ class Connection:
                 self._answers = False
             raise error_from_call(error, self.address, started=answers) from None
         finally:
-            # After the end this does nothing; before it, it stops the pass at its next site.
+            # Before the end this stops the pass at its next site.
             with contextlib.suppress(Exception):
                 call.cancel()
             progress.close()
@@ -318,6 +319,11 @@ class Connection:
         if found.keys() != set(saves):
             raise GraphError("The server ended the request without all saved values.")
         return [found[index] for index in saves], stats
+
+
+def _events(call: Iterable[service_pb2.RunResponse]) -> Iterator[service_pb2.Event]:
+    for response in call:
+        yield from response.events
 
 
 _Expected = tuple[list[int], torch.dtype]

@@ -300,6 +300,11 @@ class Catalogue:
         return sorted(module.side(INPUT)[0].order for module in self.modules.values() if module.side(INPUT))
 
     @cached_property
+    def layers(self) -> list[str]:
+        """The raw paths of the layers, those that have canonical names, in order."""
+        return [self.names[f"layers.{index}"].module for index in range(self.num_layers)]
+
+    @cached_property
     def num_layers(self) -> int:
         """How many layers have canonical names."""
         return len(self.prefixes.get("layers", []))

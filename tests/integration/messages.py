@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import grpc
 
-from patchwire.v1 import graph_pb2, service_pb2_grpc
+from patchwire.v1 import graph_pb2, service_pb2, service_pb2_grpc
 
 
 def argument(value: Any) -> graph_pb2.Argument:
@@ -74,3 +75,9 @@ def stub(address: str) -> tuple[grpc.Channel, service_pb2_grpc.PatchwireServiceS
     """A channel to a server, and the bare methods of the protocol."""
     channel = grpc.insecure_channel(address)
     return channel, service_pb2_grpc.PatchwireServiceStub(channel)
+
+
+def events(responses: Iterable[service_pb2.RunResponse]) -> Iterator[service_pb2.Event]:
+    """What responses tell, one after the other."""
+    for response in responses:
+        yield from response.events

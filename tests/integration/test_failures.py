@@ -32,8 +32,8 @@ def values(model: patchwire.Model, ids: list[int]) -> torch.Tensor:
 
 def until(events, kind: str):
     """Read events up to the first of a kind."""
-    for event in events:
-        if event.WhichOneof("event") == kind:
+    for event in messages.events(events):
+        if event.WhichOneof("kind") == kind:
             return event
     raise AssertionError(f"the request ended without {kind}")
 

@@ -99,7 +99,7 @@ def test_a_server_that_stops_ends_its_requests_and_says_so(hosted, caplog):
         running = stub.Run(service_pb2.RunRequest(graph=messages.slow("gpt2", steps=3_000)))
         next(iter(running))
         waiting = stub.Run(service_pb2.RunRequest(graph=messages.slow("gpt2", steps=3_000)))
-        assert next(iter(waiting)).WhichOneof("event") == "queued"
+        assert next(messages.events(waiting)).HasField("queued")
         serving.end()
         for each in (running, waiting):
             with pytest.raises(grpc.RpcError) as caught:

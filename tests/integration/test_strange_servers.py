@@ -56,10 +56,9 @@ def run(connection: Connection, dtype: torch.dtype | None = None) -> list[torch.
 
 def sends(tensor: torch.Tensor) -> Callable[[grpc.ServicerContext], Iterator[service_pb2.RunResponse]]:
     def answer(context: grpc.ServicerContext) -> Iterator[service_pb2.RunResponse]:
-        yield service_pb2.RunResponse(saved=service_pb2.Saved(node=1, header=tensors.header(tensor)))
-        for chunk in tensors.chunks(tensor):
-            yield service_pb2.RunResponse(chunk=chunk)
-        yield service_pb2.RunResponse(done=service_pb2.Done())
+        saved = service_pb2.Event(saved=service_pb2.Saved(node=1, header=tensors.header(tensor)))
+        chunks = [service_pb2.Event(chunk=chunk) for chunk in tensors.chunks(tensor)]
+        yield service_pb2.RunResponse(events=[saved, *chunks, service_pb2.Event(done=service_pb2.Done())])
 
     return answer
 

@@ -56,7 +56,7 @@ def within(coroutine) -> Any:
 
 
 async def events(queue: Scheduler, admitted: Any = None) -> list[Any]:
-    return [event async for event in queue.run(admitted, Plan([], set()))]
+    return [event async for news in queue.run(admitted, Plan([], set())) for event in news]
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -151,7 +151,7 @@ def test_whoever_leaves_the_queue_keeps_nothing_in_it(work, no_collector):
         admitted = Value()
         found = weakref.ref(admitted)
         second = queue.run(admitted, Plan([], set()))
-        assert await anext(second) == Queued(1)
+        assert await anext(second) == [Queued(1)]
         await second.aclose()
         del admitted, second
         await asyncio.sleep(0)
@@ -174,17 +174,6 @@ def test_a_run_that_is_late_ends(work):
     work(wait)
     with pytest.raises(TimeoutError, match=r"0\.01 seconds"):
         within(events(Scheduler("tiny", Limits(seconds=0.01))))
-
-
-def test_a_timer_of_what_has_ended_is_not_started():
-    async def run() -> None:
-        queue = Scheduler("tiny", Limits())
-        job = scheduler._Job(None, None)
-        job.stopping.stop(ExecutionError("no"))
-        queue._start_timer(job, asyncio.get_running_loop())
-        assert job.timer is None
-
-    within(run())
 
 
 class TestClosing:

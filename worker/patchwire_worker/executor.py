@@ -257,7 +257,7 @@ class Execution:
                         )
                     # A module may change its arguments in place, and these may be weights, or values of others.
                     own = _map_tensors((args[2], args[3]), torch.clone)
-                    return _map_tensors(self.model.apply(path, self.stopping, *own), torch.Tensor.contiguous)
+                    return _map_tensors(self.model.apply(path, *own), torch.Tensor.contiguous)
                 case target:
                     self._check_size(node, args, kwargs)
                     return target(*args, **kwargs)  # type: ignore[operator]

@@ -2,16 +2,21 @@
 
 nnsight puts a controller around every module's forward, which offers each input and output to the interleaver; the
 interleaver hands it to the mediators that wait for that location. nnsight's own mediators run user code in a greenlet.
-Ours wait for one fixed location and call a function with the value: no greenlet, no code.
+Ours wait for one fixed location and call a function with the value: no greenlet, no code. And a controller is on its
+module only during passes in which somebody waits there, so that all others cost what the plain model does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
+from nnsight import NNsight
 from nnsight.intervention.interleaver import EarlyStopException, Event, Interleaver, Mediator, Pending
+from nnsight.intervention.source import STATE
 from torch import nn
 
 from patchwire.errors import PatchwireError
@@ -45,6 +50,7 @@ class SiteMediator(Mediator):  # type: ignore[misc]
 
     def __init__(self, location: Location, arrive: Callable[[Any], Any]) -> None:
         # Mediator's own constructor takes the code to run; there is none.
+        self.location = location
         self._wait = Pending(Event.VALUE, provider(location), 0)
         self._arrive = arrive
         self.interleaver: Any = None
@@ -87,11 +93,65 @@ class Stopping:
             self.reason = reason
 
 
-class PassInterleaver(Interleaver):  # type: ignore[misc]
-    """nnsight's interleaver, for passes that can be stopped at every module boundary."""
+class _Controllers:
+    """nnsight's controllers of a model's modules, by path, put on when they are needed."""
 
-    def __init__(self) -> None:
+    _SLOTS = ("forward", STATE)
+
+    def __init__(self, module: nn.Module, interleaver: Interleaver) -> None:
+        before = {each: self._slots(each) for each in module.modules()}
+        with warnings.catch_warnings():
+            # nnsight says where a module's own name hides behind one of nnsight's; raw paths are not affected.
+            warnings.simplefilter("ignore")
+            self._envoy = NNsight(module, interleaver=interleaver)
+        self._by_path: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
+        for each, slots in before.items():
+            for route in each.__dict__[STATE].routes:
+                if route[0]() is interleaver:
+                    self._by_path[route[1].removeprefix(_ROOT).removeprefix(".")] = (each, self._slots(each))
+            self._fill(each, slots)
+
+    @property
+    def paths(self) -> Collection[str]:
+        """Where there are any."""
+        return self._by_path.keys()
+
+    @contextlib.contextmanager
+    def on(self, paths: Iterable[str]) -> Iterator[None]:
+        """Have those of some modules on."""
+        before = []
+        try:
+            for path in paths:
+                module, slots = self._by_path[path]
+                before.append((module, self._slots(module)))
+                self._fill(module, slots)
+            yield
+        finally:
+            for module, slots in reversed(before):
+                self._fill(module, slots)
+
+    def _slots(self, module: nn.Module) -> dict[str, Any]:
+        return {slot: module.__dict__[slot] for slot in self._SLOTS if slot in module.__dict__}
+
+    def _fill(self, module: nn.Module, slots: dict[str, Any]) -> None:
+        for slot in self._SLOTS:
+            module.__dict__.pop(slot, None)
+        module.__dict__.update(slots)
+
+
+class PassInterleaver(Interleaver):  # type: ignore[misc]
+    """nnsight's interleaver, for passes that can be stopped at module boundaries.
+
+    Attributes:
+        boundaries: The modules at which every pass can be stopped, besides those where somebody waits; all, until it is
+            said which.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
+        self.module = module
+        self._controllers = _Controllers(module, self)
+        self.boundaries: Collection[str] = self._controllers.paths
         self.stopping = Stopping()
         self.observe: Callable[[str, Any], None] | None = None
         self._waiting: dict[str, Mediator] = {}
@@ -134,8 +194,8 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
         del self._waiting[provider]
         self.parked.discard(provider)
 
-    def run(self, module: nn.Module, mediators: list[SiteMediator], stopping: Stopping, **inputs: Any) -> None:
-        """One forward pass of `module` with these mediators.
+    def run(self, mediators: list[SiteMediator], stopping: Stopping, **inputs: Any) -> None:
+        """One forward pass with these mediators.
 
         Raises:
             PatchwireError: it was stopped, or a mediator raised it.
@@ -144,25 +204,22 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
         self.stopping = stopping
         self._thread = threading.get_ident()
         try:
-            with self:
-                module(**inputs)
+            with self._controllers.on({*self.boundaries, *(each.location[0] for each in mediators)}), self:
+                self.module(**inputs)
         finally:
             self.cancel()
             self._waiting = {}
             self.parked = set()
             self.stopping = Stopping()
 
-    def call(self, module: nn.Module, stopping: Stopping, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Apply a module, in the middle of a pass or outside of one, without its sites being seen.
 
         Raises:
-            PatchwireError: it was stopped.
+            PatchwireError: the pass was stopped.
         """
-        before = (self.interleaving, self.busy, self.stopping, self._thread)
-        self.interleaving, self.busy, self.stopping, self._thread = True, True, stopping, threading.get_ident()
         self._applying = True
         try:
             return module(*args, **kwargs)
         finally:
             self._applying = False
-            self.interleaving, self.busy, self.stopping, self._thread = before

@@ -10,7 +10,8 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections import deque
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -67,15 +68,50 @@ class Done:
 Event = Queued | Running | Saved | Done
 
 
+_LOOK_SECONDS = 0.02
+_WAKE_BYTES = 64 * 1024
+
+
 @dataclass(eq=False)
 class _Job:
     admitted: Admitted
     plan: Plan
+    queued: bool
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     stopping: Stopping = field(default_factory=Stopping)
-    events: asyncio.Queue[Event | BaseException] = field(default_factory=asyncio.Queue)
+    happened: deque[Event | BaseException] = field(default_factory=deque)
     arrived: float = field(default_factory=time.perf_counter)
-    announced: bool = False
-    timer: asyncio.TimerHandle | None = None
+    started: float | None = None
+    _woken: asyncio.Event = field(default_factory=asyncio.Event)
+    _bytes: int = 0
+
+    def wake(self) -> None:
+        """Have the event loop look at what happened now; may be called from any thread."""
+        # The loop is gone only when the server is, and then nobody listens.
+        with contextlib.suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(self._woken.set)
+
+    def tell(self, event: Event | BaseException) -> None:
+        """Add an event, on the model's thread.
+
+        To be woken in the middle of a pass costs it milliseconds, so the loop is woken only where it matters: at the
+        end, and when there are bytes to send meanwhile. It sees the rest when it looks by itself.
+        """
+        self.happened.append(event)
+        self._bytes += event.tensor.nbytes if isinstance(event, Saved) else 0
+        if isinstance(event, (Done, BaseException)) or self._bytes >= _WAKE_BYTES:
+            self._bytes = 0
+            self.wake()
+
+    async def news(self, seconds: float | None) -> list[Event | BaseException]:
+        """What happened since the last time: waits for something, or for so many seconds at most."""
+        if not self.happened:
+            timer = None if seconds is None else self.loop.call_later(seconds, self._woken.set)
+            await self._woken.wait()
+            if timer is not None:
+                timer.cancel()
+        self._woken.clear()
+        return [self.happened.popleft() for _ in range(len(self.happened))]
 
 
 class Scheduler:
@@ -97,11 +133,12 @@ class Scheduler:
         self._closed = ConnectionLostError("The server is shutting down.")
         for job in self._jobs:
             job.stopping.stop(self._closed)
-            job.events.put_nowait(ConnectionLostError(self._closed.message))
+            job.happened.append(ConnectionLostError(self._closed.message))
+            job.wake()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def run(self, admitted: Admitted, plan: Plan) -> AsyncGenerator[Event, None]:
-        """Run a plan when its turn has come, and tell what happens.
+    async def run(self, admitted: Admitted, plan: Plan) -> AsyncGenerator[list[Event], None]:
+        """Run a plan when its turn has come, and tell what happens, several events at a time.
 
         Leaving the iteration early stops the pass at its next site.
 
@@ -116,34 +153,28 @@ class Scheduler:
         position = self._ahead()
         if position > self.limits.queued:
             raise BusyError("The server's queue is full.", hint="Try again in a while.")
-        job = _Job(admitted, plan)
-        loop = asyncio.get_running_loop()
+        job = _Job(admitted, plan, queued=position > 0)
         try:
             self._jobs.add(job)
             self._waiting.append(job)
-            # To be woken in the middle of a pass costs milliseconds: what can be said and set before it is done here.
-            job.announced = position == 0 and bool(plan.passes)
-            if position == 0:
-                self._start_timer(job, loop)
-            loop.run_in_executor(self._thread, self._next, loop)
-            if position:
-                yield Queued(position)
-            elif job.announced:
-                yield Running(1, len(plan.passes))
+            job.loop.run_in_executor(self._thread, self._next)
+            if job.queued:
+                yield [Queued(position)]
             while True:
-                event = await job.events.get()
-                if isinstance(event, BaseException):
-                    try:
-                        raise event
-                    finally:
-                        del event  # or the error would keep this frame, and this frame the error
-                yield event
-                if isinstance(event, Done):
+                news = await job.news(None if job.queued and job.started is None else _LOOK_SECONDS)
+                self._stop_if_late(job)
+                events = [each for each in news if not isinstance(each, BaseException)]
+                if events:
+                    yield events
+                for error in news:
+                    if isinstance(error, BaseException):
+                        try:
+                            raise error
+                        finally:
+                            del error, news  # or the error would keep this frame, and this frame the error
+                if events and isinstance(events[-1], Done):
                     return
         finally:
-            if job.timer is not None:
-                job.timer.cancel()
-                job.timer = None
             job.stopping.stop(CancelledError("The request was cancelled."))
             self._jobs.discard(job)
             self._leave(job)
@@ -159,36 +190,29 @@ class Scheduler:
         with self._moving, contextlib.suppress(ValueError):
             self._waiting.remove(job)
 
-    def _start_timer(self, job: _Job, loop: asyncio.AbstractEventLoop) -> None:
-        if job.stopping.reason is not None:  # it has ended already
-            return
-        late = TimeoutError(
-            f"The request ran longer than the server's {self.limits.seconds:g} seconds.",
-            hint="Ask for less in one trace.",
-        )
-        job.timer = loop.call_later(self.limits.seconds, job.stopping.stop, late)
+    def _stop_if_late(self, job: _Job) -> None:
+        if job.started is not None and time.perf_counter() - job.started > self.limits.seconds:
+            late = TimeoutError(
+                f"The request ran longer than the server's {self.limits.seconds:g} seconds.",
+                hint="Ask for less in one trace.",
+            )
+            job.stopping.stop(late)
 
-    def _next(self, loop: asyncio.AbstractEventLoop) -> None:
-        """On the model's thread: run the job whose turn it is and send its events to the loop."""
+    def _next(self) -> None:
+        """On the model's thread: run the job whose turn it is."""
         with self._moving:
             if not self._waiting:  # somebody has left
                 return
             job = self._running = self._waiting.pop(0)
-
-        def send(event: Event | BaseException) -> None:
-            # The loop is gone only when the server is, and then nobody listens.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(job.events.put_nowait, event)
-
-        if job.timer is None:
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._start_timer, job, loop)
-        outcome = self._outcome(job, send)
+        job.started = time.perf_counter()
+        if job.queued:
+            job.wake()
+        outcome = self._outcome(job)
         # In this order: whoever asks after hearing of the end finds the model free.
         self._running = None
-        send(outcome)
+        job.tell(outcome)
 
-    def _outcome(self, job: _Job, send: Callable[[Event], None]) -> Done | Exception:
+    def _outcome(self, job: _Job) -> Done | Exception:
         queued = time.perf_counter() - job.arrived
         try:
             if job.stopping.reason is not None:
@@ -196,27 +220,17 @@ class Scheduler:
             execution = Execution(
                 job.admitted,
                 job.plan,
-                lambda node, tensor: send(Saved(node, tensor)),
+                lambda node, tensor: job.tell(Saved(node, tensor)),
                 job.stopping,
                 result_bytes=self.limits.result_bytes,
             )
-            return Done(execution.run(_told(send, job.announced)), queued)
+            return Done(execution.run(lambda number, passes: job.tell(Running(number, passes))), queued)
         except PatchwireError as error:
             return _without_frames(error)
         except BaseException as error:
             log.error("a request failed in a way that it must not", exc_info=error)
             _without_frames(error)
             return InternalError(type(error).__name__)
-
-
-def _told(send: Callable[[Event], None], announced: bool) -> Callable[[int, int], None]:
-    """Sends the beginning of each pass; of the first only if it was not announced."""
-
-    def tell(number: int, passes: int) -> None:
-        if number > 1 or not announced:
-            send(Running(number, passes))
-
-    return tell
 
 
 def _without_frames(error: E) -> E:

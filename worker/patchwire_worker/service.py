@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import hmac
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, wraps
 from importlib import metadata
@@ -247,16 +247,19 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         return work() if small else await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def Run(self, request: service_pb2.RunRequest, context: Context) -> AsyncIterator[service_pb2.RunResponse]:
+        done = False
         try:
             self.authenticate(context)
             async with contextlib.aclosing(self._run(request)) as messages:
                 async for message in messages:
+                    done = message.events[-1].HasField("done")
                     yield message
             return
         except grpc.aio.AbortError:
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            log.info("a request was cancelled by its client")
+            if not done:
+                log.info("a request was cancelled by its client")
             raise
         except Exception as error:
             refusal = _refusal(error)
@@ -268,25 +271,40 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         admitted, planned = await self._admit(request.graph)
         events = self.schedulers[admitted.model.name].run(admitted, planned)
         async with contextlib.aclosing(events):
-            async for event in events:
-                for message in _messages(event, request.compression):
+            async for news in events:
+                for message in _messages(news, request.compression):
                     yield message
 
 
-def _messages(event: scheduler.Event, compression: tensor_pb2.Compression) -> Any:
+_RESPONSE_BYTES = tensors.MIB
+
+
+def _messages(news: list[scheduler.Event], compression: tensor_pb2.Compression) -> Iterator[service_pb2.RunResponse]:
+    """Events as messages, as many in each as fit."""
+    message, length = service_pb2.RunResponse(), 0
+    for event in (part for each in news for part in _parts(each, compression)):
+        if length and length + len(event.chunk) > _RESPONSE_BYTES:
+            yield message
+            message, length = service_pb2.RunResponse(), 0
+        message.events.append(event)
+        length += len(event.chunk)
+    yield message
+
+
+def _parts(event: scheduler.Event, compression: tensor_pb2.Compression) -> Iterator[service_pb2.Event]:
     match event:
         case scheduler.Queued():
-            yield service_pb2.RunResponse(queued=service_pb2.Queued(position=event.position))
+            yield service_pb2.Event(queued=service_pb2.Queued(position=event.position))
         case scheduler.Running():
-            yield service_pb2.RunResponse(running=service_pb2.Running(number=event.number, passes=event.passes))
+            yield service_pb2.Event(running=service_pb2.Running(number=event.number, passes=event.passes))
         case scheduler.Saved():
             header = tensors.header(event.tensor, compression)
-            yield service_pb2.RunResponse(saved=service_pb2.Saved(node=event.node, header=header))
+            yield service_pb2.Event(saved=service_pb2.Saved(node=event.node, header=header))
             for chunk in tensors.chunks(event.tensor, compression=compression):
-                yield service_pb2.RunResponse(chunk=chunk)
+                yield service_pb2.Event(chunk=chunk)
         case scheduler.Done():
             cost = event.cost
-            yield service_pb2.RunResponse(
+            yield service_pb2.Event(
                 done=service_pb2.Done(
                     passes=cost.passes,
                     rows=cost.rows,

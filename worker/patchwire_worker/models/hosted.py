@@ -6,13 +6,11 @@ import hashlib
 import inspect
 import json
 import logging
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
-from nnsight import NNsight
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -46,16 +44,13 @@ class HostedModel:
         self.tokenizer = loaded.tokenizer
         self.device = next(self.module.parameters()).device
         self.config = getattr(self.module, "config", None)
-        self.interleaver = PassInterleaver()
-        with warnings.catch_warnings():
-            # nnsight says where a module's own name hides behind one of nnsight's; raw paths are not affected.
-            warnings.simplefilter("ignore")
-            self._envoy = NNsight(self.module, interleaver=self.interleaver)
+        self.interleaver = PassInterleaver(self.module)
         self._options = self._call_options()
         self._memory = _Memory(self.module)
         family, how = family_of(self.module, getattr(self.config, "model_type", ""))
         learner = Learner(self.module, self.interleaver, self._options, self.device, self.vocabulary)
         self.catalogue = learner.catalogue(self.name, family)
+        self.interleaver.boundaries = self.catalogue.layers or self.interleaver.boundaries
         self.overwritten = frozenset(learner.overwritten)
         self.pads = pads(self.catalogue) and not _scales_with_length(self.config)
         log.info("%s: %d layers named (%s), %s rows of different lengths", self.name, self.catalogue.num_layers, how,
@@ -86,14 +81,14 @@ class HostedModel:
     def run(self, ids: Tensor, mediators: list[SiteMediator], stopping: Stopping) -> None:
         """One forward pass over token ids `[batch, seq]`."""
         try:
-            self.interleaver.run(self.module, mediators, stopping, input_ids=ids.to(self.device), **self._options)
+            self.interleaver.run(mediators, stopping, input_ids=ids.to(self.device), **self._options)
         finally:
             self._memory.restore()
 
-    def apply(self, path: str, stopping: Stopping, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def apply(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Apply one of its modules, in the middle of a pass or outside of one."""
         try:
-            return self.interleaver.call(self.module.get_submodule(path), stopping, args, kwargs)
+            return self.interleaver.call(self.module.get_submodule(path), args, kwargs)
         finally:
             self._memory.restore()
 

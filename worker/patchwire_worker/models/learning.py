@@ -105,7 +105,7 @@ class Learner:
         self.interleaver.observe = seen.observe
         try:
             with torch.no_grad():
-                self.interleaver.run(self.module, [], Stopping(), input_ids=ids, **self.options)
+                self.interleaver.run([], Stopping(), input_ids=ids, **self.options)
         finally:
             self.interleaver.observe = None
         self.overwritten |= seen.overwritten()
