@@ -1,6 +1,7 @@
 """What one read costs beyond the forward pass: a hidden state of a 12-layer, 128-wide GPT-2, 16 tokens.
 
-- `wire`: client, gRPC and a worker in another process, against a raw PyTorch hook on the same model here.
+- `wire`: client, gRPC and a worker in another process, against a raw PyTorch hook on the same model here; `call` is what
+  gRPC itself takes for a call with nothing in it.
 - `worker`: inside the worker, from the request's message to the saved tensor, against a raw hook in the same process.
 
 The last layer is read, so that ending the pass early saves next to nothing.
@@ -64,10 +65,17 @@ def wire(directory: str) -> None:
             return hidden.value
 
         assert torch.equal(raw_hook(plain), through_the_wire())
-        seconds = alternate({"raw": lambda: raw_hook(plain), "patchwire": through_the_wire}, rounds=ROUNDS)
+        cases = {"raw": lambda: raw_hook(plain), "patchwire": through_the_wire, "call": model.connection.models}
+        seconds = alternate(cases, rounds=ROUNDS)
     extra = (seconds["patchwire"] - seconds["raw"]) * 1e3
     ratio = seconds["patchwire"] / seconds["raw"]
-    report("one_read_wire", raw_ms=round(seconds["raw"] * 1e3, 2), extra_ms=round(extra, 2), ratio=round(ratio, 3))
+    report(
+        "one_read_wire",
+        raw_ms=round(seconds["raw"] * 1e3, 2),
+        call_ms=round(seconds["call"] * 1e3, 2),
+        extra_ms=round(extra, 2),
+        ratio=round(ratio, 3),
+    )
 
 
 def worker(directory: str) -> None:
