@@ -45,20 +45,24 @@ if TYPE_CHECKING:
     from patchwire.client import Client, connect, local
     from patchwire.connection import TLS
     from patchwire.model import Model, Module
-    from patchwire.proxy import Structure, Value, save
+    from patchwire.proxy import Structure, Value, grad, save
     from patchwire.results import Stats
-    from patchwire.tracing import Trace
+    from patchwire.session import Session
+    from patchwire.tracing import Generation, Trace
 
 _HOMES = {
     "TLS": "connection",
     "Client": "client",
+    "Generation": "tracing",
     "Model": "model",
     "Module": "model",
+    "Session": "session",
     "Stats": "results",
     "Structure": "proxy",
     "Trace": "tracing",
     "Value": "proxy",
     "connect": "client",
+    "grad": "proxy",
     "local": "client",
     "save": "proxy",
 }
@@ -87,6 +91,7 @@ __all__ = [
     "ConnectionFailedError",
     "ConnectionLostError",
     "ExecutionError",
+    "Generation",
     "GraphError",
     "InputError",
     "LimitError",
@@ -98,6 +103,7 @@ __all__ = [
     "OrderError",
     "PatchwireError",
     "PatchwireWarning",
+    "Session",
     "ShapeError",
     "SiteError",
     "Stats",
@@ -108,6 +114,7 @@ __all__ = [
     "VersionError",
     "__version__",
     "connect",
+    "grad",
     "local",
     "save",
 ]

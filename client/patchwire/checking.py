@@ -59,10 +59,10 @@ _CUBIC = """
 class After:
     """When a value exists."""
 
-    order: tuple[int, int]
-    """The trace of the latest site it depends on, and the site's position among all sites of a forward pass."""
-    site: g.Site
-    """That site."""
+    order: tuple[float, ...]
+    """The trace of the latest site it depends on, its step, and the site's position among all of a forward pass."""
+    site: g.Site | str
+    """That site, or what else of the trace."""
     line: SourceLine | None
     """The line that read it."""
 
@@ -104,6 +104,8 @@ class Checker:
             g.apply: self._apply,
             g.constant: self._constant,
             g.parameter: self._parameter,
+            g.grad: self._grad,
+            g.generated: self._generated,
             g.save: self._save,
         }
 
@@ -134,7 +136,11 @@ class Checker:
     def leaf(self, site: g.Site) -> Leaf:
         """The catalogue's entry of a site."""
         trace = self.graph.traces[site.trace]
-        return self.catalogue(trace.model).leaf(site.address)
+        return self.catalogue(trace.model).leaf(site.address).at_step(site.step)
+
+    def order(self, site: g.Site) -> tuple[float, ...]:
+        """When a site's value exists, to be compared with `After.order`."""
+        return (site.trace, site.step, self.leaf(site).order)
 
     def fake_site(self, site: g.Site) -> Tensor | None:
         """What the value of a site looks like."""
@@ -145,14 +151,14 @@ class Checker:
                 f"`{site}` {leaf.symbolic} cannot be told apart for prompts of different lengths.",
                 hint="Give it prompts of one length, or one trace for each prompt.",
             )
-        return leaf.fake(len(lengths), max(lengths))
+        return leaf.fake(len(lengths), 1 if site.step else max(lengths))
 
     # --- one rule for each kind of node -----------------------------------------------------------------------------
 
     def _read(self, node: torch.fx.Node) -> Tensor | None:
         (site,) = node.args
         assert isinstance(site, g.Site)
-        node.meta["after"] = After((site.trace, self.leaf(site).order), site, g.line_of(node))
+        node.meta["after"] = After(self.order(site), site, g.line_of(node))
         return self.fake_site(site)
 
     def _write(self, node: torch.fx.Node) -> None:
@@ -172,7 +178,7 @@ class Checker:
                 f"`{site}` is {describe(place)} ({leaf.symbolic}) and cannot become {describe(fake)}.", hint=hint
             )
         after: After | None = node.meta["after"]
-        if after is not None and after.order > (site.trace, leaf.order):
+        if after is not None and after.order > self.order(site):
             lines = [with_code(line) for line in (g.line_of(node), after.line) if line is not None]
             raise OrderError(
                 f"`{site}` cannot be changed with a value of `{after.site}`, which comes later in the forward pass.",
@@ -300,6 +306,54 @@ class Checker:
         trace, path = node.args
         found = self.catalogue(self.graph.traces[trace].model).parameter(path)  # type: ignore[index, arg-type]
         return torch.empty(found.shape, dtype=found.dtype, device="meta")
+
+    def _grad(self, node: torch.fx.Node) -> tuple[Any, ...]:
+        loss, values, weights = node.args
+        assert isinstance(loss, torch.fx.Node)
+        fake = fake_of(loss)
+        if isinstance(fake, Tensor):
+            if not fake.dtype.is_floating_point:
+                raise ShapeError(f"A gradient is of a floating-point value, not of {describe(fake)}.")
+            if weights is None and fake.numel() != 1:
+                raise ShapeError(
+                    f"A gradient is of one number, and this is {describe(fake)}.",
+                    hint="Write `.sum()` or `.mean()`, or take one element; or give `weights` of its shape.",
+                )
+            weigh = fake if weights is None else fake_of(weights)  # type: ignore[arg-type]
+            if isinstance(weigh, Tensor) and weigh.shape != fake.shape:
+                raise ShapeError(f"`weights` has the shape of the value, {list(fake.shape)}, not {list(weigh.shape)}.")
+        if self._generates(loss):
+            raise OperationError(
+                "There are no gradients through a generation.",
+                hint="Trace the generated tokens in a forward pass: `model.trace(ids)`.",
+            )
+        for each in values:  # type: ignore[union-attr]
+            self._differentiable(each, node.meta["after"], loss)  # type: ignore[arg-type]
+        return tuple(fake_of(each) for each in values)  # type: ignore[union-attr, arg-type]
+
+    def _differentiable(self, value: torch.fx.Node, after: After | None, loss: torch.fx.Node) -> None:
+        fake, mine, its = fake_of(value), value.meta["after"], loss.meta["after"]
+        if not isinstance(fake, Tensor) or not fake.dtype.is_floating_point:
+            raise ShapeError(f"A gradient is with respect to a floating-point value, not {describe(fake)}.")
+        if mine is not None and (its is None or mine.order > its.order):
+            raise OrderError(
+                f"The value that is differentiated does not depend on `{mine.site}`, which comes later.",
+                hint="Take the gradient with respect to a value before it.",
+                lines=[line for line in (its and its.line, mine.line) if line is not None],
+            )
+
+    def _generates(self, node: torch.fx.Node) -> bool:
+        after: After | None = node.meta["after"]
+        return after is not None and self.graph.traces[int(after.order[0])].generation is not None
+
+    def _generated(self, node: torch.fx.Node) -> Tensor | None:
+        trace = node.args[0]
+        assert isinstance(trace, int)
+        if self.graph.traces[trace].generation is None:
+            raise GraphError("This trace generates no tokens.", hint="Write `model.generate(…)`.")
+        # How many tokens there will be depends on what they are.
+        node.meta["after"] = After((trace, math.inf), "the generated tokens", g.line_of(node))
+        return None
 
     def _save(self, node: torch.fx.Node) -> None:
         if isinstance(fake_of(node.args[0]), tuple):  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from typing import Any
 from patchwire.connection import TLS, Connection
 from patchwire.errors import ModelNotFoundError, nearest
 from patchwire.model import Model
+from patchwire.session import Session
 from patchwire.v1 import model_pb2
 
 
@@ -43,6 +44,10 @@ class Client:
             )
         assert name is not None
         return Model(self.connection, self.connection.describe(name), progress=self.progress)
+
+    def session(self) -> Session:
+        """A block of many traces, of one model or several, that are sent as one request."""
+        return Session(self.connection, progress=self.progress)
 
     def close(self) -> None:
         """End the connection."""

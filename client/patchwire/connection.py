@@ -30,6 +30,8 @@ from patchwire.v1 import graph_pb2, model_pb2, service_pb2, service_pb2_grpc, te
 from patchwire.version import PROTOCOL_VERSION, VERSION
 
 T = TypeVar("T")
+OnTokens = Callable[[int, int, list[int]], None]
+"""Takes new tokens: a trace, an invoke, and an id for each row."""
 
 _CONNECT_SECONDS = 10.0
 _REMEMBERED_UPLOADS = 65536
@@ -207,22 +209,26 @@ class Connection:
                 self._uploaded.clear()
             self._uploaded.update(wanted)
 
-    def run(self, graph: g.Graph, progress: Progress) -> tuple[list[Tensor], Stats]:
+    def run(
+        self, graph: g.Graph, progress: Progress, on_tokens: OnTokens = lambda *_: None
+    ) -> tuple[list[Tensor | None], Stats]:
         """Run a graph.
 
         Args:
             graph: What to run.
             progress: Told what happens.
+            on_tokens: Told the new tokens of a generation: its trace, its invoke, an id for each row.
 
         Returns:
-            The saved tensors, in the order of the graph's saves, and what it cost.
+            The saved tensors, in the order of the graph's saves, and what it cost; None for one of a step that a
+            generation did not reach.
 
         Raises:
             PatchwireError: of the kind that the server says.
             ConnectionLostError: the server went away.
         """
         expected = [_expected(node) for node in graph.fx.nodes if node.target is g.save]
-        return self._with_uploads(graph, lambda message: self._stream(message, expected, progress))
+        return self._with_uploads(graph, lambda message: self._stream(message, expected, progress, on_tokens))
 
     def check(self, graph: g.Graph) -> list[tensor_pb2.TensorHeader]:
         """Check a graph on the server without running it: the shape and dtype of each saved value."""
@@ -268,11 +274,11 @@ class Connection:
         return message
 
     def _stream(
-        self, message: graph_pb2.Graph, expected: list[_Expected | None], progress: Progress
-    ) -> tuple[list[Tensor], Stats]:
+        self, message: graph_pb2.Graph, expected: list[_Expected | None], progress: Progress, on_tokens: OnTokens
+    ) -> tuple[list[Tensor | None], Stats]:
         saves = [index for index, node in enumerate(message.nodes) if node.HasField("save")]
         announced = dict(zip(saves, expected, strict=True))
-        found: dict[int, Tensor] = {}
+        found: dict[int, Tensor | None] = {}
         assembly: tensors.Assembly | None = None
         current = -1
         stats: Stats | None = None
@@ -299,6 +305,10 @@ class Connection:
                             raise GraphError("The server sent bytes of no value.")
                         assembly.add(event.chunk)
                         progress.bytes(len(event.chunk), 0)
+                    case "absent":
+                        found[event.absent.node] = None
+                    case "tokens":
+                        on_tokens(event.tokens.trace, event.tokens.invoke, list(event.tokens.ids))
                     case "done":
                         stats = Stats.from_proto(event.done)
                         break  # the status that follows says nothing new, and waiting for it takes a while

@@ -11,7 +11,7 @@ argument is plain data); whether its sites exist and its shapes fit is for `patc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -61,6 +61,16 @@ def parameter(trace: int, path: str) -> Tensor:
 def constant(index: int) -> Tensor:
     """A tensor that came with the request."""
     raise AssertionError("constants are looked up by whoever evaluates the graph")
+
+
+def grad(loss: Tensor, values: Sequence[Tensor], weights: Tensor | None) -> tuple[Tensor, ...]:
+    """The gradients of a value with respect to others."""
+    raise AssertionError("only who ran the model knows how a value came about")
+
+
+def generated(trace: int, invoke: int) -> Tensor:
+    """The token ids that a generation ends with."""
+    raise AssertionError("tokens are generated on the worker")
 
 
 def save(value: Tensor, dtype: torch.dtype | None) -> None:
@@ -135,9 +145,13 @@ class Site:
     """The invoke, as a position in the trace's invokes."""
     address: Address
     """The tensor."""
+    step: int = 0
+    """The step of a generation: 0 is the pass over the prompt, n the pass over the n-th new token."""
+    open: bool = False
+    """Whether the generation may end before that step; what depends on the site is then left out."""
 
     def __str__(self) -> str:
-        return self.address.spelled
+        return self.address.spelled + (f" at step {self.step}" if self.step else "")
 
 
 @dataclass(frozen=True)
@@ -152,14 +166,38 @@ class Invoke:
         return [len(row) for row in self.rows]
 
 
+@dataclass(frozen=True)
+class Generation:
+    """How tokens are generated."""
+
+    max_new_tokens: int
+    """How many tokens at most."""
+    min_new_tokens: int = 0
+    """No token that ends the text before so many."""
+    do_sample: bool = False
+    """Whether tokens are drawn at random; the likeliest is taken otherwise."""
+    temperature: float = 1.0
+    """Divides the logits before they are drawn from."""
+    top_k: int = 0
+    """Only so many of the likeliest tokens are drawn from; 0 for all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens whose probabilities add up to this are drawn from."""
+    repetition_penalty: float = 1.0
+    """Divides the logits of tokens that occurred already; 1 for none."""
+    seed: int = 0
+    """Row i is drawn with a generator seeded with this plus i."""
+
+
 @dataclass
 class Trace:
-    """One call of a model."""
+    """One call of a model: a forward pass, or a generation."""
 
     model: str
     """The model's name on the server."""
     invokes: list[Invoke] = field(default_factory=list)
     """Its rows."""
+    generation: Generation | None = None
+    """How it generates tokens, if it does."""
 
 
 @dataclass
@@ -206,6 +244,7 @@ class _Encoder:
                 pb.Trace(
                     model=trace.model,
                     invokes=[pb.Invoke(rows=[pb.TokenRow(ids=row) for row in each.rows]) for each in trace.invokes],
+                    generation=pb.Generation(**vars(trace.generation)) if trace.generation else None,
                 )
                 for trace in self.graph.traces
             ],
@@ -243,6 +282,13 @@ class _Encoder:
                 out.constant = args[0]  # type: ignore[assignment]
             case target if target is parameter:
                 out.parameter.trace, out.parameter.path = args  # type: ignore[assignment]
+            case target if target is grad:
+                out.grad.loss = self.position(args[0])
+                out.grad.values.extend(self.position(each) for each in args[1])  # type: ignore[union-attr]
+                if args[2] is not None:
+                    out.grad.weights = self.position(args[2])
+            case target if target is generated:
+                out.generated.trace, out.generated.invoke = args  # type: ignore[assignment]
             case target if target is save:
                 out.save.value = self.position(args[0])
                 if isinstance(args[1], torch.dtype):
@@ -263,6 +309,7 @@ class _Encoder:
     def site(self, site: Any, out: pb.Site) -> None:
         out.trace, out.invoke, out.address = site.trace, site.invoke, site.address.name
         out.path.extend(path_to_proto(site.address.path))
+        out.step, out.open = site.step, site.open
 
     def change(self, change: Any, out: pb.Call) -> None:
         out.op, args, kwargs = change
@@ -357,7 +404,7 @@ class _Decoder:
     def decode(self) -> Graph:
         for trace in self.message.traces:
             invokes = [Invoke(tuple(tuple(row.ids) for row in each.rows)) for each in trace.invokes]
-            self.graph.traces.append(Trace(trace.model, invokes))
+            self.graph.traces.append(Trace(trace.model, invokes, _generation(trace)))
         for each in self.message.constants:
             match each.WhichOneof("source"):
                 case "inline":
@@ -409,6 +456,14 @@ class _Decoder:
                 self.trace(message.parameter.trace)
                 self.name(message.parameter.path)
                 return create(parameter, (message.parameter.trace, message.parameter.path))
+            case "grad":
+                self.count(message.grad.values)
+                values = tuple(self.value(each) for each in message.grad.values)
+                weights = self.value(message.grad.weights) if message.grad.HasField("weights") else None
+                return create(grad, (self.value(message.grad.loss), values, weights))
+            case "generated":
+                self.invoke(message.generated)
+                return create(generated, (message.generated.trace, message.generated.invoke))
             case "save":
                 dtype = tensors.dtype_from_proto(message.save.dtype) if message.save.dtype else None
                 return create(save, (self.value(message.save.value), dtype))
@@ -432,14 +487,22 @@ class _Decoder:
             raise self.error(f"Node {index} has no value.")
         return node
 
-    def site(self, message: pb.Site) -> Site:
-        if message.invoke >= len(self.trace(message.trace).invokes):
+    def invoke(self, message: pb.Site | pb.Generated) -> Trace:
+        trace = self.trace(message.trace)
+        if message.invoke >= len(trace.invokes):
             raise self.error(f"Trace {message.trace} has no invoke {message.invoke}.")
+        return trace
+
+    def site(self, message: pb.Site) -> Site:
+        trace = self.invoke(message)
+        if message.step >= (trace.generation.max_new_tokens if trace.generation else 1):
+            raise self.error(f"Trace {message.trace} has no step {message.step}.")
         for name in (message.address, *(item.key for item in message.path)):
             self.name(name)
         if len(message.path) > _MAX_DEPTH:
             raise self.error("The path of a site is too long.")
-        return Site(message.trace, message.invoke, Address(message.address, path_from_proto(message.path)))
+        address = Address(message.address, path_from_proto(message.path))
+        return Site(message.trace, message.invoke, address, message.step, message.open)
 
     def change(self, message: pb.Call) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
         operation = ops.OPERATIONS.get(message.op)
@@ -506,6 +569,12 @@ class _Decoder:
                 return tensors.dtype_from_proto(message.dtype)
             case _:
                 raise self.error("An argument is of a kind that this version does not know.")
+
+
+def _generation(message: pb.Trace) -> Generation | None:
+    if not message.HasField("generation"):
+        return None
+    return Generation(**{each.name: getattr(message.generation, each.name) for each in fields(Generation)})
 
 
 def graph_from_proto(message: pb.Graph, *, constant_bytes: int | None = None) -> Graph:

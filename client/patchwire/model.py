@@ -8,18 +8,20 @@ and asked for names and shapes, inside a block its sites can be read and written
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from torch import Tensor
 
 from patchwire import display
 from patchwire import graph as g
 from patchwire.connection import Connection
-from patchwire.errors import GraphError, InputError, SiteError, here
+from patchwire.errors import InputError, SiteError, here
 from patchwire.inputs import ModelTokenizer, to_invoke
 from patchwire.proxy import Structure, Value
-from patchwire.recording import Recorder
+from patchwire.session import Session
 from patchwire.sites import INPUT, OUTPUT, Address, Catalogue, Leaf, Parameter, spell
-from patchwire.tracing import Trace, current, recording
+from patchwire.tracing import Generation, Trace, current, recording
 from patchwire.v1 import model_pb2
 
 
@@ -170,6 +172,21 @@ class Module:
         scope = current(address.spelled, self._model)
         leaves = self._leaves(INPUT)
         return Structure(scope.recorder, scope.site(Address(address.name)), leaves)
+
+    def skip(self, value: Any) -> None:
+        """Leave the module out: `value` is what it returns instead, and nothing in it can be read.
+
+        Args:
+            value: A value or tensor of the shape and dtype of its output; a tuple of them for a tuple, None for an item
+                that stays as it is.
+
+        Raises:
+            ShapeError: it has another shape or dtype.
+            OrderError: it exists only later in the forward pass.
+        """
+        scope = current(f"{spell(self._name)}.skip(…)", self._model)
+        self._assign(OUTPUT, value)
+        scope.recorder.skip(scope.site(self._address(OUTPUT)), self.path)
 
     def _address(self, side: str) -> Address:
         return Address(f"{self._name}.{side}" if self._name else side)
@@ -329,6 +346,55 @@ class Model(Module):
         """
         return Trace(self, given)
 
+    def generate(
+        self,
+        given: Any = None,
+        *,
+        max_new_tokens: int = 20,
+        min_new_tokens: int = 0,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stream: bool | Callable[[list[int]], None] = False,
+    ) -> Generation:
+        """A block that records one generation: the model goes on after a prompt, and may be intervened in at each step.
+
+        Args:
+            given: A prompt, as for `trace`; several must have the same length. Left out if the block opens
+                `gen.invoke(…)`s.
+            max_new_tokens: How many tokens at most; it ends earlier after the model's token for the end of a text.
+            min_new_tokens: No such token before so many.
+            do_sample: Draw tokens at random; the likeliest is taken otherwise.
+            temperature: Divides the logits before they are drawn from.
+            top_k: Draw only from so many of the likeliest; 0 for all.
+            top_p: Draw only from the likeliest whose probabilities add up to this.
+            repetition_penalty: Divides the logits of tokens that occurred already.
+            seed: Row i of an invoke draws with a generator seeded with this plus i, whatever else runs.
+            stream: Print the text as it is made, or give the new token ids (one for each row) to a function.
+
+        Step 0 is the pass over the prompt; step n the pass over the n-th new token alone, what comes before it being
+        cached.
+
+        Example:
+            >>> with model.generate("The Eiffel Tower is in", max_new_tokens=3) as gen:
+            ...     hidden = []
+            ...     for step in gen.all():
+            ...         model.layers[5].mixer.output[:, -1] = 0
+            ...         hidden.append(model.layers[8].output[:, -1].save())
+            ...     tokens = gen.output.save()
+        """
+        options = g.Generation(
+            max_new_tokens, min_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty, seed
+        )
+        return Generation(self, given, options, stream)
+
+    def session(self) -> Session:
+        """A block of many traces that are sent as one request, between which values stay on the server."""
+        return Session(self.connection, progress=self.progress)
+
     def module(self, path: str) -> Module:
         """The module of a path, for names that Python cannot spell or that this class uses itself.
 
@@ -340,17 +406,29 @@ class Model(Module):
 
     def tokenize(self, given: Any) -> list[list[int]]:
         """The token ids of each row of a prompt, as `trace` would run it."""
-        return [list(row) for row in self._invoke(given).rows]
+        return [list(row) for row in self._rows(given).rows]
 
-    def _recorder(self) -> Recorder:
-        return Recorder(self._catalogue_of, value_bytes=self.connection.limits.value_bytes or None)
+    def _invoke(self, given: Any) -> tuple[g.Invoke, Any]:
+        """The rows of a prompt, and their embeddings if it gives these instead of tokens."""
+        embeddings = None
+        if isinstance(given, Mapping) and given.get("inputs_embeds") is not None:
+            given, embeddings = self._embedded(given)
+        return self._rows(given), embeddings
 
-    def _catalogue_of(self, name: str) -> Catalogue:
-        if name != self.name:
-            raise GraphError(f"This trace is of {self.name}, not of {name}.", lines=here())
-        return self.catalogue
+    def _embedded(self, given: Mapping[str, Any]) -> tuple[list[list[int]], Any]:
+        embeddings = given["inputs_embeds"]
+        if len(given) > 1 or not isinstance(embeddings, (Tensor, Value)) or embeddings.ndim not in (2, 3):
+            raise InputError(
+                "Embeddings are a tensor or value [seq, width] or [batch, seq, width], with nothing beside them.",
+                lines=here(),
+            )
+        if "embed" not in self.catalogue.names:
+            raise InputError(f"Where {self.name} embeds its tokens is not known.", hint="Give token ids.", lines=here())
+        embeddings = embeddings if embeddings.ndim == 3 else embeddings.unsqueeze(0)
+        # The tokens do not matter: what they are embedded as is replaced.
+        return [[0] * embeddings.shape[1]] * embeddings.shape[0], embeddings
 
-    def _invoke(self, given: Any) -> g.Invoke:
+    def _rows(self, given: Any) -> g.Invoke:
         return to_invoke(
             given,
             texts_to_ids=self.tokenizer.batch,

@@ -11,7 +11,9 @@ A `Structure` stands for a tuple or mapping of tensors, such as the output of an
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -70,6 +72,7 @@ class Value(torch.fx.Proxy):
         self._version = self.memory.version
         self._tensor: Tensor | None = None
         self._saved = False
+        self._absent = False
         super().__init__(node, recorder)
 
     @property
@@ -139,6 +142,12 @@ class Value(torch.fx.Proxy):
                 ),
                 lines=here(),
             )
+        if self._absent:
+            raise GraphError(
+                "The generation ended before this value's step.",
+                hint="Look at the generated tokens: `gen.output`.",
+                lines=here(),
+            )
         if self._saved:
             raise GraphError(
                 "The value was saved, but its run did not end well.",
@@ -150,6 +159,38 @@ class Value(torch.fx.Proxy):
             hint="Write `.save()` inside the block.",
             lines=here(),
         )
+
+    # --- gradients ---------------------------------------------------------------------------------------------------
+
+    def backward(self, gradient: Any = None) -> Backward:
+        """Ask for gradients of this value: from here on, `other.grad` is the gradient with respect to `other`.
+
+        Args:
+            gradient: The vector that the Jacobian is multiplied with, of this value's shape; one element needs none.
+
+        Returns:
+            A context: in a block under it, `.grad` is of this value only. Without one, gradients of all values on which
+            this was called add up, as they do in PyTorch.
+        """
+        return Backward(self, gradient)
+
+    @property
+    def grad(self) -> Any:
+        """The gradient with respect to this value of what `backward()` was called on.
+
+        Raises:
+            GraphError: it was called on nothing.
+        """
+        if self._tensor is not None:
+            return self._tensor.grad
+        losses = self.recorder.losses
+        if not losses:
+            raise GraphError(
+                "There is no gradient yet.",
+                hint="Write `loss.backward()` first, or `patchwire.grad(loss, value)`.",
+                lines=here(),
+            )
+        return functools.reduce(operator.add, (self.recorder.grad(*each, [self])[0] for each in losses))
 
     # --- what is known while recording -------------------------------------------------------------------------------
 
@@ -350,6 +391,50 @@ def _structures(argument: Any) -> Iterator[Structure]:
             yield from _structures(each)
 
 
+class Backward:
+    """What `loss.backward()` returns: `with loss.backward():` limits what follows to gradients of `loss`."""
+
+    def __init__(self, loss: Value, weights: Any) -> None:
+        self._recorder = loss.recorder
+        self._before = self._recorder.losses
+        self._mine = [(loss, weights)]
+        self._recorder.losses = [*self._before, *self._mine]
+
+    def __enter__(self) -> Backward:
+        self._recorder.losses = self._mine
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._recorder.losses = self._before
+
+
+def grad(loss: Value, values: Any, weights: Any = None) -> Any:
+    """The gradient of a value with respect to others, as `torch.autograd.grad` gives it.
+
+    Args:
+        loss: A value of one element, or of any shape if `weights` are given.
+        values: A value, or a list or tuple of values: of sites, parameters, constants, or what was computed from them,
+            as long as `loss` was computed from it in turn, through the model or in the block.
+        weights: The vector that the Jacobian is multiplied with, of the shape of `loss`.
+
+    Returns:
+        A value of the shape and dtype of `values`; for a list or tuple, one of each.
+
+    Raises:
+        ShapeError: `loss` has more than one element, or something is not of a floating-point type.
+        OrderError: a value comes later in the forward pass than `loss`.
+    """
+    if not isinstance(loss, Value) or loss.ready:
+        raise GraphError(
+            "A gradient is of a value inside the block.",
+            hint="After the block there are only tensors, and the way to them has stayed on the server.",
+            lines=here(),
+        )
+    several = isinstance(values, (tuple, list))
+    found = loss.recorder.grad(loss, weights, list(values) if several else [values])
+    return type(values)(found) if several else found[0]
+
+
 def save(values: Any) -> Any:
     """Save every value in a list, tuple or mapping of them: `patchwire.save(value.topk(3))`.
 
@@ -382,7 +467,7 @@ class Structure:
         return (*path, key)
 
     def _at(self, path: Path) -> Site:
-        return Site(self._site.trace, self._site.invoke, Address(self._site.address.name, path))
+        return replace(self._site, address=Address(self._site.address.name, path))
 
     def _check(self, path: Path) -> tuple[Leaf, ...]:
         below = tuple(leaf for leaf in self._leaves if leaf.path[: len(path)] == path)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,13 +35,15 @@ from patchwire.errors import (
 )
 from patchwire.graph import Graph, Site
 from patchwire.proxy import Memory, Structure, Value, values_in
-from patchwire.sites import Catalogue, Leaf, spell
+from patchwire.sites import Axis, Catalogue, Leaf, spell
 
 _SETITEM = ops.OPERATIONS["operator.setitem"]
 _GETITEM = ops.OPERATIONS["operator.getitem"]
 
-_Place = tuple[int, int, Leaf]
-"""What a site means, however its address is spelled: a trace, an invoke, and a tensor of the model."""
+_Place = tuple[int, int, int, Leaf]
+"""What a site means, however its address is spelled: a trace, an invoke, a step, and a tensor of the model."""
+EVERYONE = -1
+"""Stands for all invokes of a trace in a `Site` that is still to be recorded."""
 
 
 class Recorder(TracerBase):
@@ -58,6 +61,11 @@ class Recorder(TracerBase):
         self.checker = Checker(self.request, catalogue, value_bytes=value_bytes)
         self.open = True
         self.saved: list[tuple[Value, torch.dtype | None, int, SourceLine | None]] = []
+        self.losses: list[tuple[Value, Any]] = []
+        """What `.grad` is the gradient of: values, and the vectors that their Jacobians are multiplied with."""
+        self._gradients: dict[tuple[torch.fx.Node, ...], Value] = {}
+        self._everyone: dict[_Place, Value] = {}
+        self._skipped: list[tuple[Site, str]] = []
         self._sites: dict[_Place, Value] = {}
         self._writes: dict[_Place, torch.fx.Node] = {}
         self._constants: dict[int, tuple[Tensor, Tensor, torch.fx.Node]] = {}
@@ -324,9 +332,22 @@ class Recorder(TracerBase):
 
     def _place(self, site: Site) -> _Place:
         try:
-            return (site.trace, site.invoke, self.checker.leaf(site))
+            leaf = self.checker.leaf(site)
         except SiteError as error:
             raise SiteError(error.message, hint=error.hint, lines=here()) from None
+        for skipped, path in self._skipped:
+            if (site.trace, site.invoke, site.step) == (skipped.trace, skipped.invoke, skipped.step):
+                self._check_not_inside(leaf, path, here())
+        return (site.trace, site.invoke, site.step, leaf)
+
+    @staticmethod
+    def _check_not_inside(leaf: Leaf, skipped: str, lines: Sequence[SourceLine]) -> None:
+        if leaf.module.startswith(f"{skipped}."):
+            raise SiteError(
+                f"`{spell(leaf.module)}` does not run: `{spell(skipped)}` is skipped.",
+                hint="Read it in a trace of its own, or assign the output instead of skipping.",
+                lines=lines,
+            )
 
     def read(self, site: Site) -> Value:
         """The value of a site: what the model gives, or what was written there before.
@@ -334,6 +355,8 @@ class Recorder(TracerBase):
         Raises:
             SiteError: there is no such site.
         """
+        if site.invoke == EVERYONE:
+            return self._read_everyone(site)
         place = self._place(site)
         known = self._sites.get(place)
         if known is not None:
@@ -350,6 +373,10 @@ class Recorder(TracerBase):
             OrderError: it exists only later in the forward pass.
             SiteError: there is no such site.
         """
+        if site.invoke == EVERYONE:
+            whole = self._read_everyone(site)
+            whole[:] = value
+            return
         place = self._place(site)
         if isinstance(value, (Tensor, np.ndarray)) or (isinstance(value, Value) and value.ready):
             value = Value(self, self.argument(value))
@@ -367,6 +394,91 @@ class Recorder(TracerBase):
         if known is not None:
             known.memory.sites = [each for each in known.memory.sites if self._place(each[0]) != place]
         self._bind(place, site, value)
+
+    def _read_everyone(self, site: Site) -> Value:
+        """The value of a site for all rows of a trace: those of one invoke after those of the other.
+
+        It is one memory, of which every invoke's part is a view from now on. Rows of different lengths end together.
+        """
+        invokes = range(len(self.request.traces[site.trace].invokes))
+        sites = [replace(site, invoke=invoke) for invoke in invokes]
+        leaf = self._place(sites[0])[3]
+        if len(sites) == 1:
+            return self.read(sites[0])
+        axes = [dim.axis for dim in leaf.shape]
+        if Axis.BATCH not in axes or not leaf.packs:
+            raise SiteError(
+                f"`{site}` {leaf.symbolic} has no rows that could be put together.",
+                hint="Read it in one of the invokes.",
+                lines=here(),
+            )
+        place = (site.trace, EVERYONE, site.step, leaf)
+        known = self._everyone.get(place)
+        if known is not None and all(self._sites[self._place(each)].memory is known.memory for each in sites):
+            return Value(self, known.node, known.memory, known.views)
+        parts = [self.read(each) for each in sites]
+        batch, seq = axes.index(Axis.BATCH), axes.index(Axis.SEQ) if Axis.SEQ in axes else None
+        longest = max(part.shape[seq] for part in parts) if seq is not None else 0
+        padded = [part if seq is None else self._padded(part, seq, longest) for part in parts]
+        whole: Value = self.call(ops.OPERATIONS["torch.cat"], (padded, batch), {})
+        start = 0
+        for each, part in zip(sites, parts, strict=True):
+            rows = part.shape[batch]
+            view = whole.narrow(batch, start, rows)
+            if seq is not None and part.shape[seq] < longest:
+                view = view.narrow(seq, longest - part.shape[seq], part.shape[seq])
+            start += rows
+            part.memory.sites = []
+            part.memory.constant = f"`{each}` has been put together with the rows of all invokes."
+            self._bind(self._place(each), each, view)
+        self._everyone[place] = whole
+        return whole
+
+    @staticmethod
+    def _padded(part: Value, seq: int, longest: int) -> Value:
+        missing = longest - part.shape[seq]
+        if not missing:
+            return part
+        shape = [missing if dim == seq else length for dim, length in enumerate(part.shape)]
+        filler = float("nan") if part.dtype.is_floating_point or part.dtype.is_complex else 0
+        padded: Value = torch.cat([part.new_full(shape, filler), part], seq)  # type: ignore[assignment, list-item]
+        return padded
+
+    def skip(self, site: Site, path: str) -> None:
+        """Leave out what is inside a module, by its raw path, whose output has been assigned.
+
+        Raises:
+            SiteError: something in it was read or written.
+        """
+        for (trace, invoke, step, leaf), value in self._sites.items():
+            if (trace, invoke, step) == (site.trace, site.invoke, site.step):
+                line = g.line_of(value._node)
+                self._check_not_inside(leaf, path, [line] if line else here())
+        self._skipped.append((site, path))
+
+    def grad(self, loss: Value, weights: Any, values: Sequence[Value | Tensor]) -> list[Value]:
+        """The gradients of a value with respect to others."""
+        if not all(isinstance(each, (Value, Tensor)) for each in values):
+            raise GraphError(
+                "A gradient is with respect to values, or tensors that were used in the block.", lines=here()
+            )
+        nodes = [self.argument(each) for each in values]
+        weigh = None if weights is None else self.argument(weights)
+        node = self._value(loss)
+        asked = (node, *([] if weigh is None else [weigh]), *nodes)
+        if len(nodes) == 1 and asked in self._gradients:
+            return [self._gradients[asked]]
+        result = self._create(g.grad, (node, tuple(nodes), weigh))
+        found = [
+            Value(self, self._create(operator.getitem, (result, index), None, _GETITEM)) for index in range(len(nodes))
+        ]
+        if len(nodes) == 1:
+            self._gradients[asked] = found[0]
+        return found
+
+    def generated(self, trace: int, invoke: int) -> Value:
+        """The token ids that a generation ends with."""
+        return Value(self, self._create(g.generated, (trace, invoke)))
 
     def _bind(self, place: _Place, site: Site, value: Value) -> None:
         self._sites[place] = value
@@ -431,10 +543,11 @@ class Recorder(TracerBase):
         self._drop_unused_constants()
         return self.request
 
-    def resolve(self, tensors: list[Tensor]) -> None:
-        """Give every saved value its tensor."""
+    def resolve(self, tensors: Sequence[Tensor | None]) -> None:
+        """Give every saved value its tensor; None for one that never existed."""
         for (value, *_), tensor in zip(self.saved, tensors, strict=True):
             value._tensor = tensor
+            value._absent = tensor is None
 
     def _warn_if_edited(self, value: Value, version: int, line: SourceLine | None) -> None:
         for editor, where in value.memory.edits[version:]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 
@@ -187,6 +187,19 @@ class Leaf:
         """A tensor without memory of that shape and dtype; None if the shape is not known beforehand."""
         lengths = self.lengths(batch, seq)
         return None if lengths is None else torch.empty(lengths, dtype=self.dtype, device="meta")
+
+    def at_step(self, step: int) -> Leaf:
+        """What it is in a step of a generation: after the first, a pass has one token, and those before it are cached.
+
+        Which of several lengths still grow with all tokens is not known; such a shape is not known beforehand.
+        """
+        sequences = sum(dim.axis in (Axis.SEQ, Axis.BATCH_SEQ) for dim in self.shape)
+        if step == 0 or sequences <= 1:
+            return self
+        return replace(
+            self,
+            shape=tuple(Dim(Axis.UNKNOWN) if dim.axis in (Axis.SEQ, Axis.BATCH_SEQ) else dim for dim in self.shape),
+        )
 
     def to_proto(self) -> model_pb2.Leaf:
         """This leaf as a message."""

@@ -7,20 +7,21 @@ tensors and hands each to its value. If the block raises, nothing is sent.
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from patchwire import graph as g
-from patchwire.errors import GraphError, PatchwireError, PatchwireWarning, here, trim, user_frame
-from patchwire.recording import Recorder
-from patchwire.results import Progress, Stats
+from patchwire.errors import GraphError, PatchwireError, here
+from patchwire.proxy import Value
+from patchwire.recording import EVERYONE, Recorder
+from patchwire.results import Stats
+from patchwire.session import Request, current_session
 from patchwire.sites import Address
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class Scope:
     recorder: Recorder
     trace: int
     invoke: int | None
+    step: int = 0
+    open: bool = False
 
     def site(self, address: Address) -> g.Site:
         """The site of an address, for the rows of this scope.
@@ -48,7 +51,7 @@ class Scope:
                 hint="Write `with trace.invoke(prompt):` around it, or give the prompt to `trace`.",
                 lines=here(),
             )
-        return g.Site(self.trace, self.invoke, address)
+        return g.Site(self.trace, self.invoke, address, self.step, self.open)
 
 
 _CURRENT: ContextVar[Scope | None] = ContextVar("patchwire_scope", default=None)
@@ -86,15 +89,15 @@ class Trace:
     """One call of a model, recorded by the block under it.
 
     Attributes:
-        stats: What the run cost; None until the block has ended.
+        stats: What the run cost; None until the block has ended, and in a session, whose `stats` are of all its traces.
     """
 
-    def __init__(self, model: Model, given: Any = None) -> None:
+    def __init__(self, model: Model, given: Any = None, generation: g.Generation | None = None) -> None:
         self._model = model
         self._given = given
-        self._recorder = model._recorder()
-        self._trace = g.Trace(model.name)
+        self._trace = g.Trace(model.name, generation=generation)
         self._token: Token[Scope | None] | None = None
+        self._closed = False
         self.stats: Stats | None = None
 
     def __enter__(self) -> Trace:
@@ -106,39 +109,76 @@ class Trace:
             )
         if self._token is not None:
             raise GraphError("This trace has been used already.", hint="Write `with model.trace(…)`.", lines=here())
+        session = current_session()
+        self._own = session is None
+        request = session.request if session else Request(self._model.connection, progress=self._model.progress)
+        assert request is not None
+        request.add(self._model)
+        self._request = request
+        self._recorder = request.recorder
         self._index = len(self._recorder.request.traces)
         self._recorder.request.traces.append(self._trace)
-        invoke = None if self._given is None else self._add(self._given)
+        try:
+            invoke = None if self._given is None else self._add(self._given)
+        except PatchwireError as error:
+            if self._own:
+                self._request.give_up(error)
+            self._recorder.request.traces.pop()
+            raise
         self._token = _CURRENT.set(Scope(self._model, self._recorder, self._index, invoke))
         return self
 
     def _add(self, given: Any) -> int:
-        self._trace.invokes.append(self._model._invoke(given))
-        return len(self._trace.invokes) - 1
+        if self._closed:
+            raise GraphError(
+                "An invoke without a prompt is for the rows of those before it; no other can follow.",
+                hint="Write it last.",
+                lines=here(),
+            )
+        rows, embeddings = self._model._invoke(given)
+        index = len(self._trace.invokes)
+        self._trace.invokes.append(rows)
+        if embeddings is not None:
+            self._recorder.assign(g.Site(self._index, index, Address("embed.output")), embeddings)
+        return index
 
     @contextlib.contextmanager
-    def invoke(self, given: Any) -> Iterator[Trace]:
+    def invoke(self, given: Any = None) -> Iterator[Trace]:
         """Rows of this trace with their own input and their own scope.
 
         Args:
-            given: A prompt, as for `model.trace`.
+            given: A prompt, as for `model.trace`. Left out, the rows are those of all invokes before, one after the
+                other; rows of different lengths end together.
 
         Values flow between the invokes of a trace, as long as each is written at the site where it was read or later.
 
         Raises:
             GraphError: the trace was given a prompt itself, or this is inside another invoke.
         """
+        if given is None and self._given is not None:
+            yield self
+            return
         if self._given is not None or current("invoke", self._model).invoke is not None:
             raise GraphError(
                 "An invoke stands directly inside a trace that has no prompt of its own.",
                 hint="Write `with model.trace() as trace:` and in it `with trace.invoke(prompt):`.",
                 lines=here(),
             )
-        token = _CURRENT.set(Scope(self._model, self._recorder, self._index, self._add(given)))
+        if given is None:
+            if not self._trace.invokes:
+                raise GraphError("There are no rows yet.", hint="Write `trace.invoke(prompt)`.", lines=here())
+            index, self._closed = EVERYONE, True
+        else:
+            index = self._add(given)
+        token = _CURRENT.set(Scope(self._model, self._recorder, self._index, index))
         try:
             yield self
         finally:
             _CURRENT.reset(token)
+
+    def stop(self) -> NoReturn:
+        """End the block here: what is written below is not recorded, and nothing later is run."""
+        raise _Stopped
 
     def mask(self, invoke: int = 0) -> Tensor:
         """Which positions hold tokens, `[batch, seq]` bool.
@@ -157,34 +197,117 @@ class Trace:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    ) -> bool:
         assert self._token is not None
         _CURRENT.reset(self._token)
-        if error is not None:
-            self._recorder.open = False
-            if isinstance(error, PatchwireError):
-                trim(error)
-            return
+        stopped = isinstance(error, _Stopped)
+        if error is not None and not stopped:
+            if self._own:
+                self._request.give_up(error)
+            return False
         if not self._trace.invokes:
             self._recorder.open = False
             raise GraphError(
                 "The trace has no prompt.", hint='Write `model.trace("…")` or `trace.invoke("…")`.', lines=here()
             )
-        self._run()
+        self._finish()
+        if self._own:
+            self.stats = self._request.run()
+        return stopped
 
-    def _run(self) -> None:
-        if not self._recorder.saved:
-            frame = user_frame()
-            warnings.warn_explicit(
-                PatchwireWarning("The block saved nothing, so nothing comes back. Write `.save()` on what you want."),
-                None,
-                frame.f_code.co_filename if frame else "<block>",
-                frame.f_lineno if frame else 1,
-            )
-        graph = self._recorder.finish()
+    def _finish(self) -> None:
+        """The block has ended, and the graph has not been sent."""
+
+
+class Generation(Trace):
+    """One generation, recorded by the block under it: a pass over the prompt (step 0), then one for each new token.
+
+    Outside of `iter` and `all`, sites are those of step 0.
+    """
+
+    def __init__(
+        self, model: Model, given: Any, generation: g.Generation, stream: bool | Callable[[list[int]], None]
+    ) -> None:
+        super().__init__(model, given, generation)
+        self._options = generation
+        self._stream = stream
+        self._outputs: dict[int, Value] = {}
+
+    @property
+    def iter(self) -> _Steps:
+        """The steps of the block under it: `for step in gen.iter[2:5]:`, or `gen.iter[3]` for one.
+
+        A step that is named has to be reached; a slice without an end, such as `gen.iter[1:]`, goes as far as the
+        generation does, and what was saved in a step that was not reached has no value.
+        """
+        return _Steps(self._options.max_new_tokens)
+
+    def all(self) -> Iterator[int]:
+        """All steps, as far as the generation goes."""
+        return self.iter[:]
+
+    @property
+    def output(self) -> Value:
+        """The token ids that the generation ends with, the prompt's included: `[batch, seq + new]` int64."""
+        scope = current("output", self._model)
+        if scope.invoke is None or scope.invoke < 0:
+            raise GraphError("The output is that of an invoke.", hint="Read it inside `gen.invoke(…)`.", lines=here())
+        if scope.invoke not in self._outputs:
+            self._outputs[scope.invoke] = self._recorder.generated(self._index, scope.invoke)
+        return self._outputs[scope.invoke]
+
+    def _finish(self) -> None:
+        if not self._stream:
+            return
+        for invoke in range(len(self._trace.invokes)):
+            if invoke not in self._outputs:
+                self._outputs[invoke] = self._recorder.generated(self._index, invoke)
+            self._recorder.save(self._outputs[invoke], None)
+        tell = self._stream if callable(self._stream) else self._print
+        self._request.on_tokens(self._index, lambda _, ids: tell(ids))
+
+    def _print(self, ids: list[int]) -> None:
+        print(self._model.tokenizer.decode(ids[:1]), end="", flush=True)
+
+
+class _Steps:
+    """Steps of a generation, to be chosen by an index."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __getitem__(self, which: int | slice | Sequence[int]) -> Iterator[int]:
+        """Go through the steps; sites in the loop's body are those of the step."""
+        scope = _CURRENT.get()
+        assert scope is not None
+        endless = isinstance(which, slice) and which.stop is None
+        steps = self._chosen(which)
+        for step in steps:
+            if not 0 <= step < self._count:
+                raise GraphError(
+                    f"There is no step {step}.",
+                    hint=f"The generation has the steps 0 to {self._count - 1}.",
+                    lines=here(),
+                )
+        return self._run(steps, endless)
+
+    def _chosen(self, which: int | slice | Sequence[int]) -> list[int]:
+        if isinstance(which, slice):
+            if which.stop is not None:
+                return list(range(which.start or 0, which.stop, which.step or 1))
+            return list(range(self._count))[which]
+        return [which] if isinstance(which, int) else list(which)
+
+    def _run(self, steps: list[int], endless: bool) -> Iterator[int]:
+        before = _CURRENT.get()
+        assert before is not None
         try:
-            tensors, self.stats = self._model.connection.run(graph, Progress(self._model.progress))
-        except PatchwireError as found:
-            # The way through gRPC is of no interest to whoever wrote the block.
-            raise found.with_traceback(None) from None
-        self._recorder.resolve(tensors)
+            for step in steps:
+                _CURRENT.set(replace(before, step=step, open=endless and step > 0))
+                yield step
+        finally:
+            _CURRENT.set(before)
+
+
+class _Stopped(Exception):
+    """Ends a block early."""

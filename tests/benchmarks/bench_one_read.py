@@ -1,7 +1,7 @@
 """What one read costs beyond the forward pass: a hidden state of a 12-layer, 128-wide GPT-2, 16 tokens.
 
-- `wire`: client, gRPC and a worker in another process, against a raw PyTorch hook on the same model here; `call` is what
-  gRPC itself takes for a call with nothing in it.
+- `wire`: client, gRPC and a worker in another process, against a raw PyTorch hook on the same model here; `call` is
+  what gRPC itself takes for a call with nothing in it.
 - `worker`: inside the worker, from the request's message to the saved tensor, against a raw hook in the same process.
 
 The last layer is read, so that ending the pass early saves next to nothing.

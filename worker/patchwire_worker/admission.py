@@ -6,7 +6,7 @@ order of sites are checked, all without touching a model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch.fx
@@ -17,6 +17,7 @@ from patchwire.checking import Checker, fake_of
 from patchwire.errors import GraphError, InputError, LimitError, ModelNotFoundError, PatchwireError, nearest
 from patchwire.sites import Catalogue, Leaf
 from patchwire.v1 import graph_pb2
+from patchwire_worker import generating
 from patchwire_worker.config import Limits
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.store import TensorStore
@@ -28,8 +29,8 @@ class Admitted:
 
     graph: g.Graph
     """The graph; its constants are tensors."""
-    model: HostedModel
-    """The model that its traces call."""
+    models: Sequence[HostedModel]
+    """The model that each trace calls."""
     checker: Checker
     """What checked it, for the nodes whose shapes are only known while it runs."""
     leaves: Mapping[g.Site, Leaf]
@@ -73,21 +74,22 @@ class Admission:
             )
         if not message.traces:
             raise GraphError("The graph has no trace.")
-        model = self.model(message.traces[0].model)
-        if any(trace.model != model.name for trace in message.traces):
-            raise GraphError("The traces of one request are of one model.")
         self._count_rows(message)
-        for trace in message.traces:
+        models = [self.model(trace.model) for trace in message.traces]
+        for trace, model in zip(message.traces, models, strict=True):
             self._check_rows(trace, model)
         graph = g.graph_from_proto(message, constant_bytes=self.limits.constant_bytes)
         self._look_up_constants(graph)
+        for each in graph.traces:
+            if each.generation is not None:
+                generating.check(each.generation)
         checker = Checker(graph, self._catalogue, value_bytes=self.limits.value_bytes)
         checker.all()
         nodes = graph.nodes
         self._check_results(nodes)
         leaves = {node.args[0]: checker.leaf(node.args[0]) for node in nodes if node.target in (g.read, g.write)}  # type: ignore[arg-type]
         self._check_writes(nodes, leaves)  # type: ignore[arg-type]
-        return Admitted(graph, model, checker, leaves, {node: index for index, node in enumerate(nodes)})  # type: ignore[arg-type]
+        return Admitted(graph, models, checker, leaves, {node: index for index, node in enumerate(nodes)})  # type: ignore[arg-type]
 
     def _catalogue(self, name: str) -> Catalogue:
         return self.model(name).catalogue
@@ -129,8 +131,28 @@ class Admission:
             )
         if any(min(row) < 0 or max(row) >= model.vocabulary for row in rows):
             raise InputError(f"Token ids go from 0 to {model.vocabulary - 1}.")
+        if trace.HasField("generation"):
+            self._check_generation(trace, model, rows)
         if not model.pads and any(len({len(row.ids) for row in invoke.rows}) > 1 for invoke in trace.invokes):
             raise InputError(f"{model.name} is not causal: give it prompts of one length, or one trace for each.")
+
+    def _check_generation(self, trace: graph_pb2.Trace, model: HostedModel, rows: Sequence[Sequence[int]]) -> None:
+        new, longest = trace.generation.max_new_tokens, max(map(len, rows))
+        if not new:
+            raise InputError("A generation makes one token at least.")
+        if any(len({len(row.ids) for row in invoke.rows}) > 1 for invoke in trace.invokes):
+            raise InputError(
+                "The prompts of one generation have the same length.",
+                hint="Give prompts of other lengths invokes of their own: `with trace.invoke(prompt):`.",
+            )
+        if model.max_positions and longest + new > model.max_positions:
+            raise InputError(
+                f"{longest} tokens and {new} new ones are too many; {model.name} takes {model.max_positions}."
+            )
+        if len(rows) * (longest + new) > self.limits.tokens:
+            raise LimitError(
+                f"The rows would have {len(rows) * (longest + new):,} tokens; the server takes {self.limits.tokens:,}."
+            )
 
     def _look_up_constants(self, graph: g.Graph) -> None:
         names = [each for each in graph.constants if isinstance(each, bytes)]
@@ -153,12 +175,12 @@ class Admission:
 
     @staticmethod
     def _check_writes(nodes: list[torch.fx.Node], leaves: Mapping[g.Site, Leaf]) -> None:
-        written: set[tuple[int, int, Leaf]] = set()
+        written: set[tuple[int, int, int, Leaf]] = set()
         for node in nodes:
             if node.target is g.write:
                 site = node.args[0]
                 assert isinstance(site, g.Site)
-                place = (site.trace, site.invoke, leaves[site])
+                place = (site.trace, site.invoke, site.step, leaves[site])
                 if place in written:
                     raise at(node, GraphError(f"`{site}` is written twice."))
                 written.add(place)

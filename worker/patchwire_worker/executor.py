@@ -8,12 +8,14 @@ the model may go on to change its tensors in place.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.fx
@@ -37,10 +39,24 @@ from patchwire.sites import spell
 from patchwire_worker import containers
 from patchwire_worker.admission import Admitted, at
 from patchwire_worker.interleaving import SiteMediator, StopPass, Stopping
+from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.planner import Access, Pass, Plan, Work
 
-Sink = Callable[[int, Tensor], None]
-"""Takes a saved value as soon as it exists: the save's position in the request, and a tensor on the CPU of its own."""
+
+class Listener(Protocol):
+    """Is told what happens, on the thread that runs it."""
+
+    def running(self, number: int, passes: int) -> None:
+        """A pass begins: its number, from 1, and how many there are."""
+
+    def saved(self, node: int, tensor: Tensor) -> None:
+        """A saved value exists: the save's position in the request, and a tensor on the CPU of its own."""
+
+    def absent(self, node: int) -> None:
+        """A value will not exist that a save, by its position in the request, was for."""
+
+    def tokens(self, trace: int, invoke: int, ids: list[int]) -> None:
+        """A generation has a new token for each row."""
 
 
 @dataclass
@@ -58,20 +74,25 @@ class Execution:
     """Runs one plan."""
 
     def __init__(
-        self, admitted: Admitted, plan: Plan, sink: Sink, stopping: Stopping, *, result_bytes: int | None = None
+        self,
+        admitted: Admitted,
+        plan: Plan,
+        listener: Listener,
+        stopping: Stopping,
+        *,
+        result_bytes: int | None = None,
     ) -> None:
         """
         Args:
             admitted: The graph.
             plan: Its passes.
-            sink: Takes the saved values.
+            listener: Is told what happens.
             stopping: Says when to give up.
             result_bytes: How many bytes the saved values may have.
         """
         self.admitted = admitted
-        self.model = admitted.model
         self.plan = plan
-        self.sink = sink
+        self.listener = listener
         self.stopping = stopping
         self.result_bytes = result_bytes
         self.cost = Cost()
@@ -80,56 +101,92 @@ class Execution:
         self._uses: dict[torch.fx.Node, int] = {}
         self._ready: list[tuple[int, torch.fx.Node]] = []
         self._fresh: list[torch.fx.Node] = []
+        self._origins: dict[torch.fx.Node, tuple[Tensor, Access]] = {}
         for node in admitted.graph.fx.nodes:
             if node in plan.needed:
                 self._missing[node] = len(node.all_input_nodes)
                 self._uses[node] = sum(1 for user in node.users if user in plan.needed)
-                if not node.all_input_nodes and node.target is not g.read:
+                if not node.all_input_nodes and node.target not in (g.read, g.generated):
                     self._push(node)
 
-    def run(self, on_pass: Callable[[int, int], None]) -> Cost:
+    def run(self) -> Cost:
         """Run all passes.
-
-        Args:
-            on_pass: Told before each pass its number, from 1, and how many there are.
 
         Raises:
             PatchwireError: of the kind of what went wrong, at the line that caused it.
         """
         start = time.perf_counter()
         try:
-            with torch.no_grad():
+            with contextlib.ExitStack() as stack:
+                # In one order everywhere, so that two requests never wait for each other.
+                for model in sorted(set(self.admitted.models), key=lambda each: each.name):
+                    stack.enter_context(model.lock)
+                stack.enter_context(self._differentiating())
                 self._evaluate_ready()
                 for number, each in enumerate(self.plan.passes, start=1):
-                    on_pass(number, len(self.plan.passes))
+                    self.listener.running(number, len(self.plan.passes))
                     self._run_pass(each)
-                    self.cost.passes += 1
-                    self.cost.rows += each.ids.shape[0]
-                    self.cost.modules_skipped += each.modules_skipped
             self._check_all_done()
         finally:
             # An error's traceback would keep them alive.
             self._values.clear()
             self._ready.clear()
             self._fresh.clear()
+            self._origins.clear()
         self.cost.seconds = time.perf_counter() - start
         return self.cost
+
+    @contextlib.contextmanager
+    def _differentiating(self) -> Iterator[None]:
+        """Have autograd on if there are gradients, and only for what they are with respect to."""
+        wanted = {
+            self._model(node).parameter(node.args[1])  # type: ignore[arg-type]
+            for node in self.plan.differentiated
+            if node.target is g.parameter
+        }
+        before = [
+            (each, each.requires_grad)
+            for model in (set(self.admitted.models) if self.plan.differentiated else ())
+            for each in model.module.parameters()
+        ]
+        try:
+            for each, _ in before:
+                each.requires_grad_(each in wanted)
+            with torch.set_grad_enabled(bool(self.plan.differentiated)):
+                yield
+        finally:
+            for each, required in before:
+                each.requires_grad_(required)
+
+    def _model(self, node: torch.fx.Node) -> HostedModel:
+        """The model of a node that names a trace."""
+        trace = node.args[0]
+        assert isinstance(trace, int)
+        return self.admitted.models[trace]
 
     # --- a pass -------------------------------------------------------------------------------------------------------
 
     def _run_pass(self, each: Pass) -> None:
-        waiting = {work.location: work for work in each.works}
+        waiting = {(work.step, work.location): work for work in each.works}
+        to_the_end = each.generation is not None and bool(each.generation.results)
 
         def arrive(work: Work, value: Any) -> Any:
-            del waiting[work.location]
+            del waiting[work.step, work.location]
             value = self._at(work, value)
-            if not waiting:
+            if not waiting and not to_the_end:
                 raise StopPass
             return value
 
-        mediators = [SiteMediator(work.location, partial(arrive, work)) for work in each.works]
+        steps: dict[int, list[SiteMediator]] = defaultdict(list)
+        for work in each.works:
+            steps[work.step].append(SiteMediator(work.location, partial(arrive, work)))
+        generated = None
         try:
-            self.model.run(each.ids, mediators, self.stopping)
+            if each.generation is None:
+                each.model.run(each.ids, steps[0], self.stopping)
+            else:
+                tell = partial(self.listener.tokens, each.generation.trace, each.generation.invoke)
+                generated = each.model.generate(each.ids, each.generation.options, steps, self.stopping, tell)
         except PatchwireError:
             raise
         except torch.OutOfMemoryError as error:
@@ -139,14 +196,24 @@ class Execution:
             ) from error
         except Exception as error:
             raise self._model_failed(each, error) from error
-        if waiting:
-            raise self._never_reached(next(iter(waiting.values())))
+        calls = each.model.interleaver.calls
+        self.cost.passes += calls
+        self.cost.rows += calls * each.ids.shape[0]
+        self.cost.modules_skipped += each.modules_skipped
+        for work in waiting.values():
+            self._never_reached(work, calls)
+        if each.generation is not None and generated is not None:
+            for node in each.generation.results:
+                self._set(node, generated)
+            self._evaluate_ready()
 
     def _at(self, work: Work, value: Any) -> Any:
         """What happens at a site: its value is taken, everything that became ready runs, and its new value is given."""
         self._fresh = []
         lent = []
         for access in work.reads:
+            if access.node in self.plan.differentiated:
+                value = self._make_leaf(access, value)
             tensor = self._leaf(access, value)
             lent.append(tensor)
             # Contiguous, as its fake is, so that what a graph may do with it does not depend on who shares the pass.
@@ -156,6 +223,14 @@ class Execution:
             value = self._written(access, value)
         self._keep_own_copies(lent)
         return value
+
+    def _make_leaf(self, access: Access, value: Any) -> Any:
+        """The value of a side, with the tensor there in the hands of autograd: its gradient can be asked for."""
+        tensor = self._leaf(access, value)
+        origin = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+        self._origins[access.node] = (origin, access)
+        # A copy for the model and the graph, which may change it in place; the gradient is that of what was there.
+        return containers.replaced(value, access.leaf.side, access.leaf.path, origin.clone())
 
     def _leaf(self, access: Access, value: Any) -> Tensor:
         leaf = access.leaf
@@ -231,12 +306,17 @@ class Execution:
             if self.stopping.reason is not None:
                 raise self.stopping.reason
             value = self._evaluate(node)
+            if node in self.plan.differentiated and node.target is not g.parameter and isinstance(value, Tensor):
+                # Memory of its own, so that nothing takes a copy of it later and goes on with that.
+                value = value.clone() if value.requires_grad else value.detach().clone().requires_grad_()
             for each in node.all_input_nodes:
                 self._use(each)
             self._set(node, value)
 
     def _evaluate(self, node: torch.fx.Node) -> Any:
         values = self._values
+        if node.target is g.grad:
+            return self._gradients(node)
         args = map_arg(node.args, values.__getitem__)
         kwargs = map_arg(node.kwargs, values.__getitem__)
         try:
@@ -245,19 +325,21 @@ class Execution:
                     return self._save(node, args[0], args[1])  # type: ignore[arg-type]
                 case target if target is g.constant:
                     constant = self.admitted.graph.constants[args[0]]  # type: ignore[index]
-                    return constant.to(self.model.device)  # type: ignore[union-attr]
+                    return constant.to(self.admitted.models[0].device)  # type: ignore[union-attr]
                 case target if target is g.parameter:
-                    return self.model.parameter(args[1]).contiguous()  # type: ignore[arg-type]
+                    parameter = self._model(node).parameter(args[1])  # type: ignore[arg-type]
+                    return parameter if node in self.plan.differentiated else parameter.detach().contiguous()
                 case target if target is g.apply:
-                    path = self.model.catalogue.module(args[1]).path  # type: ignore[arg-type]
-                    if self.model.catalogue.holds_layers(path):
+                    model = self._model(node)
+                    path = model.catalogue.module(args[1]).path  # type: ignore[arg-type]
+                    if model.catalogue.holds_layers(path):
                         raise OperationError(
                             f"`{spell(str(args[1]))}` holds the layers and cannot be applied to a value.",
                             hint="Give a prompt to a trace of its own.",
                         )
                     # A module may change its arguments in place, and these may be weights, or values of others.
                     own = _map_tensors((args[2], args[3]), torch.clone)
-                    return _map_tensors(self.model.apply(path, *own), torch.Tensor.contiguous)
+                    return _map_tensors(model.apply(path, *own), torch.Tensor.contiguous)
                 case target:
                     self._check_size(node, args, kwargs)
                     return target(*args, **kwargs)  # type: ignore[operator]
@@ -269,6 +351,29 @@ class Execution:
             name = g.operation_of(node).name if g.operation_of(node) else node.target.__name__  # type: ignore[union-attr]
             hint = "It failed on the values that it was given: save them in a trace of their own, and look."
             raise at(node, ExecutionError(f"`{name}` failed: {first_line(error)}", hint=hint)) from error
+
+    def _gradients(self, node: torch.fx.Node) -> tuple[Tensor, ...]:
+        loss, values, weights = node.args
+        inputs = [self._origins[each][0] if each in self._origins else self._values[each] for each in values]  # type: ignore[union-attr, index]
+        weigh = None if weights is None else self._values[weights]  # type: ignore[index]
+        try:
+            # The way back is kept: there may be more than one gradient.
+            found = torch.autograd.grad(self._values[loss], inputs, weigh, retain_graph=True)  # type: ignore[index]
+        except torch.OutOfMemoryError as error:
+            raise at(node, LimitError("The device has no memory for this gradient.")) from error
+        except RuntimeError as error:
+            hint = (
+                "The gradient of a part, such as `h[:, -1]`, is a part of the gradient: `grad(loss, h)[:, -1]`. And "
+                "the loss must depend on the value itself, not on something that the value was computed from."
+            )
+            raise at(node, ExecutionError(f"There is no gradient here: {first_line(error)}", hint=hint)) from error
+        taken = []
+        for each, gradient in zip(values, found, strict=True):  # type: ignore[arg-type]
+            if each in self._origins:
+                access = self._origins[each][1]
+                gradient = access.rows.take(gradient, access.leaf)
+            taken.append(gradient.contiguous())
+        return tuple(taken)
 
     def _check_size(self, node: torch.fx.Node, args: Any, kwargs: Any) -> None:
         """Check on fakes an operation whose shapes were not known before."""
@@ -291,7 +396,7 @@ class Execution:
         self.cost.result_bytes += tensor.nbytes
         if self.result_bytes is not None and self.cost.result_bytes > self.result_bytes:
             raise LimitError(f"The saved values have more than {self.result_bytes:,} bytes.")
-        self.sink(self.admitted.positions[node], tensor)
+        self.listener.saved(self.admitted.positions[node], tensor)
 
     # --- what can go wrong --------------------------------------------------------------------------------------------
 
@@ -305,9 +410,38 @@ class Execution:
             lines=[line for line in lines if line is not None],
         )
 
-    def _never_reached(self, work: Work) -> PatchwireError:
-        node = [*work.reads, *work.writes][0].node
-        return at(node, SiteError(f"`{node.args[0]}` was never reached in this run."))
+    def _never_reached(self, work: Work, calls: int) -> None:
+        """Leave out what depends on a site that was not reached, if it was said that this may be.
+
+        Raises:
+            SiteError: it was not said.
+        """
+        for access in (*work.reads, *work.writes):
+            site = access.node.args[0]
+            assert isinstance(site, g.Site)
+            if site.step < calls:
+                raise at(access.node, SiteError(f"`{site}` was never reached in this run."))
+            if not site.open:
+                hint = "Write `for step in gen.all():` for as many steps as there are."
+                raise at(access.node, SiteError(f"`{site}` was never reached: there were {calls} steps.", hint=hint))
+            self._leave_out(access.node)
+
+    def _leave_out(self, node: torch.fx.Node) -> None:
+        """Mark everything as absent that depends on a node."""
+        stack = [node]
+        while stack:
+            each = stack.pop()
+            if self._missing[each] < 0:
+                continue
+            self._missing[each] = -1
+            site = each.args[0]
+            if each.target is g.save:
+                self.listener.absent(self.admitted.positions[each])
+            elif each.target is g.write and isinstance(site, g.Site) and not site.open:
+                raise at(
+                    each, ExecutionError(f"`{site}` was to be changed with a value of a step that was not reached.")
+                )
+            stack += [user for user in each.users if user in self._missing]
 
     def _model_failed(self, each: Pass, error: Exception) -> ExecutionError:
         writes = [g.line_of(access.node) for work in each.works for access in work.writes]

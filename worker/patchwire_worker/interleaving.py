@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from nnsight import NNsight
 from nnsight.intervention.interleaver import EarlyStopException, Event, Interleaver, Mediator, Pending
@@ -26,6 +26,8 @@ Location = tuple[str, str]
 """A module's raw path and a side of it."""
 
 _ROOT = "model"
+_ENTRY = f"{_ROOT}.{INPUT}"
+T = TypeVar("T")
 
 
 def provider(location: Location) -> str:
@@ -154,6 +156,8 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
         self.boundaries: Collection[str] = self._controllers.paths
         self.stopping = Stopping()
         self.observe: Callable[[str, Any], None] | None = None
+        self._steps: Mapping[int, Sequence[SiteMediator]] = {}
+        self._step = -1
         self._waiting: dict[str, Mediator] = {}
         self.interleaving: bool = False
         self._thread = 0
@@ -167,6 +171,8 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
             raise self.stopping.reason
         if self._applying:
             return value
+        if provider == _ENTRY:
+            self._next_step()
         if self.observe is not None:
             self.observe(provider, value)
         if provider not in self.parked:
@@ -178,9 +184,15 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
     def reindex(self) -> None:
         """Note who waits for what, at the start of a pass."""
         self.observers: dict[str, Any] = {}
-        self._waiting = {each.pending.provider: each for each in self.mediators if each.pending is not None}
-        self.parked = set(self._waiting)
         self.busy = True
+        self._step = -1
+
+    def _next_step(self) -> None:
+        """The model is called: for the first time, or for the next token. Those wait who wait for this call."""
+        self._step += 1
+        waiting = self._steps.get(self._step, ())
+        self._waiting = {each.pending.provider: each for each in waiting if each.pending is not None}
+        self.parked = set(self._waiting)
 
     def _reindex_parked(self) -> None:
         """Nothing to do: `served` keeps the set."""
@@ -194,23 +206,39 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
         del self._waiting[provider]
         self.parked.discard(provider)
 
-    def run(self, mediators: list[SiteMediator], stopping: Stopping, **inputs: Any) -> None:
-        """One forward pass with these mediators.
+    def run(self, call: Callable[[], T], steps: Mapping[int, Sequence[SiteMediator]], stopping: Stopping) -> T | None:
+        """Let a call of the model meet its mediators.
+
+        Args:
+            call: Calls the model, once or several times.
+            steps: Who waits in which of these calls.
+            stopping: Ends it early.
+
+        Returns:
+            What `call` returns; None if it was ended by a mediator.
 
         Raises:
             PatchwireError: it was stopped, or a mediator raised it.
         """
-        self.mediators = mediators
+        self.mediators = [each for mediators in steps.values() for each in mediators]
+        self._steps = steps
         self.stopping = stopping
         self._thread = threading.get_ident()
+        result = None
         try:
-            with self._controllers.on({*self.boundaries, *(each.location[0] for each in mediators)}), self:
-                self.module(**inputs)
+            with self._controllers.on({"", *self.boundaries, *(each.location[0] for each in self.mediators)}), self:
+                result = call()
         finally:
             self.cancel()
-            self._waiting = {}
+            self._waiting, self._steps = {}, {}
             self.parked = set()
             self.stopping = Stopping()
+        return result
+
+    @property
+    def calls(self) -> int:
+        """How often the model was called in the last run."""
+        return self._step + 1
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Apply a module, in the middle of a pass or outside of one, without its sites being seen.

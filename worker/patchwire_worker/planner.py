@@ -8,6 +8,7 @@ their own.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
+from operator import itemgetter
 
 import torch
 import torch.fx
@@ -25,6 +27,7 @@ from patchwire.errors import LimitError, OrderError
 from patchwire.sites import Axis, Leaf
 from patchwire_worker.admission import Admitted, at
 from patchwire_worker.interleaving import Location
+from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.rows import Rows
 
 _MAX_ENTRIES = 1 << 22
@@ -44,6 +47,7 @@ class Work:
     """What happens at one location: first everything is read, then everything is written."""
 
     location: Location
+    step: int
     order: int
     reads: list[Access] = field(default_factory=list)
     writes: list[Access] = field(default_factory=list)
@@ -51,14 +55,32 @@ class Work:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass of the model."""
+    """One forward pass of the model, or one generation: a pass over the prompt and one for each new token."""
 
+    model: HostedModel
+    """The model."""
     ids: Tensor
     """Token ids `[batch, seq]`, short rows padded on the right."""
     works: list[Work]
-    """What happens where, in the order of the forward pass; it ends after the last."""
+    """What happens where, in the order of the passes; it ends after the last."""
     modules_skipped: int
     """How many modules come after that."""
+    generation: Generating | None = None
+    """How it generates tokens, if it does."""
+
+
+@dataclass(frozen=True)
+class Generating:
+    """What a generation is for."""
+
+    options: g.Generation
+    """How tokens are generated."""
+    trace: int
+    """The trace, as a position in the graph's traces."""
+    invoke: int
+    """The invoke, as a position in the trace's invokes."""
+    results: list[torch.fx.Node]
+    """The nodes whose value are the ids that it ends with; if there are none, it ends after the last work."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +91,8 @@ class Plan:
     """In the order in which they run."""
     needed: set[torch.fx.Node]
     """The nodes that have to be evaluated."""
+    differentiated: set[torch.fx.Node] = field(default_factory=set)
+    """The nodes with respect to whose values there are gradients."""
 
 
 _Accesses = defaultdict[int, defaultdict[int, list[torch.fx.Node]]]
@@ -86,14 +110,17 @@ def plan(admitted: Admitted) -> Plan:
     for node in admitted.graph.fx.nodes:
         if node in needed and node.target in (g.read, g.write):
             accesses[node.args[0].trace][node.args[0].invoke].append(node)
+        elif node in needed and node.target is g.generated:
+            accesses[node.args[0]][node.args[1]].append(node)
     behind = cache(lambda: _invokes_behind(admitted, needed))
     passes: list[Pass] = []
     for index, trace in enumerate(admitted.graph.traces):
         for invokes in _groups(admitted, index, trace, accesses[index], behind):
-            made = _pass(admitted, trace, invokes, accesses[index])
-            if made.works:
+            made = _pass(admitted, index, invokes, accesses[index])
+            if made.works or (made.generation and made.generation.results):
                 passes.append(made)
-    return Plan(passes, needed)
+    gradients = [node for node in needed if node.target is g.grad]
+    return Plan(passes, needed, {value for node in gradients for value in node.args[1]})  # type: ignore[union-attr, misc]
 
 
 def _needed(admitted: Admitted) -> set[torch.fx.Node]:
@@ -114,20 +141,31 @@ def _needed(admitted: Admitted) -> set[torch.fx.Node]:
             need(node)
         elif node.target in (g.read, g.write):
             accesses[node.args[0].trace].append(node)
+        elif node.target is g.generated:
+            accesses[node.args[0]].append(node)
     for trace in sorted(accesses, reverse=True):
-        # From the last location to the first: a write matters if something is read after it that matters.
-        last_read = -1
-        for node in sorted(accesses[trace], key=lambda each: _moment(admitted, each), reverse=True):
-            order = admitted.leaves[node.args[0]].order  # type: ignore[index]
-            if node.target is g.write and last_read > order:
-                need(node)
-            elif node.target is g.read and node in needed:
-                last_read = max(last_read, order)
+        # From the last moment to the first: a write matters if something is read after it that matters.
+        last_read: _Moment = ()
+        moments = [(_moment(admitted, node), node) for node in accesses[trace]]
+        for moment, node in sorted(moments, key=itemgetter(0), reverse=True):
+            if node.target is g.write:
+                if last_read > moment:
+                    need(node)
+            elif node in needed:
+                last_read = max(last_read, moment)
     return needed
 
 
-def _moment(admitted: Admitted, node: torch.fx.Node) -> tuple[int, bool]:
-    return admitted.leaves[node.args[0]].order, node.target is g.write  # type: ignore[index]
+_Moment = tuple[float, ...]
+"""When something happens in a trace: the step, the place in the order of sites, and reads before writes."""
+
+
+def _moment(admitted: Admitted, node: torch.fx.Node) -> _Moment:
+    if node.target is g.generated:
+        return (math.inf,)
+    site = node.args[0]
+    assert isinstance(site, g.Site)
+    return (site.step, admitted.leaves[site].order, node.target is g.write)
 
 
 def _groups(
@@ -139,23 +177,26 @@ def _groups(
 ) -> list[list[int]]:
     """The invokes of a trace, in groups that share a pass."""
     everyone = list(range(len(trace.invokes)))
+    if trace.generation is not None:
+        return [[invoke] for invoke in _ordered(index, everyone, accesses, behind())]
     lengths = {length for invoke in trace.invokes for length in invoke.lengths}
+    model = admitted.models[index]
     sites = [(node, admitted.leaves[node.args[0]]) for nodes in accesses.values() for node in nodes]  # type: ignore[index]
     splits = all(leaf.packs for _, leaf in sites)
-    shared_writes = any(node.target is g.write and not _writes_alone(admitted, leaf) for node, leaf in sites)
-    if len(everyone) == 1 or (splits and not shared_writes and (admitted.model.pads or len(lengths) == 1)):
+    shared_writes = any(node.target is g.write and not _writes_alone(model, leaf) for node, leaf in sites)
+    if len(everyone) == 1 or (splits and not shared_writes and (model.pads or len(lengths) == 1)):
         return [everyone]
     return [[invoke] for invoke in _ordered(index, everyone, accesses, behind())]
 
 
-def _writes_alone(admitted: Admitted, leaf: Leaf) -> bool:
+def _writes_alone(model: HostedModel, leaf: Leaf) -> bool:
     """Whether a write of one invoke's rows leaves other rows of the pass alone.
 
     It does not where all rows share one value, nor where the model later changes the tensor in place, and expects to
     find the change in other tensors that share its memory: after a write it goes on with a copy.
     """
     has_rows = any(dim.axis in (Axis.BATCH, Axis.BATCH_SEQ) for dim in leaf.shape)
-    return has_rows and (leaf.location, leaf.path) not in admitted.model.overwritten
+    return has_rows and (leaf.location, leaf.path) not in model.overwritten
 
 
 def _ordered(
@@ -185,7 +226,7 @@ def _ordered(
 def _trace(node: torch.fx.Node) -> int | None:
     """The latest trace that a node's value depends on."""
     after = node.meta["after"]
-    return None if after is None else after.order[0]
+    return None if after is None else int(after.order[0])
 
 
 def _invokes_behind(admitted: Admitted, needed: set[torch.fx.Node]) -> dict[torch.fx.Node, frozenset[int]]:
@@ -198,8 +239,8 @@ def _invokes_behind(admitted: Admitted, needed: set[torch.fx.Node]) -> dict[torc
     for node in admitted.graph.fx.nodes:
         if node not in needed:
             continue
-        if node.target is g.read:
-            behind[node] = frozenset((node.args[0].invoke,))
+        if node.target in (g.read, g.generated):
+            behind[node] = frozenset((node.args[0].invoke if node.target is g.read else node.args[1],))
             continue
         sets = {behind[each] for each in node.all_input_nodes if _trace(each) == _trace(node)}
         behind[node] = next(iter(sets)) if len(sets) == 1 else frozenset().union(*sets)
@@ -215,31 +256,38 @@ def _invokes_behind(admitted: Admitted, needed: set[torch.fx.Node]) -> dict[torc
     return behind
 
 
-def _pass(
-    admitted: Admitted, trace: g.Trace, invokes: list[int], accesses: Mapping[int, Sequence[torch.fx.Node]]
-) -> Pass:
+def _pass(admitted: Admitted, index: int, invokes: list[int], accesses: Mapping[int, Sequence[torch.fx.Node]]) -> Pass:
+    trace, model = admitted.graph.traces[index], admitted.models[index]
     rows = [row for invoke in invokes for row in trace.invokes[invoke].rows]
     batch, seq = len(rows), max(len(row) for row in rows)
     # Which id stands for padding does not matter: nobody ever looks at it.
     ids = torch.zeros((batch, seq), dtype=torch.long)
     for row, tokens in enumerate(rows):
         ids[row, : len(tokens)] = torch.tensor(tokens)
-    works: dict[Location, Work] = {}
+    works: dict[tuple[int, Location], Work] = {}
+    results: list[torch.fx.Node] = []
     start = 0
     for invoke in invokes:
         lengths = tuple(trace.invokes[invoke].lengths)
-        place = Rows(start, lengths, batch, seq)
+        prompt, new = Rows(start, lengths, batch, seq), Rows(start, (1,) * len(lengths), batch, 1)
         start += len(lengths)
         for node in accesses.get(invoke, ()):
-            leaf = admitted.leaves[node.args[0]]  # type: ignore[index]
-            work = works.setdefault(leaf.location, Work(leaf.location, leaf.order))
-            access = Access(node, leaf, place)
+            if node.target is g.generated:
+                results.append(node)
+                continue
+            site = node.args[0]
+            assert isinstance(site, g.Site)
+            leaf = admitted.leaves[site]
+            work = works.setdefault((site.step, leaf.location), Work(leaf.location, site.step, leaf.order))
+            access = Access(node, leaf, new if site.step else prompt)
             (work.reads if node.target is g.read else work.writes).append(access)
-    ordered = sorted(works.values(), key=lambda work: work.order)
-    return Pass(ids, ordered, _skipped(admitted, ordered[-1].order) if ordered else 0)
+    ordered = sorted(works.values(), key=lambda work: (work.step, work.order))
+    if trace.generation is not None:
+        return Pass(model, ids, ordered, 0, Generating(trace.generation, index, invokes[0], results))
+    return Pass(model, ids, ordered, _skipped(model, ordered[-1].order) if ordered else 0)
 
 
-def _skipped(admitted: Admitted, last: int) -> int:
+def _skipped(model: HostedModel, last: int) -> int:
     """How many modules are entered only after a position in the order of sites."""
-    entries = admitted.model.catalogue.entries
+    entries = model.catalogue.entries
     return len(entries) - bisect_right(entries, last)

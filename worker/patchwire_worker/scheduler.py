@@ -58,6 +58,22 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Absent:
+    """A saved value will not exist."""
+
+    node: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A generation has a new token for each row."""
+
+    trace: int
+    invoke: int
+    ids: list[int]
+
+
+@dataclass(frozen=True)
 class Done:
     """All is done."""
 
@@ -65,7 +81,7 @@ class Done:
     seconds_queued: float
 
 
-Event = Queued | Running | Saved | Done
+Event = Queued | Running | Saved | Absent | Tokens | Done
 
 
 _LOOK_SECONDS = 0.02
@@ -112,6 +128,25 @@ class _Job:
                 timer.cancel()
         self._woken.clear()
         return [self.happened.popleft() for _ in range(len(self.happened))]
+
+
+class _Teller:
+    """Listens to an execution and tells its job."""
+
+    def __init__(self, job: _Job) -> None:
+        self._job = job
+
+    def running(self, number: int, passes: int) -> None:
+        self._job.tell(Running(number, passes))
+
+    def saved(self, node: int, tensor: Tensor) -> None:
+        self._job.tell(Saved(node, tensor))
+
+    def absent(self, node: int) -> None:
+        self._job.tell(Absent(node))
+
+    def tokens(self, trace: int, invoke: int, ids: list[int]) -> None:
+        self._job.tell(Tokens(trace, invoke, ids))
 
 
 class Scheduler:
@@ -220,11 +255,11 @@ class Scheduler:
             execution = Execution(
                 job.admitted,
                 job.plan,
-                lambda node, tensor: job.tell(Saved(node, tensor)),
+                _Teller(job),
                 job.stopping,
                 result_bytes=self.limits.result_bytes,
             )
-            return Done(execution.run(lambda number, passes: job.tell(Running(number, passes))), queued)
+            return Done(execution.run(), queued)
         except PatchwireError as error:
             return _without_frames(error)
         except BaseException as error:

@@ -269,7 +269,7 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         if request.compression not in tensors.COMPRESSIONS:
             raise GraphError(f"compression {request.compression} is not known to this version.")
         admitted, planned = await self._admit(request.graph)
-        events = self.schedulers[admitted.model.name].run(admitted, planned)
+        events = self.schedulers[admitted.models[0].name].run(admitted, planned)
         async with contextlib.aclosing(events):
             async for news in events:
                 for message in _messages(news, request.compression):
@@ -302,6 +302,10 @@ def _parts(event: scheduler.Event, compression: tensor_pb2.Compression) -> Itera
             yield service_pb2.Event(saved=service_pb2.Saved(node=event.node, header=header))
             for chunk in tensors.chunks(event.tensor, compression=compression):
                 yield service_pb2.Event(chunk=chunk)
+        case scheduler.Absent():
+            yield service_pb2.Event(absent=service_pb2.Absent(node=event.node))
+        case scheduler.Tokens():
+            yield service_pb2.Event(tokens=service_pb2.Tokens(trace=event.trace, invoke=event.invoke, ids=event.ids))
         case scheduler.Done():
             cost = event.cost
             yield service_pb2.Event(

@@ -6,7 +6,8 @@ import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,8 +16,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from patchwire.errors import GraphError, InputError
+from patchwire.graph import Generation
 from patchwire.tensors import dtype_to_proto
 from patchwire.v1 import model_pb2
+from patchwire_worker.generating import generate
 from patchwire_worker.interleaving import PassInterleaver, SiteMediator, Stopping
 from patchwire_worker.models.families import family_of
 from patchwire_worker.models.learning import Learner, pads
@@ -36,6 +39,7 @@ class HostedModel:
         catalogue: Its modules and sites.
         pads: Whether rows of different lengths may share a pass.
         overwritten: The tensors (a location and a path in it) that the model changes in place later.
+        lock: Held by whoever runs it.
     """
 
     def __init__(self, loaded: Loaded) -> None:
@@ -44,6 +48,7 @@ class HostedModel:
         self.tokenizer = loaded.tokenizer
         self.device = next(self.module.parameters()).device
         self.config = getattr(self.module, "config", None)
+        self.lock = threading.RLock()
         self.interleaver = PassInterleaver(self.module)
         self._options = self._call_options()
         self._memory = _Memory(self.module)
@@ -58,8 +63,10 @@ class HostedModel:
 
     def _call_options(self) -> dict[str, Any]:
         """What every call of the model gets besides its tokens: a forward pass needs no cache."""
-        parameters = inspect.signature(type(self.module).forward).parameters
-        return {"use_cache": False} if "use_cache" in parameters else {}
+        return {"use_cache": False} if self._takes("use_cache") else {}
+
+    def _takes(self, argument: str) -> bool:
+        return argument in inspect.signature(type(self.module).forward).parameters
 
     @cached_property
     def vocabulary(self) -> int:
@@ -78,12 +85,44 @@ class HostedModel:
                 return found
         return 0
 
-    def run(self, ids: Tensor, mediators: list[SiteMediator], stopping: Stopping) -> None:
+    def run(self, ids: Tensor, mediators: Sequence[SiteMediator], stopping: Stopping) -> None:
         """One forward pass over token ids `[batch, seq]`."""
+        ids = ids.to(self.device)
         try:
-            self.interleaver.run(mediators, stopping, input_ids=ids.to(self.device), **self._options)
+            self.interleaver.run(lambda: self.module(input_ids=ids, **self._options), {0: mediators}, stopping)
         finally:
             self._memory.restore()
+
+    def generate(
+        self,
+        ids: Tensor,
+        options: Generation,
+        steps: Mapping[int, Sequence[SiteMediator]],
+        stopping: Stopping,
+        on_tokens: Callable[[list[int]], None],
+    ) -> Tensor | None:
+        """Generate tokens after token ids `[batch, seq]`.
+
+        Args:
+            ids: The prompts, of one length.
+            options: How.
+            steps: Who waits in which step.
+            stopping: Ends it early.
+            on_tokens: Told the new token of each row.
+
+        Returns:
+            All token ids `[batch, seq + new]`, on the CPU; None if a mediator ended it.
+        """
+        ids = ids.to(self.device)
+        # Hugging Face leaves out the logits of all but the prompt's last token, unless it is told not to.
+        head = self.catalogue.raw("lm_head")
+        looked_at = any(each.location[0] in ("", head) for each in steps.get(0, ()))
+        more = {"logits_to_keep": 0} if looked_at and self._takes("logits_to_keep") else {}
+        try:
+            made = self.interleaver.run(lambda: generate(self.module, ids, options, on_tokens, more), steps, stopping)
+        finally:
+            self._memory.restore()
+        return None if made is None else made.to("cpu")
 
     def apply(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Apply one of its modules, in the middle of a pass or outside of one."""
@@ -97,7 +136,7 @@ class HostedModel:
         owner, _, name = path.rpartition(".")
         found = getattr(self.module.get_submodule(self.catalogue.module(owner).path), name)
         assert isinstance(found, Tensor)
-        return found.detach()
+        return found
 
     # --- tokens -------------------------------------------------------------------------------------------------------
 

@@ -105,7 +105,7 @@ class Learner:
         self.interleaver.observe = seen.observe
         try:
             with torch.no_grad():
-                self.interleaver.run([], Stopping(), input_ids=ids, **self.options)
+                self.interleaver.run(lambda: self.module(input_ids=ids, **self.options), {}, Stopping())
         finally:
             self.interleaver.observe = None
         self.overwritten |= seen.overwritten()
