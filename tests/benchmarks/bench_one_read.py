@@ -25,13 +25,13 @@ from measuring import alternate, report
 
 import patchwire
 from patchwire import graph as g
-from patchwire_worker.admission import Admission
+from patchwire_worker.admission import Admission, Admitted
 from patchwire_worker.config import Limits
 from patchwire_worker.executor import Execution
 from patchwire_worker.interleaving import Stopping
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.models.loading import load
-from patchwire_worker.planner import plan
+from patchwire_worker.planner import Plan, plan
 from patchwire_worker.store import TensorStore
 from serving import Server
 
@@ -89,18 +89,14 @@ def worker(directory: str) -> None:
     message = g.graph_to_proto(graph)
 
     def from_message() -> torch.Tensor:
-        saved: list[torch.Tensor] = []
         admitted = admission.admit(message)
-        Execution(admitted, plan(admitted), lambda node, tensor: saved.append(tensor), Stopping()).run(_ignore)
-        return saved[0]
+        return run(admitted, plan(admitted))
 
     admitted = admission.admit(message)
     planned = plan(admitted)
 
     def pass_only() -> torch.Tensor:
-        saved: list[torch.Tensor] = []
-        Execution(admitted, planned, lambda node, tensor: saved.append(tensor), Stopping()).run(_ignore)
-        return saved[0]
+        return run(admitted, planned)
 
     assert torch.equal(raw_hook(plain), from_message())
     cases = {"raw": lambda: raw_hook(plain), "patchwire": from_message, "pass": pass_only}
@@ -113,8 +109,28 @@ def worker(directory: str) -> None:
     )
 
 
-def _ignore(number: int, passes: int) -> None:
-    pass
+class _Taker:
+    """Takes the value that is saved."""
+
+    tensor: torch.Tensor
+
+    def running(self, number: int, passes: int) -> None:
+        pass
+
+    def saved(self, node: int, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def absent(self, node: int) -> None:
+        raise AssertionError("nothing is generated")
+
+    def tokens(self, trace: int, invoke: int, ids: list[int]) -> None:
+        raise AssertionError("nothing is generated")
+
+
+def run(admitted: Admitted, planned: Plan) -> torch.Tensor:
+    taker = _Taker()
+    Execution(admitted, planned, taker, Stopping()).run()
+    return taker.tensor
 
 
 if __name__ == "__main__":

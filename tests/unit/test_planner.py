@@ -49,7 +49,7 @@ class Request:
         leaves = {node.args[0]: self.checker.leaf(node.args[0]) for node in nodes if node.target in (g.read, g.write)}
         model = SimpleNamespace(pads=False, overwritten=frozenset(), catalogue=self.catalogue)
         positions = {node: index for index, node in enumerate(nodes)}
-        return plan(Admitted(self.graph, model, self.checker, leaves, positions))
+        return plan(Admitted(self.graph, [model], self.checker, leaves, positions))
 
 
 def lengths_of(planned: Plan) -> list[int]:
