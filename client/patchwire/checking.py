@@ -37,7 +37,7 @@ from patchwire.errors import (
     first_line,
     with_code,
 )
-from patchwire.sites import Axis, Catalogue, Leaf, Module
+from patchwire.sites import Axis, Catalogue, Leaf, Module, Parameter
 
 _ELEMENTWISE = frozenset(name for name in ops.OPERATIONS if name.startswith("operator.")) - {"operator.matmul"}
 """Operations that make nothing but their result."""
@@ -104,6 +104,7 @@ class Checker:
             g.apply: self._apply,
             g.constant: self._constant,
             g.parameter: self._parameter,
+            g.assign: self._assign,
             g.grad: self._grad,
             g.generated: self._generated,
             g.save: self._save,
@@ -289,8 +290,11 @@ class Checker:
         return result
 
     def _apply(self, node: torch.fx.Node) -> Any:
-        trace, name, args, kwargs = node.args
-        module = self.catalogue(self.graph.traces[trace].model).module(name)  # type: ignore[index, arg-type]
+        trace, name, args, kwargs, weights = node.args
+        catalogue = self.catalogue(self.graph.traces[trace].model)  # type: ignore[index]
+        module = catalogue.module(name)  # type: ignore[arg-type]
+        for path, weight in weights.items():  # type: ignore[union-attr]
+            self._fits(path, catalogue.parameter(path), weight)  # type: ignore[arg-type]
         values = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.fx.Node)]  # type: ignore[misc, union-attr]
         if not module.leaves or not values:
             return None
@@ -354,6 +358,27 @@ class Checker:
         # How many tokens there will be depends on what they are.
         node.meta["after"] = After((trace, math.inf), "the generated tokens", g.line_of(node))
         return None
+
+    def _assign(self, node: torch.fx.Node) -> None:
+        trace, path, value = node.args
+        assert isinstance(trace, int)
+        assert isinstance(path, str)
+        assert isinstance(value, torch.fx.Node)
+        self._fits(path, self.catalogue(self.graph.traces[trace].model).parameter(path), value)
+        after: After | None = value.meta["after"]
+        if after is not None and after.order >= (trace,):
+            raise OrderError(
+                f"`{path}` cannot become a value of `{after.site}`, which exists only when the model runs with it.",
+                hint="Read the value in an earlier trace of a session.",
+                lines=[with_code(line) for line in (g.line_of(node), after.line) if line is not None],
+            )
+
+    @staticmethod
+    def _fits(path: str, parameter: Parameter, value: torch.fx.Node) -> None:
+        fake = fake_of(value)
+        own = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        if isinstance(fake, Tensor) and (fake.shape != own.shape or fake.dtype != own.dtype):
+            raise ShapeError(f"`{path}` is {describe(own)} and cannot become {describe(fake)}.")
 
     def _save(self, node: torch.fx.Node) -> None:
         if isinstance(fake_of(node.args[0]), tuple):  # type: ignore[arg-type]

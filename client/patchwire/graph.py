@@ -48,14 +48,21 @@ def write(site: Site, value: Tensor) -> None:
     raise AssertionError("a site has a value only inside a pass")
 
 
-def apply(trace: int, module: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Apply a module of the model."""
+def apply(
+    trace: int, module: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> Any:
+    """Apply a module of the model, with some of its weights replaced."""
     raise AssertionError("modules are on the worker")
 
 
 def parameter(trace: int, path: str) -> Tensor:
     """A parameter of the model."""
     raise AssertionError("parameters are on the worker")
+
+
+def assign(trace: int, path: str, value: Tensor) -> None:
+    """Have a trace run with another weight."""
+    raise AssertionError("weights are on the worker")
 
 
 def constant(index: int) -> Tensor:
@@ -131,7 +138,7 @@ def same_storage(one: Any, other: Any) -> bool:
     return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
-for _function in (write, save):
+for _function in (write, assign, save):
     torch.fx.node.has_side_effect(_function)
 
 
@@ -278,6 +285,11 @@ class _Encoder:
             case target if target is apply:
                 out.apply.trace, out.apply.module = args[0], args[1]  # type: ignore[assignment]
                 self.arguments(args[2], args[3], out.apply)
+                for path, weight in args[4].items():  # type: ignore[union-attr]
+                    out.apply.weights[path] = self.position(weight)
+            case target if target is assign:
+                out.assign.trace, out.assign.path = args[:2]  # type: ignore[assignment]
+                out.assign.value = self.position(args[2])
             case target if target is constant:
                 out.constant = args[0]  # type: ignore[assignment]
             case target if target is parameter:
@@ -447,7 +459,16 @@ class _Decoder:
                 self.trace(message.apply.trace)
                 self.name(message.apply.module)
                 args, kwargs = self.arguments(message.apply)
-                return create(apply, (message.apply.trace, message.apply.module, args, kwargs))
+                self.count(message.apply.weights)
+                for path in message.apply.weights:
+                    self.name(path)
+                changed = {path: self.value(each) for path, each in message.apply.weights.items()}
+                return create(apply, (message.apply.trace, message.apply.module, args, kwargs, changed))
+            case "assign":
+                self.trace(message.assign.trace)
+                self.name(message.assign.path)
+                value = self.value(message.assign.value)
+                return create(assign, (message.assign.trace, message.assign.path, value))
             case "constant":
                 if message.constant >= len(self.graph.constants):
                     raise self.error(f"There is no constant {message.constant}.")
@@ -483,7 +504,7 @@ class _Decoder:
         if index >= len(self.nodes):
             raise self.error(f"Node {len(self.nodes)} refers to node {index}, which is not before it.")
         node = self.nodes[index]
-        if node.target in (write, save):
+        if node.target in (write, assign, save):
             raise self.error(f"Node {index} has no value.")
         return node
 

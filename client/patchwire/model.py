@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -23,6 +23,9 @@ from patchwire.session import Session
 from patchwire.sites import INPUT, OUTPUT, Address, Catalogue, Leaf, Parameter, spell
 from patchwire.tracing import Generation, Trace, current, recording
 from patchwire.v1 import model_pb2
+
+if TYPE_CHECKING:
+    from patchwire.editing import Edit, Editing
 
 
 class Module:
@@ -95,13 +98,17 @@ class Module:
             return
         full = f"{self._name}.{name}" if self._name else name
         named = self._catalogue.names.get(full)
-        if named is None or named.value is None:
+        if named is not None and named.value is not None:
+            self._write(Address(full), value)
+        elif isinstance(self._child(name) or self._parameter(name), (Value, Parameter)):
+            scope = current(spell(full), self._model)
+            scope.recorder.assign_parameter(scope.trace, full, value)
+        else:
             raise SiteError(
-                f"`{spell(full)}` cannot be assigned: only values can, not modules or weights.",
+                f"`{spell(full)}` cannot be assigned: only values and weights can, not modules.",
                 hint=f"Write `{spell(full)}.output = …` inside a block.",
                 lines=here(),
             )
-        self._write(Address(full), value)
 
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
@@ -301,6 +308,8 @@ class Model(Module):
     summary: model_pb2.ModelSummary
     fingerprint: str
     progress: bool
+    _original: Model
+    _edits: list[Edit]
 
     def __init__(
         self, connection: Connection, description: model_pb2.ModelDescription, *, progress: bool = True
@@ -319,6 +328,8 @@ class Model(Module):
         put(self, "fingerprint", description.fingerprint.hex())
         put(self, "progress", progress)
         put(self, "_description", description)
+        put(self, "_original", self)
+        put(self, "_edits", [])
 
     @property
     def num_layers(self) -> int:
@@ -390,6 +401,40 @@ class Model(Module):
             max_new_tokens, min_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty, seed
         )
         return Generation(self, given, options, stream)
+
+    def edit(self, given: Any = None, *, prompt_only: bool = False) -> Editing:
+        """A block whose interventions and changed weights stay with the model that it gives.
+
+        Args:
+            given: A prompt to record the block for, if it needs one of a certain length; its interventions are recorded
+                again for the prompts of every trace.
+            prompt_only: Whether they are left out of a generation's later passes, which have one token.
+
+        Nothing changes on the server: this proxy, and other people, see the model as it was.
+
+        Example:
+            >>> with model.edit() as steered:
+            ...     model.layers[5].output[:] += direction
+            ...     model.layers[7].mlp.output_projection.weight += torch.outer(u, v)
+            >>> with steered.trace("The Eiffel Tower is in"):
+            ...     logits = model.logits.save()
+        """
+        from patchwire.editing import Editing
+
+        return Editing(self, given, prompt_only=prompt_only)
+
+    def _with_edits(self) -> Model:
+        """Another proxy of the same model, with the edits of this one."""
+        edited = object.__new__(Model)
+        for name, value in self.__dict__.items():
+            object.__setattr__(edited, name, value)
+        object.__setattr__(edited, "_model", edited)
+        object.__setattr__(edited, "_edits", list(self._edits))
+        return edited
+
+    def _longest(self, length: int) -> int:
+        """A length, or the longest that a prompt may have."""
+        return min(length, self._description.max_positions or length)
 
     def session(self) -> Session:
         """A block of many traces that are sent as one request, between which values stay on the server."""

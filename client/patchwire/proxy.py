@@ -39,12 +39,13 @@ if TYPE_CHECKING:
 
 
 class Memory:
-    """What the aliases of one tensor share: its newest version, and the sites whose value it is."""
+    """What the aliases of one tensor share: its newest version, and the sites and weights whose value it is."""
 
     def __init__(self, node: torch.fx.Node, *, constant: str = "") -> None:
         self.node = node
         self.version = 0
         self.sites: list[tuple[Site, Value]] = []
+        self.weights: list[tuple[int, str, Value]] = []
         self.edits: list[tuple[Value, SourceLine | None]] = []
         self.constant = constant
         """Why it must not be edited, if it must not."""

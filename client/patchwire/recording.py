@@ -66,6 +66,8 @@ class Recorder(TracerBase):
         self._gradients: dict[tuple[torch.fx.Node, ...], Value] = {}
         self._everyone: dict[_Place, Value] = {}
         self._skipped: list[tuple[Site, str]] = []
+        self._parameters: dict[tuple[int, str, str], Value] = {}
+        self._assigned: dict[tuple[int, str, str], torch.fx.Node] = {}
         self._sites: dict[_Place, Value] = {}
         self._writes: dict[_Place, torch.fx.Node] = {}
         self._constants: dict[int, tuple[Tensor, Tensor, torch.fx.Node]] = {}
@@ -88,6 +90,22 @@ class Recorder(TracerBase):
             self.graph.erase_node(node)
             raise
         return node
+
+    def again(self, node: torch.fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.fx.Node:
+        """Record what a node of another graph does, with other arguments.
+
+        Raises:
+            PatchwireError: it does not fit these; at the line that the node came from.
+        """
+        assert not isinstance(node.target, str)
+        try:
+            made = self._create(node.target, args, kwargs, g.operation_of(node))
+        except PatchwireError as error:
+            line = g.line_of(node)
+            lines = [with_code(line)] if line else []
+            raise type(error)(error.message, hint=error.hint, lines=[*lines, *error.lines]) from None
+        made.meta["line"] = g.line_of(node)
+        return made
 
     def argument(self, value: Any) -> Any:
         """What stands in a graph for an argument: nodes for values and tensors, plain data as it is.
@@ -306,6 +324,8 @@ class Recorder(TracerBase):
         try:
             for site, alias in memory.sites:
                 self._write(self._place(site), site, alias)
+            for trace, path, alias in memory.weights:
+                self._assign(trace, path, alias)
         except PatchwireError:
             # The program may go on after a refused edit: then nothing of it must remain.
             self._advance(memory, former, value, None)
@@ -492,9 +512,53 @@ class Recorder(TracerBase):
         self._writes[place] = node
 
     def parameter(self, trace: int, path: str) -> Value:
-        """A parameter of a model."""
-        node = self._create(g.parameter, (trace, path))
-        return Value(self, node, Memory(node, constant=f"`{path}` is a weight, which a trace does not change."))
+        """A parameter of a model, as a trace runs with it so far."""
+        known = self._parameters.get(self._weight(trace, path))
+        if known is not None:
+            return Value(self, known.node, known.memory, known.views)
+        value = Value(self, self._create(g.parameter, (trace, path)))
+        self._parameters[self._weight(trace, path)] = value
+        value.memory.weights.append((trace, path, value))
+        return value
+
+    def assign_parameter(self, trace: int, path: str, value: Any) -> None:
+        """Have a trace run with another weight.
+
+        Raises:
+            ShapeError: it has another shape or dtype.
+            OrderError: it exists only when the trace has run.
+        """
+        weight = self._weight(trace, path)
+        known = self._parameters.get(weight)
+        if not isinstance(value, Value) or value.ready:
+            value = Value(self, self.argument(value))
+        if known is not None and known.memory is value.memory and repr(known.views) == repr(value.views):
+            return  # `weight += 1` has edited the value and now assigns it
+        self._assign(trace, path, value)
+        if known is not None:
+            known.memory.weights = [each for each in known.memory.weights if self._weight(*each[:2]) != weight]
+        self._parameters[weight] = value
+        value.memory.weights.append((trace, path, value))
+
+    def _weight(self, trace: int, path: str) -> tuple[int, str, str]:
+        owner, _, name = path.rpartition(".")
+        return (trace, self.checker.catalogue(self.request.traces[trace].model).module(owner).path, name)
+
+    def _assign(self, trace: int, path: str, value: Value) -> None:
+        node = self._create(g.assign, (trace, path, value.node))
+        former = self._assigned.pop(self._weight(trace, path), None)
+        if former is not None:
+            self.graph.erase_node(former)
+        self._assigned[self._weight(trace, path)] = node
+
+    def _weights_of(self, trace: int, module: str) -> dict[str, torch.fx.Node]:
+        """The weights of a module, by their paths, that the trace has changed so far."""
+        own = self.checker.catalogue(self.request.traces[trace].model).module(module).path
+        return {
+            str(node.args[1]): self._parameters[weight].node
+            for weight, node in self._assigned.items()
+            if weight[0] == trace and f"{weight[1]}.".startswith(f"{own}." if own else "")
+        }
 
     def apply(self, trace: int, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
         """Apply a module of a model to values."""
@@ -507,7 +571,8 @@ class Recorder(TracerBase):
                 hint="Give a prompt to a trace of its own.",
                 lines=here(),
             )
-        return Value(self, self._create(g.apply, (trace, module, arguments, keywords)))
+        weights = self._weights_of(trace, module)
+        return Value(self, self._create(g.apply, (trace, module, arguments, keywords, weights)))
 
     # --- the end ------------------------------------------------------------------------------------------------------
 

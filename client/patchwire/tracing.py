@@ -70,7 +70,7 @@ def current(what: str, model: Model) -> Scope:
             hint='Write it inside a block: `with model.trace("…"):`.',
             lines=here(),
         )
-    if scope.model is not model:
+    if scope.model._original is not model._original:
         raise GraphError(
             f"`{what}` belongs to {model.name}, but the block traces {scope.model.name}.",
             hint=f"Trace {model.name} in a block of its own; a saved value may be used there.",
@@ -140,6 +140,8 @@ class Trace:
         self._trace.invokes.append(rows)
         if embeddings is not None:
             self._recorder.assign(g.Site(self._index, index, Address("embed.output")), embeddings)
+        for edit in self._model._edits:
+            edit.into(self._recorder, self._index, index)
         return index
 
     @contextlib.contextmanager
@@ -212,8 +214,11 @@ class Trace:
             )
         self._finish()
         if self._own:
-            self.stats = self._request.run()
+            self._run()
         return stopped
+
+    def _run(self) -> None:
+        self.stats = self._request.run()
 
     def _finish(self) -> None:
         """The block has ended, and the graph has not been sent."""

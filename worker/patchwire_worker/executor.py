@@ -102,6 +102,7 @@ class Execution:
         self._ready: list[tuple[int, torch.fx.Node]] = []
         self._fresh: list[torch.fx.Node] = []
         self._origins: dict[torch.fx.Node, tuple[Tensor, Access]] = {}
+        self._weights: dict[torch.fx.Node, Tensor] = {}
         for node in admitted.graph.fx.nodes:
             if node in plan.needed:
                 self._missing[node] = len(node.all_input_nodes)
@@ -133,6 +134,7 @@ class Execution:
             self._ready.clear()
             self._fresh.clear()
             self._origins.clear()
+            self._weights.clear()
         self.cost.seconds = time.perf_counter() - start
         return self.cost
 
@@ -181,12 +183,14 @@ class Execution:
         for work in each.works:
             steps[work.step].append(SiteMediator(work.location, partial(arrive, work)))
         generated = None
+        weights = {str(node.args[1]): self._weights[node] for node in each.weights}
         try:
-            if each.generation is None:
-                each.model.run(each.ids, steps[0], self.stopping)
-            else:
-                tell = partial(self.listener.tokens, each.generation.trace, each.generation.invoke)
-                generated = each.model.generate(each.ids, each.generation.options, steps, self.stopping, tell)
+            with each.model.weights(weights):
+                if each.generation is None:
+                    each.model.run(each.ids, steps[0], self.stopping)
+                else:
+                    tell = partial(self.listener.tokens, each.generation.trace, each.generation.invoke)
+                    generated = each.model.generate(each.ids, each.generation.options, steps, self.stopping, tell)
         except PatchwireError:
             raise
         except torch.OutOfMemoryError as error:
@@ -339,7 +343,11 @@ class Execution:
                         )
                     # A module may change its arguments in place, and these may be weights, or values of others.
                     own = _map_tensors((args[2], args[3]), torch.clone)
-                    return _map_tensors(model.apply(path, *own), torch.Tensor.contiguous)
+                    with model.weights(args[4]):  # type: ignore[arg-type]
+                        return _map_tensors(model.apply(path, *own), torch.Tensor.contiguous)
+                case target if target is g.assign:
+                    self._weights[node] = args[2]  # type: ignore[assignment]
+                    return None
                 case target:
                     self._check_size(node, args, kwargs)
                     return target(*args, **kwargs)  # type: ignore[operator]

@@ -67,6 +67,8 @@ class Pass:
     """How many modules come after that."""
     generation: Generating | None = None
     """How it generates tokens, if it does."""
+    weights: Sequence[torch.fx.Node] = ()
+    """The weights that it runs with instead of the model's own."""
 
 
 @dataclass(frozen=True)
@@ -107,16 +109,19 @@ def plan(admitted: Admitted) -> Plan:
     """
     needed = _needed(admitted)
     accesses: _Accesses = defaultdict(lambda: defaultdict(list))
+    weights: defaultdict[int, list[torch.fx.Node]] = defaultdict(list)
     for node in admitted.graph.fx.nodes:
         if node in needed and node.target in (g.read, g.write):
             accesses[node.args[0].trace][node.args[0].invoke].append(node)
         elif node in needed and node.target is g.generated:
             accesses[node.args[0]][node.args[1]].append(node)
+        elif node in needed and node.target is g.assign:
+            weights[node.args[0]].append(node)
     behind = cache(lambda: _invokes_behind(admitted, needed))
     passes: list[Pass] = []
     for index, trace in enumerate(admitted.graph.traces):
         for invokes in _groups(admitted, index, trace, accesses[index], behind):
-            made = _pass(admitted, index, invokes, accesses[index])
+            made = _pass(admitted, index, invokes, accesses[index], weights[index])
             if made.works or (made.generation and made.generation.results):
                 passes.append(made)
     gradients = [node for node in needed if node.target is g.grad]
@@ -141,14 +146,14 @@ def _needed(admitted: Admitted) -> set[torch.fx.Node]:
             need(node)
         elif node.target in (g.read, g.write):
             accesses[node.args[0].trace].append(node)
-        elif node.target is g.generated:
+        elif node.target in (g.generated, g.assign):
             accesses[node.args[0]].append(node)
     for trace in sorted(accesses, reverse=True):
         # From the last moment to the first: a write matters if something is read after it that matters.
         last_read: _Moment = ()
         moments = [(_moment(admitted, node), node) for node in accesses[trace]]
         for moment, node in sorted(moments, key=itemgetter(0), reverse=True):
-            if node.target is g.write:
+            if node.target in (g.write, g.assign):
                 if last_read > moment:
                     need(node)
             elif node in needed:
@@ -161,8 +166,8 @@ _Moment = tuple[float, ...]
 
 
 def _moment(admitted: Admitted, node: torch.fx.Node) -> _Moment:
-    if node.target is g.generated:
-        return (math.inf,)
+    if node.target in (g.generated, g.assign):
+        return (math.inf if node.target is g.generated else -math.inf,)
     site = node.args[0]
     assert isinstance(site, g.Site)
     return (site.step, admitted.leaves[site].order, node.target is g.write)
@@ -256,7 +261,13 @@ def _invokes_behind(admitted: Admitted, needed: set[torch.fx.Node]) -> dict[torc
     return behind
 
 
-def _pass(admitted: Admitted, index: int, invokes: list[int], accesses: Mapping[int, Sequence[torch.fx.Node]]) -> Pass:
+def _pass(
+    admitted: Admitted,
+    index: int,
+    invokes: list[int],
+    accesses: Mapping[int, Sequence[torch.fx.Node]],
+    weights: Sequence[torch.fx.Node],
+) -> Pass:
     trace, model = admitted.graph.traces[index], admitted.models[index]
     rows = [row for invoke in invokes for row in trace.invokes[invoke].rows]
     batch, seq = len(rows), max(len(row) for row in rows)
@@ -283,8 +294,8 @@ def _pass(admitted: Admitted, index: int, invokes: list[int], accesses: Mapping[
             (work.reads if node.target is g.read else work.writes).append(access)
     ordered = sorted(works.values(), key=lambda work: (work.step, work.order))
     if trace.generation is not None:
-        return Pass(model, ids, ordered, 0, Generating(trace.generation, index, invokes[0], results))
-    return Pass(model, ids, ordered, _skipped(model, ordered[-1].order) if ordered else 0)
+        return Pass(model, ids, ordered, 0, Generating(trace.generation, index, invokes[0], results), weights)
+    return Pass(model, ids, ordered, _skipped(model, ordered[-1].order) if ordered else 0, weights=weights)
 
 
 def _skipped(model: HostedModel, last: int) -> int:

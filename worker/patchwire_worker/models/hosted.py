@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -49,6 +50,8 @@ class HostedModel:
         self.device = next(self.module.parameters()).device
         self.config = getattr(self.module, "config", None)
         self.lock = threading.RLock()
+        self._slots: list[_Slot] = []
+        self._replaced: dict[tuple[nn.Module, str], Tensor] = {}
         self.interleaver = PassInterleaver(self.module)
         self._options = self._call_options()
         self._memory = _Memory(self.module)
@@ -132,11 +135,48 @@ class HostedModel:
             self._memory.restore()
 
     def parameter(self, path: str) -> Tensor:
-        """A parameter or buffer, by its module's name or path and its own name."""
+        """A parameter or buffer of the model's own, by its module's name or path and its own name."""
         owner, _, name = path.rpartition(".")
-        found = getattr(self.module.get_submodule(self.catalogue.module(owner).path), name)
+        module = self.module.get_submodule(self.catalogue.module(owner).path)
+        found = self._replaced.get((module, name))
+        found = getattr(module, name) if found is None else found
         assert isinstance(found, Tensor)
         return found
+
+    @contextlib.contextmanager
+    def weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Run with other weights than the model's own, by their paths; all that are not named are its own.
+
+        What is tied to one of them changes with it, as it does in PyTorch when a weight is changed in place.
+
+        Raises:
+            GraphError: two of them are tied to each other, or one is a buffer.
+        """
+        before, slots = self._replaced, self._slots
+        new: dict[int, Tensor] = {}
+        for path, tensor in weights.items():
+            if new.setdefault(id(self.parameter(path)), tensor) is not tensor:
+                raise GraphError(f"`{path}` is tied to another weight that is changed too.", hint="Change one of them.")
+        try:
+            _restore(slots)
+            self._slots = list(self._find(new)) if new else []
+            if len({id(own) for _, _, _, own, _ in self._slots}) < len(new):
+                raise GraphError("Only parameters can be changed, and one of these is a buffer.")
+            self._replaced = {(module, name): own for module, _, name, own, _ in self._slots}
+            for _, table, name, _, tensor in self._slots:
+                table[name] = tensor
+            yield
+        finally:
+            _restore(self._slots)
+            self._replaced, self._slots = before, slots
+            for _, table, name, _, tensor in slots:
+                table[name] = tensor
+
+    def _find(self, new: Mapping[int, Tensor]) -> Iterator[_Slot]:
+        for module in self.module.modules():
+            for name, own in module._parameters.items():
+                if own is not None and id(own) in new:
+                    yield module, module._parameters, name, own, new[id(own)].to(own.device)
 
     # --- tokens -------------------------------------------------------------------------------------------------------
 
@@ -223,6 +263,15 @@ class HostedModel:
             for module in self.catalogue.modules.values()
         ]
         return hashlib.sha256(json.dumps([tree, self._config_json()]).encode()).digest()
+
+
+_Slot = tuple[nn.Module, dict[str, Any], str, Tensor, Tensor]
+"""A module, its table of parameters or buffers, a name in it, the model's own tensor and the one in its place."""
+
+
+def _restore(slots: Sequence[_Slot]) -> None:
+    for _, table, name, own, _ in slots:
+        table[name] = own
 
 
 class _Memory:
