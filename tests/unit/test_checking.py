@@ -60,7 +60,7 @@ class TestFakes:
     def test_of_a_module_that_is_applied_has_its_output_s_last_dimension(self, asked):
         last = asked.add("operator.getitem", asked.read("layers.0.output"), (slice(None), -1))
 
-        assert fake_of(asked.add(g.apply, 0, "lm_head", (last,), {})).shape == (2, 50)
+        assert fake_of(asked.add(g.apply, 0, "lm_head", (last,), {}, {})).shape == (2, 50)
 
     def test_of_what_depends_on_values_is_unknown_and_stays_so(self, asked):
         mask = asked.add("operator.gt", asked.read("layers.0.output"), 0)
@@ -392,7 +392,7 @@ class TestRefusals:
     def test_a_module_that_does_not_take_the_value(self, asked):
         logits = asked.read("logits")
 
-        text = self.refused(asked, ShapeError, g.apply, 0, "lm_head", (logits,), {})
+        text = self.refused(asked, ShapeError, g.apply, 0, "lm_head", (logits,), {}, {})
         assert "[..., 8]" in text
         assert "[2, 3, 50]" in text
 
