@@ -37,7 +37,7 @@ from patchwire.errors import (
     first_line,
     with_code,
 )
-from patchwire.sites import Axis, Catalogue, Leaf, Module
+from patchwire.sites import Axis, Catalogue, Leaf, Module, Order
 
 _ELEMENTWISE = frozenset(name for name in ops.OPERATIONS if name.startswith("operator.")) - {"operator.matmul"}
 """Operations that make nothing but their result."""
@@ -59,8 +59,8 @@ _CUBIC = """
 class After:
     """When a value exists."""
 
-    order: tuple[int, int]
-    """The trace of the latest site it depends on, and the site's position among all sites of a forward pass."""
+    order: tuple[int, Order]
+    """The trace of the latest site it depends on, and when the site exists at the earliest."""
     site: g.Site
     """That site."""
     line: SourceLine | None
@@ -140,6 +140,11 @@ class Checker:
         """What the value of a site looks like."""
         lengths = self.graph.traces[site.trace].invokes[site.invoke].lengths
         leaf = self.leaf(site)
+        times = leaf.runs.length(len(lengths), max(lengths))
+        if times is not None and leaf.occurrence >= times:
+            raise SiteError(
+                f"`{site}` never exists: with this prompt the operation runs {times} times, and the first is [0]."
+            )
         if not leaf.aligns and len(set(lengths)) > 1:
             raise SiteError(
                 f"`{site}` {leaf.symbolic} cannot be told apart for prompts of different lengths.",
@@ -172,7 +177,7 @@ class Checker:
                 f"`{site}` is {describe(place)} ({leaf.symbolic}) and cannot become {describe(fake)}.", hint=hint
             )
         after: After | None = node.meta["after"]
-        if after is not None and after.order > (site.trace, leaf.order):
+        if after is not None and after.order > (site.trace, leaf.latest):
             lines = [with_code(line) for line in (g.line_of(node), after.line) if line is not None]
             raise OrderError(
                 f"`{site}` cannot be changed with a value of `{after.site}`, which comes later in the forward pass.",

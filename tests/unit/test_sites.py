@@ -76,7 +76,7 @@ class TestSymbolicShape:
         assert dim.length(batch=2, seq=7) == length
 
     def leaf(self, *dims: Dim) -> Leaf:
-        return Leaf("m", "output", (), dims, torch.bfloat16, 3)
+        return Leaf("m", "output", (), dims, torch.bfloat16, (3,))
 
     def test_of_a_leaf_is_readable(self):
         assert self.leaf(Dim(Axis.BATCH), Dim(Axis.SEQ), Dim(Axis.CONSTANT, 768)).symbolic == "[batch, seq, 768]"
@@ -109,7 +109,7 @@ class TestSymbolicShape:
         st.sampled_from(["input", "output"]),
     )
     def test_comes_back_from_its_message(self, dims, path, side):
-        leaf = Leaf("m", side, path, tuple(dims), torch.float8_e5m2, 9)
+        leaf = Leaf("m", side, path, tuple(dims), torch.float8_e5m2, (9,))
 
         assert Leaf.from_proto("m", leaf.to_proto()) == leaf
 

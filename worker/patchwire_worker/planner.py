@@ -22,9 +22,8 @@ from torch import Tensor
 
 from patchwire import graph as g
 from patchwire.errors import LimitError, OrderError
-from patchwire.sites import Axis, Leaf
+from patchwire.sites import Axis, Leaf, Location, Order
 from patchwire_worker.admission import Admitted, at
-from patchwire_worker.interleaving import Location
 from patchwire_worker.rows import Rows
 
 _MAX_ENTRIES = 1 << 22
@@ -44,7 +43,7 @@ class Work:
     """What happens at one location: first everything is read, then everything is written."""
 
     location: Location
-    order: int
+    order: Order
     reads: list[Access] = field(default_factory=list)
     writes: list[Access] = field(default_factory=list)
 
@@ -104,30 +103,27 @@ def _needed(admitted: Admitted) -> set[torch.fx.Node]:
         stack = [node]
         while stack:
             each = stack.pop()
-            if each not in needed:
-                needed.add(each)
-                stack.extend(each.all_input_nodes)
+            if each in needed:
+                continue
+            needed.add(each)
+            stack.extend(each.all_input_nodes)
+            if each.target is g.read:
+                site = each.args[0]
+                last_read[site.trace] = max(last_read[site.trace], admitted.leaves[site].latest)  # type: ignore[union-attr, index]
 
-    accesses: dict[int, list[torch.fx.Node]] = defaultdict(list)
+    last_read: dict[int, Order] = defaultdict(tuple)
+    writes: dict[int, list[tuple[Order, torch.fx.Node]]] = defaultdict(list)
     for node in admitted.graph.fx.nodes:
         if node.target is g.save:
             need(node)
-        elif node.target in (g.read, g.write):
-            accesses[node.args[0].trace].append(node)
-    for trace in sorted(accesses, reverse=True):
-        # From the last location to the first: a write matters if something is read after it that matters.
-        last_read = -1
-        for node in sorted(accesses[trace], key=lambda each: _moment(admitted, each), reverse=True):
-            order = admitted.leaves[node.args[0]].order  # type: ignore[index]
-            if node.target is g.write and last_read > order:
+        elif node.target is g.write:
+            writes[node.args[0].trace].append((admitted.leaves[node.args[0]].order, node))
+    for trace in sorted(writes, reverse=True):
+        # A write matters if something may be read after it that matters; and its value may need what is read later yet.
+        for order, node in sorted(writes[trace], key=lambda each: each[0]):
+            if order < last_read[trace]:
                 need(node)
-            elif node.target is g.read and node in needed:
-                last_read = max(last_read, order)
     return needed
-
-
-def _moment(admitted: Admitted, node: torch.fx.Node) -> tuple[int, bool]:
-    return admitted.leaves[node.args[0]].order, node.target is g.write  # type: ignore[index]
 
 
 def _groups(
@@ -155,7 +151,7 @@ def _writes_alone(admitted: Admitted, leaf: Leaf) -> bool:
     find the change in other tensors that share its memory: after a write it goes on with a copy.
     """
     has_rows = any(dim.axis in (Axis.BATCH, Axis.BATCH_SEQ) for dim in leaf.shape)
-    return has_rows and (leaf.location, leaf.path) not in admitted.model.overwritten
+    return has_rows and (leaf.location._replace(occurrence=0), leaf.path) not in admitted.model.overwritten
 
 
 def _ordered(
@@ -239,7 +235,7 @@ def _pass(
     return Pass(ids, ordered, _skipped(admitted, ordered[-1].order) if ordered else 0)
 
 
-def _skipped(admitted: Admitted, last: int) -> int:
+def _skipped(admitted: Admitted, last: Order) -> int:
     """How many modules are entered only after a position in the order of sites."""
     entries = admitted.model.catalogue.entries
     return len(entries) - bisect_right(entries, last)

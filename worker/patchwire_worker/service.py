@@ -29,11 +29,14 @@ from patchwire.errors import (
     CancelledError,
     ConnectionLostError,
     GraphError,
+    LimitError,
     MissingTensorsError,
     PatchwireError,
+    SiteError,
     SourceLine,
     VersionError,
 )
+from patchwire.sites import SOURCE, Address, Source
 from patchwire.status import error_to_status
 from patchwire.v1 import graph_pb2, service_pb2, service_pb2_grpc, tensor_pb2
 from patchwire.version import PROTOCOL_VERSION, VERSION
@@ -54,6 +57,7 @@ T = TypeVar("T")
 
 _LIBRARIES = ("torch", "transformers", "nnsight")
 _SMALL_GRAPH = 256
+_MOST_LEARNT = 512
 _SMALL_BYTES = 64 * 1024
 _THREADS = 4
 
@@ -124,6 +128,8 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         self.schedulers = {name: Scheduler(name, config.limits) for name in models}
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="requests")
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizers")  # these bear no two threads at a time
+        # One for each model, so that nobody waits for another model's pass to end.
+        self._learning = {name: ThreadPoolExecutor(1, thread_name_prefix=f"learning-{name}") for name in models}
 
     def close_queues(self) -> None:
         """End what runs and what waits; from now on nothing runs."""
@@ -133,7 +139,7 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
     def close(self) -> None:
         """End everything."""
         self.close_queues()
-        for each in (self._threads, self._tokenizing):
+        for each in (self._threads, self._tokenizing, *self._learning.values()):
             each.shutdown(wait=False, cancel_futures=True)
 
     def authenticate(self, context: Context) -> None:
@@ -179,6 +185,19 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         self, request: service_pb2.DescribeModelRequest, context: Context
     ) -> service_pb2.DescribeModelResponse:
         return service_pb2.DescribeModelResponse(model=self.admission.model(request.model).description)
+
+    @_answering
+    async def DescribeSource(
+        self, request: service_pb2.DescribeSourceRequest, context: Context
+    ) -> service_pb2.DescribeSourceResponse:
+        model = self.admission.model(request.model)
+        module = model.catalogue.module(request.module).path
+
+        def work() -> Source:
+            return model.catalogue.source(module, tuple(request.path))
+
+        source = await asyncio.get_running_loop().run_in_executor(self._learning[model.name], work)
+        return service_pb2.DescribeSourceResponse(source=source.to_proto())
 
     @_answering
     async def Tokenize(self, request: service_pb2.TokenizeRequest, context: Context) -> service_pb2.TokenizeResponse:
@@ -236,8 +255,36 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
             admitted = self.admission.admit(message)
             return admitted, plan(admitted)
 
+        await self._learn_sources(message)
         small = len(message.nodes) <= _SMALL_GRAPH and message.ByteSize() <= _SMALL_BYTES
         return await self._apart(work, small=small)
+
+    async def _learn_sources(self, message: graph_pb2.Graph) -> None:
+        """Learn what is inside the functions that a graph looks into: the model has to run for it, so it waits for that.
+
+        Raises:
+            LimitError: these are too many at once.
+        """
+        addresses = {site.address for site in _sites(message) if SOURCE in site.address}
+        model = self.models.get(message.traces[0].model) if addresses and message.traces else None
+        if model is None:
+            return
+        catalogue = model.catalogue
+        needed = {each for address in addresses for each in catalogue.needed_sources(Address(address))}
+        wanted = sorted(needed - catalogue.sources.keys(), key=lambda inside: len(inside[1]))
+        if len(wanted) > _MOST_LEARNT:
+            raise LimitError(
+                f"The graph looks into {len(wanted):,} functions; the server learns {_MOST_LEARNT} at a time.",
+                hint="Split it into several traces.",
+            )
+
+        def work() -> None:
+            for inside in wanted:
+                with contextlib.suppress(SiteError):  # which is said again, at the line that names it
+                    catalogue.source(*inside)
+
+        if wanted:
+            await asyncio.get_running_loop().run_in_executor(self._learning[model.name], work)
 
     async def _apart(self, work: Callable[[], T], *, small: bool = False) -> T:
         """What `work` returns, done on one of a few threads so that others need not wait for it.
@@ -274,6 +321,14 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
             async for news in events:
                 for message in _messages(news, request.compression):
                     yield message
+
+
+def _sites(message: graph_pb2.Graph) -> Iterator[graph_pb2.Site]:
+    """The sites that a graph names."""
+    for node in message.nodes:
+        kind = node.WhichOneof("body")
+        if kind in ("read", "write"):
+            yield getattr(node, kind).site
 
 
 _RESPONSE_BYTES = tensors.MIB
