@@ -165,6 +165,11 @@ class Checker:
         assert isinstance(site, g.Site)
         assert isinstance(value, torch.fx.Node)
         leaf = self.leaf(site)
+        if leaf.unused:
+            raise SiteError(
+                f"`{site}` cannot be changed: the model does nothing with what this call returns.",
+                hint="Change what it is given, or what it has changed where that is used next.",
+            )
         place = self.fake_site(site)
         fake = fake_of(value)
         if isinstance(fake, tuple):

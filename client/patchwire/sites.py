@@ -198,6 +198,8 @@ class Leaf:
     """How often the operation runs in a forward pass."""
     occurrence: int = 0
     """Which time is meant."""
+    unused: bool = False
+    """Whether nothing is done with it, so that to write it would change nothing."""
 
     @property
     def location(self) -> Location:
@@ -253,6 +255,7 @@ class Leaf:
             order=self.order,
             independent=self.independent,
             last=self.last,
+            unused=self.unused,
         )
 
     @classmethod
@@ -271,6 +274,7 @@ class Leaf:
             tuple(message.last),
             operations,
             runs,
+            unused=message.unused,
         )
 
 

@@ -1,8 +1,8 @@
-"""Inside a forward: every call and every assignment of its text, read and written as a module's input and output are.
+"""Inside a forward: every call and every assignment in its text, read and written as modules' inputs and outputs are.
 
-`print(model.layers[5].mixer.source)` shows the text with the operations' names: what is called or assigned, and a number
-("torch_matmul_0" is the first call of `torch.matmul`). A function that is called there has a source of its own. What is
-inside is asked of the server when it is first needed.
+`print(model.layers[5].mixer.source)` shows the text with the operations' names: what is called or assigned, and a
+number ("torch_matmul_0" is the first call of `torch.matmul`). A function that is called there has a source of its own.
+What is inside is asked of the server when it is first needed.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ class Operation(Sided):
     - `operation.input`, `operation.inputs`: what it is called with, without the object whose method it is.
     - `operation[3]`: the fourth time that it runs in the pass, where it runs several times, as in a loop. Which one is
       meant has to be said there.
-    - `operation.source`: the operations inside the function that it calls. Where that function runs several times, their
-      numbers count all of these.
+    - `operation.source`: the operations inside the function that it calls. Where that function runs several times,
+      their numbers count all of these.
 
     Reading, assigning and editing in place follow the rules of modules.
     """

@@ -25,7 +25,7 @@ from nnsight.intervention.source import STATE, Compiled, SourceNotAvailable, ins
 from torch import nn
 
 from patchwire.errors import PatchwireError, SiteError, first_line
-from patchwire.sites import INPUT, OUTPUT, SOURCE, Inside, Location
+from patchwire.sites import SOURCE, Inside, Location
 
 _ROOT = "model"
 _FUNCTION = "fn"
@@ -190,6 +190,7 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
     def __init__(self, module: nn.Module) -> None:
         self._thread = 0
         super().__init__()
+        self.sourced: dict[str, Any] = {}
         self.module = module
         self._controllers = _Controllers(module, self)
         self.boundaries: Collection[str] = self._controllers.paths
@@ -256,7 +257,8 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
         self.observers: dict[str, Any] = {}
         self._waiting = {}
         for each in self.mediators:
-            self._waiting.setdefault(each.pending.provider, {})[each.pending.iteration] = each
+            if each.pending is not None:
+                self._waiting.setdefault(each.pending.provider, {})[each.pending.iteration] = each
         self.parked = set(self._waiting)
 
     def _reindex_parked(self) -> None:

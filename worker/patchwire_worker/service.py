@@ -260,7 +260,7 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         return await self._apart(work, small=small)
 
     async def _learn_sources(self, message: graph_pb2.Graph) -> None:
-        """Learn what is inside the functions that a graph looks into: the model has to run for it, so it waits for that.
+        """Learn what is inside the functions that a graph looks into, apart from others: the model has to run for it.
 
         Raises:
             LimitError: these are too many at once.

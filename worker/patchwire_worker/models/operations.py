@@ -1,8 +1,8 @@
 """Learning what is inside a forward: every call and every assignment, how often it runs, and what flows through it.
 
-nnsight names the operations from the text of the forward, and hands over what goes in and out of each. The model runs on
-the same prompts as when its modules were learnt (see learning.py), with the one forward instrumented that somebody has
-asked for, and from that come symbolic shapes, the order, and whether rows may share a pass, as for modules.
+nnsight names the operations from the text of the forward, and hands over what goes in and out of each. The model runs
+on the same prompts as when its modules were learnt (see learning.py), with the one forward instrumented that somebody
+has asked for, and from that come symbolic shapes, the order, and whether rows may share a pass, as for modules.
 
 How often an operation runs is learnt likewise. But that it ran once on a handful of tokens does not say that it always
 will: what is in a loop by the text, and has run once, is not counted on.
@@ -152,11 +152,11 @@ def learn(learner: Learner, inside: Inside, repeated: bool) -> tuple[Source, set
         function = f"{type(learner.module.get_submodule(module)).__name__}.{function}"
     if len(compiled.source) > _MAX_TEXT or len(compiled.names) > _MAX_OPERATIONS:
         raise LimitError(f"`{function}` is too long to look into.")
-    loops = _in_loops(compiled)
+    loops, statements = _positions(compiled)
     operations = {}
     for name in compiled.names:
         times = _times(name, runs, repeated or name in loops)
-        operation = Operation(name, compiled.lines[name], times, _leaves(inside, name, times, runs))
+        operation = Operation(name, compiled.lines[name], times, _leaves(inside, name, times, runs, name in statements))
         operations[name] = _with_callee(operation, learner.module, [each.callees for each in runs])
     return Source(module, path, function, compiled.source, operations), overwritten
 
@@ -170,7 +170,7 @@ def _times(name: str, runs: Sequence[_Seen], in_loop: bool) -> Dim:
     return times
 
 
-def _leaves(inside: Inside, name: str, times: Dim, runs: Sequence[_Seen]) -> tuple[Leaf, ...]:
+def _leaves(inside: Inside, name: str, times: Dim, runs: Sequence[_Seen], unused: bool) -> tuple[Leaf, ...]:
     module, path = inside
     leaves = []
     *others, alone = runs
@@ -188,7 +188,7 @@ def _leaves(inside: Inside, name: str, times: Dim, runs: Sequence[_Seen]) -> tup
             order, last = visits[0][0].order, visits[0][-1].order
             leaf = Leaf(
                 module, side, way, _shape(shapes), dtype, order, last=() if last == order else last,
-                operations=(*path, name), runs=times,
+                operations=(*path, name), runs=times, unused=unused and side == OUTPUT,
             )  # fmt: skip
             together, own = visits[-1], alone.visits.get((name, side), [])
             independent = leaf.packs and all(
@@ -244,21 +244,21 @@ def _with_callee(operation: Operation, model: nn.Module, callees: Sequence[Mappi
 class _Marked(Instrument):  # type: ignore[misc]
     """nnsight's way through a text, on which the operations at marked nodes are collected."""
 
-    def __init__(self, marks: Collection[int]) -> None:
+    def __init__(self, *marks: Collection[int]) -> None:
         super().__init__()
         self.marks = marks
-        self.found: set[str] = set()
+        self.found: tuple[set[str], ...] = tuple(set() for _ in marks)
 
     def wrap(self, name: str, fn: Any, args: Any, keywords: Any, node: ast.AST) -> Any:
-        marked = id(node) in self.marks
+        marked = [found for nodes, found in zip(self.marks, self.found, strict=True) if id(node) in nodes]
         call = super().wrap(name, fn, args, keywords, node)
-        if marked:
-            self.found.add(self.names[-1])
+        for found in marked:
+            found.add(self.names[-1])
         return call
 
 
-def _in_loops(compiled: Compiled) -> set[str]:
-    """The operations that stand in a loop, a comprehension, or a function inside the function."""
+def _positions(compiled: Compiled) -> tuple[set[str], ...]:
+    """The operations in a loop, a comprehension, or a function inside the function; and calls that are statements."""
     tree = ast.parse(compiled.source)
     definition = tree.body[0]
     assert isinstance(definition, (ast.FunctionDef, ast.AsyncFunctionDef))
@@ -272,7 +272,8 @@ def _in_loops(compiled: Compiled) -> set[str]:
             elif isinstance(node, _COMPREHENSIONS):
                 once = [node.generators[0].iter]
             marks |= _ids(node) - {id(node)}.union(*map(_ids, once))
-    marked = _Marked(marks)
+    statements = {id(node.value) for node in ast.walk(definition) if isinstance(node, ast.Expr)}
+    marked = _Marked(marks, statements)
     marked.visit(tree)
     assert tuple(marked.names) == compiled.names
     return marked.found
