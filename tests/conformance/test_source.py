@@ -5,6 +5,8 @@ The reference is `formulas.py`, in the place of transformers' own functions, and
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -240,7 +242,7 @@ class TestMamba:
 
         with model.trace(ids):
             conv = model.layers[1].mixer.source.causal_conv1d_fn_0.output.save()
-            states = [inside_scan(model, 1).ssm_state_1[step].output.save() for step in range(length)]
+            states = [inside_scan(model, 1).ssm_state_3[step].output.save() for step in range(length)]
 
         assert_same(conv.value, expected["conv", 1], "conv")
         for step, state in enumerate(states):
@@ -263,7 +265,7 @@ class TestMamba:
         expected = run(ids, changes={("state", 3): torch.zeros_like, ("state", 6): lambda state: state * 2})
 
         with model.trace(ids):
-            state = inside_scan(model, 1).ssm_state_1
+            state = inside_scan(model, 1).ssm_state_3
             state[3].output[:] = 0
             next_one = state[4].output.save()
             state[6].output = state[6].output * 2
@@ -280,13 +282,13 @@ class TestMamba:
         expected = run(ids, changes={("state", 5): lambda _: early}).logits
 
         with model.trace(ids):
-            state = inside_scan(model, 1).ssm_state_1
+            state = inside_scan(model, 1).ssm_state_3
             state[5].output = state[2].output
             logits = model.logits.save()
         assert_same(logits.value, expected, "logits")
 
         with pytest.raises(patchwire.OrderError, match="comes later") as caught, model.trace(ids):
-            state = inside_scan(model, 1).ssm_state_1
+            state = inside_scan(model, 1).ssm_state_3
             state[2].output = state[5].output
             model.logits.save()
         assert "state[2].output = state[5].output" in str(caught.value)
@@ -303,8 +305,8 @@ class TestMamba:
             for index, ids in enumerate(prompts):
                 with trace.invoke(ids):
                     if index == 1:
-                        inside_scan(model, 1).ssm_state_1[2].output[:] = 0
-                    states = [inside_scan(model, 1).ssm_state_1[step].output.save() for step in range(len(ids))]
+                        inside_scan(model, 1).ssm_state_3[2].output[:] = 0
+                    states = [inside_scan(model, 1).ssm_state_3[step].output.save() for step in range(len(ids))]
                     found.append((states, model.logits.save()))
 
         assert trace.stats.passes == 1
@@ -317,20 +319,20 @@ class TestMamba:
         with pytest.raises(patchwire.SiteError, match="with this prompt the operation runs 4 times"):
             with model.trace() as trace:
                 with trace.invoke(tiny.prompt(9)):
-                    inside_scan(model, 1).ssm_state_1[4].output.save()
+                    inside_scan(model, 1).ssm_state_3[4].output.save()
                 with trace.invoke(tiny.prompt(4)):
-                    inside_scan(model, 1).ssm_state_1[4].output.save()
+                    inside_scan(model, 1).ssm_state_3[4].output.save()
 
     def test_steps_of_rows_of_different_lengths_are_refused(self, model: patchwire.Model) -> None:
         with pytest.raises(patchwire.SiteError, match="cannot be told apart"):
             with model.trace([tiny.prompt(3), tiny.prompt(5)]):
-                inside_scan(model, 1).ssm_state_1[0].output.save()
+                inside_scan(model, 1).ssm_state_3[0].output.save()
 
     def test_several_rows_of_one_length_have_their_steps(self, model: patchwire.Model, run: Any) -> None:
         prompts = [tiny.prompt(6, seed=seed) for seed in (1, 2, 3)]
 
         with model.trace(prompts):
-            state = inside_scan(model, 1).ssm_state_1[4].output.save()
+            state = inside_scan(model, 1).ssm_state_3[4].output.save()
 
         for row, ids in enumerate(prompts):
             assert_same(state.value[row : row + 1], run(ids).values["state", 4], row)
@@ -338,9 +340,9 @@ class TestMamba:
     def test_which_step_has_to_be_said(self, model: patchwire.Model) -> None:
         with pytest.raises(patchwire.SiteError, match=r"runs \[seq\] times") as caught:
             with model.trace(tiny.prompt(5)):
-                inside_scan(model, 1).ssm_state_1.output.save()
+                inside_scan(model, 1).ssm_state_3.output.save()
 
-        assert "ssm_state_1[0].output" in str(caught.value)
+        assert "ssm_state_3[0].output" in str(caught.value)
 
 
 class TestOddForwards:
@@ -348,10 +350,15 @@ class TestOddForwards:
 
     def test_each_call_of_a_module_that_is_called_several_times(self, served: Any, references: Any) -> None:
         ids = tiny.prompt(6)
-        calls = [
-            (side, value) for path, side, value in hooks.visits(references["odd"], ids) if path == "shared"
-        ]
-        outputs = [value for side, value in calls if side == "output"]
+        outputs = []
+
+        def visit(path: str, side: str, value: Any) -> Any:
+            if (path, side) == ("shared", "output"):
+                outputs.append(value.clone())
+            return value
+
+        with hooks.hooked(references["odd"], visit):
+            hooks.forward(references["odd"], ids)
 
         with served["odd"].trace(ids):
             operation = served["odd"].shared.source.F_linear_0
@@ -429,13 +436,17 @@ class TestEveryOperation:
         leaves = [leaf for each in known.operations.values() for leaf in each.leaves]
         entered, left = (model.catalogue.modules[path].main(side).order for side in ("input", "output"))
 
+        found = []
         assert leaves
         assert all(entered < leaf.order <= leaf.latest < left for leaf in leaves)
         with model.trace(tiny.prompt(13)):
             for leaf in leaves:
                 if leaf.runs.axis is Axis.CONSTANT and leaf.runs.size == 1:
-                    value = read(model.module(path).source, leaf)
-                    assert leaf.lengths(1, 13) in (None, tuple(value.shape))
+                    value = read(model.module(path).source, leaf).save()
+                    found.append((leaf, value))
+
+        for leaf, value in found:
+            assert leaf.lengths(1, 13) in (None, tuple(value.value.shape)), leaf
 
     def test_is_the_same_alone_and_in_company(self, name: str, served: Any) -> None:
         path = f"{LAYER[name]}.{SOURCES[name][0]}".rstrip(".")
@@ -464,7 +475,7 @@ class TestEveryOperation:
 def read(source: Any, leaf: Any) -> Any:
     """The value of a leaf, inside a block."""
     operation = getattr(source, leaf.operations[-1])
-    operation = operation[0] if operation.repeated else operation
+    operation = operation if str(leaf.runs) == "1" else operation[0]
     steps = leaf.path
     if leaf.side == "input":
         value, steps = operation.inputs[("args", "kwargs").index(steps[0])], steps[1:]
@@ -479,16 +490,16 @@ def through_nnsight(
     model: Any, path: str, operations: list[str], ids: Tensor
 ) -> dict[tuple[str, str, tuple[Any, ...]], Tensor]:
     """Every tensor that operations are called with and return, as nnsight itself reads them."""
-    traced = NNsight(model)
-    envoy = traced
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    traced = NNsight(copy.deepcopy(model))
+    envoy: Any = traced
     for part in path.split("."):
         envoy = envoy[int(part)] if part.isdigit() else getattr(envoy, part)
     found: dict[tuple[str, str, tuple[Any, ...]], Tensor] = {}
     for operation in operations:
-        options = {} if "use_cache" not in model.forward.__code__.co_varnames else {"use_cache": False}
-        for side in ("inputs", "output"):
+        for side, handle in (("input", "inputs"), ("output", "output")):
             with traced.trace(input_ids=ids, **options):
-                value = getattr(getattr(envoy.source, operation), side).save()
-            for steps, tensor in hooks.tensors_in(value, "input" if side == "inputs" else "output"):
-                found[operation, "input" if side == "inputs" else "output", steps] = tensor
+                # Copied at once: a model may go on to change it in place.
+                for steps, tensor in hooks.tensors_in(getattr(getattr(envoy.source, operation), handle), side):
+                    found[operation, side, steps] = tensor.clone()
     return found
