@@ -143,7 +143,8 @@ class Checker:
         times = leaf.runs.length(len(lengths), max(lengths))
         if times is not None and leaf.occurrence >= times:
             raise SiteError(
-                f"`{site}` never exists: with this prompt the operation runs {times} times, and the first is [0]."
+                f"`{site}` never exists: with this prompt the operation runs {times} times.",
+                hint=f"The first time is [0], the last [{times - 1}].",
             )
         if not leaf.aligns and len(set(lengths)) > 1:
             raise SiteError(

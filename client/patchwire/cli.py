@@ -125,8 +125,8 @@ def serve(
     attention: Annotated[
         str | None,
         typer.Option(
-            help="How attention is computed: eager (its probabilities can be read), sdpa, …; transformers' choice if not "
-            "given.",
+            help="How attention is computed: eager, whose probabilities can be read, sdpa, …; if not given, as "
+            "transformers prefers.",
             show_default=False,
         ),
     ] = None,

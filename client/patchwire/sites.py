@@ -607,23 +607,27 @@ class Catalogue:
         Raises:
             SiteError: a forward pass does not call it, or its text is not to be had.
         """
+        if len(path) > MAX_DEPTH:
+            raise SiteError(
+                f"`{spell(module)}.{SOURCE}…` leads through {len(path):,} functions, one inside the other.",
+                hint=f"At most {MAX_DEPTH} can be looked through.",
+            )
         known = self.sources.get((module, path))
         if known is not None:
             return known
         typed = spell(".".join([part for part in (module, SOURCE) if part] + [f"{each}.{SOURCE}" for each in path]))
-        if len(path) > MAX_DEPTH:
-            raise SiteError(f"`{typed[:_LONGEST_NAME]}…` leads too deep: at most {MAX_DEPTH} functions.")
         if path:
             operation = self.operation(module, path)
             if operation.closed:
-                raise SiteError(f"`{typed}` is not there: {operation.closed}.")
+                shows = f"`print({typed.removesuffix(f'.{path[-1]}.{SOURCE}')})` shows what is there."
+                raise SiteError(f"`{typed}` is not there: {operation.closed}.", hint=shows)
         elif not self.modules[module].calls:
             raise SiteError(
                 f"`{typed}` is of no use: a forward pass of {self.model} does not call this module.",
                 hint="Print the model: it says which modules are not called.",
             )
         if self.learn is None:
-            raise SiteError(f"`{typed}` is not known here.")
+            raise SiteError(f"`{typed}` is not known here.", hint="Ask a server, which has the model itself.")
         return self.learn((module, path))
 
     def operation(self, module: str, path: tuple[str, ...]) -> Operation:
@@ -680,7 +684,10 @@ class Catalogue:
         """
         typed, runs = spell(name), operation.runs
         if runs == Dim(Axis.CONSTANT, 0):
-            raise SiteError(f"`{typed}` never exists: a forward pass of {self.model} does not come by this line.")
+            raise SiteError(
+                f"`{typed}` never exists: a forward pass of {self.model} does not come by this line.",
+                hint="`print` the source: it says which operations run.",
+            )
         if operation.repeated and occurrence is None:
             place = typed.removesuffix(f".{side}")
             often = {Axis.CONSTANT: f"{runs.size} times", Axis.UNKNOWN: "as often as its input says"}
@@ -691,12 +698,15 @@ class Catalogue:
             )
         if runs.axis is Axis.CONSTANT and (occurrence or 0) >= runs.size:
             raise SiteError(
-                f"`{typed}` never exists: the operation runs {runs.size} time{'s'[: runs.size - 1]} in a forward pass, and "
-                "the first is [0]."
+                f"`{typed}` never exists: the operation runs {_times(runs.size)} in a forward pass.",
+                hint=f"The first time is [0], the last [{runs.size - 1}].",
             )
         leaves = operation.side(side)
         if not leaves:
-            raise SiteError(f"`{typed}` is not a tensor and has none in it.")
+            raise SiteError(
+                f"`{typed}` is not a tensor and has none in it.",
+                hint=f"`print({typed.removesuffix(f'.{side}')})` shows the tensors of the operation.",
+            )
         return tuple(replace(leaf, occurrence=occurrence) for leaf in leaves) if occurrence else leaves
 
     def suggestion(self, name: str) -> str:
@@ -791,6 +801,10 @@ class Catalogue:
                 for each in names
             },
         )
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def _either(names: Sequence[str]) -> str:

@@ -59,7 +59,15 @@ def scan(visit: Visit, layer: int) -> Iterator[None]:
         return visit("conv", layer, nn.functional.silu((padded * weight[None, :, None]).sum(-1) + bias[None, :, None]))
 
     def recurrence(
-        hidden: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, delta_bias: Tensor, **more: Any
+        hidden: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        z: Tensor,
+        delta_bias: Tensor,
+        **more: Any,
     ) -> Tensor:
         if next(scans) != layer:
             return full(hidden, dt, A, B, C, D=D, z=z, delta_bias=delta_bias, **more)

@@ -1,4 +1,4 @@
-"""Operations inside forwards: what is read there is what the formulas say, and what is written there goes on from there.
+"""Operations inside forwards: what is read there is what the formulas say, and what is written there is gone on with.
 
 The reference is `formulas.py`, in the place of transformers' own functions, and for all operations at once nnsight.
 """
@@ -274,9 +274,7 @@ class TestMamba:
         assert_same(next_one.value, expected.values["state", 4], "the next state")
         assert_same(logits.value, expected.logits, "logits")
 
-    def test_a_state_can_be_written_with_an_earlier_one_and_not_with_a_later_one(
-        self, model: patchwire.Model, run: Any
-    ) -> None:
+    def test_a_state_can_be_written_with_an_earlier_one(self, model: patchwire.Model, run: Any) -> None:
         ids = tiny.prompt(8)
         early = run(ids).values["state", 2]
         expected = run(ids, changes={("state", 5): lambda _: early}).logits
@@ -287,10 +285,15 @@ class TestMamba:
             logits = model.logits.save()
         assert_same(logits.value, expected, "logits")
 
-        with pytest.raises(patchwire.OrderError, match="comes later") as caught, model.trace(ids):
-            state = inside_scan(model, 1).ssm_state_3
-            state[2].output = state[5].output
-            model.logits.save()
+    def test_a_state_cannot_be_written_with_a_later_one(self, model: patchwire.Model) -> None:
+        def backwards() -> None:
+            with model.trace(tiny.prompt(8)):
+                state = inside_scan(model, 1).ssm_state_3
+                state[2].output = state[5].output
+                model.logits.save()
+
+        with pytest.raises(patchwire.OrderError, match="comes later") as caught:
+            backwards()
         assert "state[2].output = state[5].output" in str(caught.value)
 
     def test_prompts_of_different_lengths_share_a_pass_and_have_their_own_steps(
@@ -316,17 +319,19 @@ class TestMamba:
                 assert_same(state.value, reference.values["state", step], step)
 
     def test_a_step_that_is_padding_is_refused(self, model: patchwire.Model) -> None:
-        with pytest.raises(patchwire.SiteError, match="with this prompt the operation runs 4 times"):
+        def read() -> None:
             with model.trace() as trace:
-                with trace.invoke(tiny.prompt(9)):
-                    inside_scan(model, 1).ssm_state_3[4].output.save()
-                with trace.invoke(tiny.prompt(4)):
-                    inside_scan(model, 1).ssm_state_3[4].output.save()
+                for length in (9, 4):
+                    with trace.invoke(tiny.prompt(length)):
+                        inside_scan(model, 1).ssm_state_3[4].output.save()
+
+        with pytest.raises(patchwire.SiteError, match="with this prompt the operation runs 4 times"):
+            read()
 
     def test_steps_of_rows_of_different_lengths_are_refused(self, model: patchwire.Model) -> None:
-        with pytest.raises(patchwire.SiteError, match="cannot be told apart"):
-            with model.trace([tiny.prompt(3), tiny.prompt(5)]):
-                inside_scan(model, 1).ssm_state_3[0].output.save()
+        prompts = [tiny.prompt(3), tiny.prompt(5)]
+        with pytest.raises(patchwire.SiteError, match="cannot be told apart"), model.trace(prompts):
+            inside_scan(model, 1).ssm_state_3[0].output.save()
 
     def test_several_rows_of_one_length_have_their_steps(self, model: patchwire.Model, run: Any) -> None:
         prompts = [tiny.prompt(6, seed=seed) for seed in (1, 2, 3)]
@@ -338,9 +343,9 @@ class TestMamba:
             assert_same(state.value[row : row + 1], run(ids).values["state", 4], row)
 
     def test_which_step_has_to_be_said(self, model: patchwire.Model) -> None:
-        with pytest.raises(patchwire.SiteError, match=r"runs \[seq\] times") as caught:
-            with model.trace(tiny.prompt(5)):
-                inside_scan(model, 1).ssm_state_3.output.save()
+        says = r"runs \[seq\] times"
+        with pytest.raises(patchwire.SiteError, match=says) as caught, model.trace(tiny.prompt(5)):
+            inside_scan(model, 1).ssm_state_3.output.save()
 
         assert "ssm_state_3[0].output" in str(caught.value)
 
@@ -387,10 +392,9 @@ class TestOddForwards:
 
     def test_what_a_statement_returns_is_not_written_in_vain(self, served: Any) -> None:
         model = served["odd"]
-        with pytest.raises(patchwire.SiteError, match="does nothing with what this call returns"):
-            with model.trace(tiny.prompt(4)):
-                model.blocks[0].source.hidden_add__0.output[:] = 0
-                model.logits.save()
+        says = "does nothing with what this call returns"
+        with pytest.raises(patchwire.SiteError, match=says), model.trace(tiny.prompt(4)):
+            model.blocks[0].source.hidden_add__0.output[:] = 0
 
 
 SOURCES = {
@@ -472,6 +476,45 @@ class TestEveryOperation:
                 assert_same(other.value, one.value, leaf)
 
 
+@pytest.mark.parametrize("name", tiny.SERVED)
+class TestEveryWrite:
+    """Each tensor that an operation returns is made half as large again, in the second of three prompts."""
+
+    def test_does_what_it_does_in_nnsight_and_leaves_other_prompts_alone(
+        self, name: str, served: Any, references: Any
+    ) -> None:
+        path = f"{LAYER[name]}.{SOURCES[name][0]}".rstrip(".")
+        model = served[name]
+        source = model.module(path).source
+        prompts = [tiny.prompt(3), tiny.prompt(8), tiny.prompt(10)]
+        plain = [hooks.forward(references[name], ids).logits for ids in prompts]
+        places = [
+            (each.name, leaf.path)
+            for each in source
+            for leaf in source._known.operations[each.name].side("output")
+            if str(leaf.runs) == "1" and leaf.dtype == torch.float32 and len(leaf.path) < 2 and not leaf.unused
+        ]
+        expected = changed_through_nnsight(references[name], path, places, torch.tensor([prompts[1]]))
+
+        moved = 0
+        for (operation, steps), reference in zip(places, expected, strict=True):
+            logits = []
+            with model.trace() as trace:
+                for index, ids in enumerate(prompts):
+                    with trace.invoke(ids):
+                        if index == 1:
+                            value = getattr(source, operation).output
+                            for step in steps:
+                                value = value[step]
+                            value *= 1.5
+                        logits.append(model.logits.save())
+            assert_same(logits[1].value, reference, (operation, steps))
+            for index in (0, 2):
+                assert_same(logits[index].value, plain[index], (operation, steps, index))
+            moved += not torch.allclose(reference, plain[1])
+        assert moved > 3
+
+
 def read(source: Any, leaf: Any) -> Any:
     """The value of a leaf, inside a block."""
     operation = getattr(source, leaf.operations[-1])
@@ -486,15 +529,35 @@ def read(source: Any, leaf: Any) -> Any:
     return value
 
 
-def through_nnsight(
-    model: Any, path: str, operations: list[str], ids: Tensor
-) -> dict[tuple[str, str, tuple[Any, ...]], Tensor]:
-    """Every tensor that operations are called with and return, as nnsight itself reads them."""
+def wrapped(model: Any, path: str) -> tuple[NNsight, Any, dict[str, Any]]:
+    """A copy of a model in nnsight, one of its modules there, and what it is called with besides token ids."""
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     traced = NNsight(copy.deepcopy(model))
     envoy: Any = traced
     for part in path.split("."):
         envoy = envoy[int(part)] if part.isdigit() else getattr(envoy, part)
+    return traced, envoy, options
+
+
+def changed_through_nnsight(
+    model: Any, path: str, places: list[tuple[str, tuple[Any, ...]]], ids: Tensor
+) -> list[Tensor]:
+    """The logits with each of these outputs made half as large again by nnsight itself."""
+    traced, envoy, options = wrapped(model, path)
+    found: list[Tensor] = []
+    for operation, steps in places:
+        with traced.trace(input_ids=ids, **options):
+            value = getattr(envoy.source, operation).output
+            getattr(envoy.source, operation).output = hooks.with_change(value, "output", steps, lambda each: each * 1.5)
+            found.append(traced.output.logits.clone())
+    return found
+
+
+def through_nnsight(
+    model: Any, path: str, operations: list[str], ids: Tensor
+) -> dict[tuple[str, str, tuple[Any, ...]], Tensor]:
+    """Every tensor that operations are called with and return, as nnsight itself reads them."""
+    traced, envoy, options = wrapped(model, path)
     found: dict[tuple[str, str, tuple[Any, ...]], Tensor] = {}
     for operation in operations:
         for side, handle in (("input", "inputs"), ("output", "output")):

@@ -30,6 +30,7 @@ from patchwire.sites import SOURCE, Inside, Location
 _ROOT = "model"
 _FUNCTION = "fn"
 """The last part of nnsight's name for the hand-over of a function that is about to be called."""
+_OUTSIDE = "What it is given and what it returns can be read and written; what is inside it cannot."
 
 
 def base(module: str, operations: tuple[str, ...] = ()) -> str:
@@ -172,9 +173,9 @@ def available(what: str) -> Iterator[None]:
     try:
         yield
     except SourceNotAvailable as error:
-        raise SiteError(f"{what} has no text in Python.") from error
+        raise SiteError(f"{what} has no text in Python.", hint=_OUTSIDE) from error
     except Exception as error:  # Python code comes in many forms, and a copy of some of them cannot be made
-        raise SiteError(f"{what} has no source that can be followed ({first_line(error)}).") from error
+        raise SiteError(f"{what} has no source that can be followed ({first_line(error)}).", hint=_OUTSIDE) from error
 
 
 class PassInterleaver(Interleaver):  # type: ignore[misc]
@@ -219,8 +220,10 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
             return value
         if self.observe is not None:
             self.observe(provider, value)
-        if provider.endswith(_FUNCTION) and (name := provider.removesuffix(f".{_FUNCTION}")) in self._opened:
-            self._open(name, value)
+        if self._opened and provider.endswith(f".{_FUNCTION}"):
+            name = provider.removesuffix(f".{_FUNCTION}")
+            if name in self._opened:
+                self._open(name, value)
             return value
         if provider not in self.parked:
             return value

@@ -271,7 +271,7 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
             return
         catalogue = model.catalogue
         needed = {each for address in addresses for each in catalogue.needed_sources(Address(address))}
-        wanted = sorted(needed - catalogue.sources.keys(), key=lambda inside: len(inside[1]))
+        wanted = sorted((each for each in needed if each not in catalogue.sources), key=lambda inside: len(inside[1]))
         if len(wanted) > _MOST_LEARNT:
             raise LimitError(
                 f"The graph looks into {len(wanted):,} functions; the server learns {_MOST_LEARNT} at a time.",

@@ -114,10 +114,11 @@ class HostedModel:
 
     def apply(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Apply one of its modules, in the middle of a pass or outside of one."""
-        try:
-            return self.interleaver.call(self.module.get_submodule(path), args, kwargs)
-        finally:
-            self._memory.restore()
+        with self.lock:
+            try:
+                return self.interleaver.call(self.module.get_submodule(path), args, kwargs)
+            finally:
+                self._memory.restore()
 
     def parameter(self, path: str) -> Tensor:
         """A parameter or buffer, by its module's name or path and its own name."""

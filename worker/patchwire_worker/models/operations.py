@@ -230,7 +230,11 @@ def _with_callee(operation: Operation, model: nn.Module, callees: Sequence[Mappi
         return replace(operation, closed="it is an assignment, which calls nothing")
     if isinstance(function, nn.Module):
         paths = [path for path, each in model.named_modules() if each is function]
-        closed = f"it calls the module `{spell(paths[0])}`: write `{spell(paths[0])}.{SOURCE}`" if paths else "a module"
+        closed = (
+            f"it calls the module `{spell(paths[0])}`: write `{spell(paths[0])}.{SOURCE}`"
+            if paths
+            else "it calls a module of its own"
+        )
         return replace(operation, callee=type(function).__name__, closed=closed)
     callee = getattr(function, "__qualname__", type(function).__name__)
     try:
