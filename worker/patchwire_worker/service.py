@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hmac
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, wraps
@@ -26,6 +27,7 @@ from patchwire import ops, tensors
 from patchwire.checking import fake_of
 from patchwire.errors import (
     AuthenticationError,
+    BusyError,
     CancelledError,
     ConnectionLostError,
     GraphError,
@@ -130,6 +132,7 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizers")  # these bear no two threads at a time
         # One for each model, so that nobody waits for another model's pass to end.
         self._learning = {name: ThreadPoolExecutor(1, thread_name_prefix=f"learning-{name}") for name in models}
+        self._askers = Counter[str]()
 
     def close_queues(self) -> None:
         """End what runs and what waits; from now on nothing runs."""
@@ -193,10 +196,10 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         model = self.admission.model(request.model)
         module = model.catalogue.module(request.module).path
 
-        def work() -> Source:
-            return model.catalogue.source(module, tuple(request.path))
-
-        source = await asyncio.get_running_loop().run_in_executor(self._learning[model.name], work)
+        path = tuple(request.path)
+        source = model.catalogue.sources.get((module, path))
+        if source is None:
+            source = await self._learn(model.name, lambda: model.catalogue.source(module, path))
         return service_pb2.DescribeSourceResponse(source=source.to_proto())
 
     @_answering
@@ -284,7 +287,21 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
                     catalogue.source(*inside)
 
         if wanted:
-            await asyncio.get_running_loop().run_in_executor(self._learning[model.name], work)
+            await self._learn(model.name, work)
+
+    async def _learn(self, model: str, work: Callable[[], T]) -> T:
+        """What `work` returns, which runs a model to learn something of it; one after the other, and between passes.
+
+        Raises:
+            BusyError: too many wait for that.
+        """
+        if self._askers[model] > self.config.limits.queued:
+            raise BusyError("Too many want to know what is inside this model.", hint="Try again in a while.")
+        self._askers[model] += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._learning[model], work)
+        finally:
+            self._askers[model] -= 1
 
     async def _apart(self, work: Callable[[], T], *, small: bool = False) -> T:
         """What `work` returns, done on one of a few threads so that others need not wait for it.

@@ -58,8 +58,8 @@ class _Visit:
     """The tensors there."""
     versions: dict[Path, int]
     """How often each had been changed in place."""
-    values: dict[Path, Tensor]
-    """What each held then; empty if nobody will ask."""
+    values: dict[Path, Tensor | None]
+    """What each held then, None for a weight, which always holds the same; empty if nobody will ask."""
 
 
 @dataclass
@@ -70,11 +70,13 @@ class _Seen:
         inside: The function.
         sides: Every side of every module, by nnsight's name of it.
         keeps: Whether to keep values.
+        weights: The memory of the model's weights, which are too large to copy.
     """
 
     inside: Inside
     sides: Mapping[str, Location]
     keeps: bool
+    weights: Collection[int]
     visits: dict[tuple[str, str], list[_Visit]] = field(default_factory=dict)
     """By operation and side, in order."""
     callees: dict[str, Any] = field(default_factory=dict)
@@ -105,10 +107,13 @@ class _Seen:
         if depth != len(path) + 1:
             return
         found = dict(containers.tensors(value, side))
-        values = {way: tensor.clone() for way, tensor in found.items()} if self.keeps else {}
+        values = {way: self._copy(tensor) for way, tensor in found.items()} if self.keeps else {}
         versions = {way: tensor._version for way, tensor in found.items()}
         visit = _Visit(tuple(self._moment), found, versions, values)
         self.visits.setdefault((operations[-1], side), []).append(visit)
+
+    def _copy(self, tensor: Tensor) -> Tensor | None:
+        return None if tensor.untyped_storage()._cdata in self.weights else tensor.clone()
 
 
 def learn(learner: Learner, inside: Inside, repeated: bool) -> tuple[Source, set[tuple[Location, Path]]]:
@@ -131,8 +136,9 @@ def learn(learner: Learner, inside: Inside, repeated: bool) -> tuple[Source, set
     runs = []
     overwritten = set()
     compiled: Compiled | None = None
+    weights = {each.untyped_storage()._cdata for each in learner.module.parameters()}
     for ids in (*prompts, alone):
-        seen = _Seen(inside, learner.sides, keeps=ids is prompts[-1] or ids is alone)
+        seen = _Seen(inside, learner.sides, ids is prompts[-1] or ids is alone, weights)
         if compiled is not None:
             learner.interleaver.looked_into = [base(module, (*path, name)) for name in compiled.names]
         try:
@@ -192,7 +198,7 @@ def _leaves(inside: Inside, name: str, times: Dim, runs: Sequence[_Seen], unused
             )  # fmt: skip
             together, own = visits[-1], alone.visits.get((name, side), [])
             independent = leaf.packs and all(
-                is_independent(leaf, one.values.get(way), other.values.get(way))
+                one.values[way] is None or is_independent(leaf, one.values[way], other.values.get(way))
                 for one, other in zip(together, own, strict=False)
             )
             leaves.append(replace(leaf, independent=independent))
