@@ -30,7 +30,7 @@ def main() -> None:
     threading.Thread(target=_end_with_standard_input, daemon=True).start()
     torch.set_num_threads(1)
     models = {
-        name: HostedModel(load(spec["path"], name=name, device="cpu", dtype=spec["dtype"]))
+        name: HostedModel(load(spec["path"], name=name, device="cpu", dtype=spec["dtype"], attention=spec["attention"]))
         for name, spec in told["models"].items()
     }
     config = ServerConfig(token=told["token"], limits=Limits(**told["limits"]))

@@ -35,6 +35,7 @@ class Server:
         token: str | None = None,
         limits: Mapping[str, Any] | None = None,
         dtypes: Mapping[str, str] | None = None,
+        attention: str | None = None,
     ) -> None:
         """
         Args:
@@ -42,9 +43,11 @@ class Server:
             token: What clients have to present.
             limits: Fields of `patchwire_worker.config.Limits`.
             dtypes: The element type to load a model in, by its name; float32 for the others.
+            attention: How attention is computed, if not as transformers prefers.
         """
         models = {
-            name: {"path": str(path), "dtype": (dtypes or {}).get(name, "float32")} for name, path in specs.items()
+            name: {"path": str(path), "dtype": (dtypes or {}).get(name, "float32"), "attention": attention}
+            for name, path in specs.items()
         }
         self._told = {"models": models, "token": token, "limits": dict(limits or {})}
         self._stderr = tempfile.NamedTemporaryFile(prefix="patchwire-server-", suffix=".log")  # noqa: SIM115

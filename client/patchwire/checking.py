@@ -59,8 +59,8 @@ _CUBIC = """
 class After:
     """When a value exists."""
 
-    order: tuple[float, ...]
-    """The trace of the latest site it depends on, its step, and the site's position among all of a forward pass."""
+    order: tuple[Any, ...]
+    """The trace of the latest site it depends on, its step, and when in a pass the site exists at the earliest."""
     site: g.Site | str
     """That site, or what else of the trace."""
     line: SourceLine | None
@@ -139,7 +139,7 @@ class Checker:
         trace = self.graph.traces[site.trace]
         return self.catalogue(trace.model).leaf(site.address).at_step(site.step)
 
-    def order(self, site: g.Site) -> tuple[float, ...]:
+    def order(self, site: g.Site) -> tuple[Any, ...]:
         """When a site's value exists, to be compared with `After.order`."""
         return (site.trace, site.step, self.leaf(site).order)
 
@@ -147,6 +147,12 @@ class Checker:
         """What the value of a site looks like."""
         lengths = self.graph.traces[site.trace].invokes[site.invoke].lengths
         leaf = self.leaf(site)
+        times = leaf.runs.length(len(lengths), max(lengths))
+        if times is not None and leaf.occurrence >= times:
+            raise SiteError(
+                f"`{site}` never exists: with this prompt the operation runs {times} times.",
+                hint=f"The first time is [0], the last [{times - 1}].",
+            )
         if not leaf.aligns and len(set(lengths)) > 1:
             raise SiteError(
                 f"`{site}` {leaf.symbolic} cannot be told apart for prompts of different lengths.",
@@ -167,6 +173,11 @@ class Checker:
         assert isinstance(site, g.Site)
         assert isinstance(value, torch.fx.Node)
         leaf = self.leaf(site)
+        if leaf.unused:
+            raise SiteError(
+                f"`{site}` cannot be changed: the model does nothing with what this call returns.",
+                hint="Change what it is given, or what it has changed where that is used next.",
+            )
         place = self.fake_site(site)
         fake = fake_of(value)
         if isinstance(fake, tuple):
@@ -179,7 +190,7 @@ class Checker:
                 f"`{site}` is {describe(place)} ({leaf.symbolic}) and cannot become {describe(fake)}.", hint=hint
             )
         after: After | None = node.meta["after"]
-        if after is not None and after.order > self.order(site):
+        if after is not None and after.order > (site.trace, site.step, leaf.latest):
             lines = [with_code(line) for line in (g.line_of(node), after.line) if line is not None]
             raise OrderError(
                 f"`{site}` cannot be changed with a value of `{after.site}`, which comes later in the forward pass.",

@@ -122,6 +122,14 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = DEFAULT_PORT,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            help="How attention is computed: eager, whose probabilities can be read, sdpa, …; if not given, as "
+            "transformers prefers.",
+            show_default=False,
+        ),
+    ] = None,
     token: Annotated[
         str | None,
         typer.Option(envvar="PATCHWIRE_TOKEN", help="What clients have to present.", show_default=False),
@@ -181,7 +189,7 @@ def serve(
     hosted: dict[str, HostedModel] = {}
     for name, spec in specs:
         with _loading(spec):
-            model = HostedModel(load(spec, name=name, device=device, dtype=dtype))
+            model = HostedModel(load(spec, name=name, device=device, dtype=dtype, attention=attention))
         if model.name in hosted:
             raise PatchwireError(f"Two models are called `{model.name}`.", hint=f"Name one of them: `other={spec}`.")
         hosted[model.name] = model

@@ -97,7 +97,7 @@ def local(model: Any, *, progress: bool = True, **options: Any) -> Model:
     Args:
         model: A Hugging Face hub id, a local directory, a `.gguf` file, or a loaded Hugging Face model.
         progress: Whether to show progress bars.
-        options: `device`, `dtype`, `tokenizer` and `name`, as for `patchwire_worker.embedded.start`.
+        options: `device`, `dtype`, `tokenizer`, `attention` and `name`, as for `patchwire_worker.embedded.start`.
 
     Raises:
         ModelNotFoundError: the worker is not installed, or the model cannot be loaded.

@@ -157,6 +157,15 @@ class Connection:
         """
         return self._call(self._stub.DescribeModel, service_pb2.DescribeModelRequest(model=model)).model
 
+    def describe_source(self, model: str, module: str, path: Sequence[str] = ()) -> model_pb2.Source:
+        """What is inside the forward of a module, or inside a function that operations in it lead to.
+
+        Raises:
+            SiteError: a forward pass does not call it, or its text is not to be had.
+        """
+        request = service_pb2.DescribeSourceRequest(model=model, module=module, path=path)
+        return self._call(self._stub.DescribeSource, request).source
+
     def tokenize(
         self, model: str, *, texts: Sequence[str] = (), messages: Sequence[dict[str, str]] = ()
     ) -> list[list[int]]:

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from patchwire import display
+from patchwire import display, sites
 from patchwire import graph as g
 from patchwire.connection import Connection
-from patchwire.errors import InputError, SiteError, here
+from patchwire.errors import GraphError, InputError, SiteError, here
 from patchwire.inputs import ModelTokenizer, to_invoke
-from patchwire.proxy import Structure, Value
+from patchwire.proxy import Value
 from patchwire.session import Session
-from patchwire.sites import INPUT, OUTPUT, Address, Catalogue, Leaf, Parameter, spell
+from patchwire.sided import NoSuchName, Sided
+from patchwire.sites import OUTPUT, SOURCE, Address, Catalogue, Inside, Leaf, Parameter, spell
+from patchwire.source import Source
 from patchwire.tracing import Generation, Trace, current, recording
 from patchwire.v1 import model_pb2
 
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
     from patchwire.editing import Edit, Editing
 
 
-class Module:
+class Module(Sided):
     """A module of the model: `model.layers[5].mixer`.
 
     Inside a block:
@@ -39,10 +42,10 @@ class Module:
     - `module.inputs`: all arguments, `inputs[0]` the positional and `inputs[1]` the named ones.
     - `module(value)`: the module, applied to a value.
     - `module.weight`: a parameter, as a value.
+    - `module.source`: the operations inside its forward.
     """
 
     _model: Model
-    _name: str
 
     def __init__(self, model: Model, name: str) -> None:
         object.__setattr__(self, "_model", model)
@@ -84,7 +87,7 @@ class Module:
         full = f"{self._name}.{name}" if self._name else name
         if raw is None or not any(each.name == name for each in self._catalogue.modules[raw].parameters):
             # An AttributeError, so that `hasattr` and tab completion work.
-            raise _NoSuchName(
+            raise NoSuchName(
                 f"`{spell(full)}` is not in {self._model.name}.", hint=self._catalogue.suggestion(full), lines=here()
             )
         if not recording():
@@ -155,30 +158,12 @@ class Module:
     # --- values -------------------------------------------------------------------------------------------------------
 
     @property
-    def output(self) -> Any:
-        """What the module returns: a value, or a structure if that is a tuple or mapping."""
-        return self._side(OUTPUT)
+    def source(self) -> Source:
+        """What happens inside the module's forward: every call and every assignment is a site (see `source.Source`).
 
-    @output.setter
-    def output(self, value: Any) -> None:
-        self._assign(OUTPUT, value)
-
-    @property
-    def input(self) -> Any:
-        """The module's first argument."""
-        return self._side(INPUT)
-
-    @input.setter
-    def input(self, value: Any) -> None:
-        self._assign(INPUT, value)
-
-    @property
-    def inputs(self) -> Structure:
-        """All arguments of the module: `inputs[0]` the positional, `inputs[1]` the named ones."""
-        address = self._address(INPUT)
-        scope = current(address.spelled, self._model)
-        leaves = self._leaves(INPUT)
-        return Structure(scope.recorder, scope.site(Address(address.name)), leaves)
+        A child that is itself called "source" is at `model.module("….source")`.
+        """
+        return Source(self._model, f"{self._name}.{SOURCE}" if self._name else SOURCE)
 
     def skip(self, value: Any) -> None:
         """Leave the module out: `value` is what it returns instead, and nothing in it can be read.
@@ -194,9 +179,6 @@ class Module:
         scope = current(f"{spell(self._name)}.skip(…)", self._model)
         self._assign(OUTPUT, value)
         scope.recorder.skip(scope.site(self._address(OUTPUT)), self.path)
-
-    def _address(self, side: str) -> Address:
-        return Address(f"{self._name}.{side}" if self._name else side)
 
     def _leaves(self, side: str) -> tuple[Leaf, ...]:
         try:
@@ -219,45 +201,6 @@ class Module:
             lines=here(),
         )
 
-    def _side(self, side: str) -> Value | Structure:
-        address = self._address(side)
-        scope = current(address.spelled, self._model)
-        leaves = self._leaves(side)
-        if self._name in self._catalogue.names:
-            return self._read(address)
-        if side == INPUT:  # the first argument only
-            address = Address(address.name, leaves[0].path[:2])
-            leaves = tuple(leaf for leaf in leaves if leaf.path[:2] == address.path)
-        if len(leaves) == 1 and leaves[0].path == address.path:
-            return self._read(address)
-        return Structure(scope.recorder, scope.site(address), leaves)
-
-    def _assign(self, side: str, value: Any) -> None:
-        here_now = self._side(side)
-        if isinstance(here_now, Structure):
-            if isinstance(value, (tuple, list)):
-                for index, item in enumerate(value):
-                    if item is not None:
-                        here_now[index] = item
-                return
-            raise SiteError(
-                f"`{self._address(side).spelled}` is a tuple or mapping.",
-                hint="Assign its items one by one.",
-                lines=here(),
-            )
-        address = self._address(side)
-        if side == INPUT and self._name not in self._catalogue.names:
-            address = Address(address.name, self._leaves(side)[0].path)
-        self._write(address, value)
-
-    def _read(self, address: Address) -> Value:
-        scope = current(address.spelled, self._model)
-        return scope.recorder.read(scope.site(address))
-
-    def _write(self, address: Address, value: Any) -> None:
-        scope = current(address.spelled, self._model)
-        scope.recorder.assign(scope.site(address), value)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Value:
         scope = current(f"{spell(self._name)}(…)", self._model)
         self._leaves(OUTPUT)
@@ -270,20 +213,6 @@ class Module:
 
     def _repr_html_(self) -> str:
         return display.html(self._catalogue, self._name)
-
-
-class _NoSuchName(SiteError, AttributeError):
-    """A name that is not in the model; also an AttributeError, so that `hasattr` works.
-
-    `SiteError` itself is none: Python would hide one that a property raises.
-    """
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return SiteError(self.message, hint=self.hint, lines=self.lines).__reduce__()
-
-
-_NoSuchName.__name__ = _NoSuchName.__qualname__ = "SiteError"  # what the user sees
-_NoSuchName.__module__ = SiteError.__module__
 
 
 class Model(Module):
@@ -321,7 +250,17 @@ class Model(Module):
         put(self, "_name", "")
         put(self, "name", name)
         put(self, "connection", connection)
-        put(self, "catalogue", Catalogue.from_proto(name, description.modules, description.names))
+        catalogue = Catalogue.from_proto(name, description.modules, description.names)
+        sources: dict[Inside, sites.Source] = {}
+
+        def learn(inside: Inside) -> sites.Source:
+            found = sites.Source.from_proto(connection.describe_source(name, *inside))
+            if (found.module, found.path) != inside:
+                raise GraphError("The server described another function than was asked for.")
+            sources[inside] = found
+            return found
+
+        put(self, "catalogue", replace(catalogue, learn=learn, sources=sources))
         put(self, "tokenizer", ModelTokenizer(description.tokenizer_json, self._texts))
         put(self, "config", json.loads(description.config_json or "{}"))
         put(self, "summary", description.summary)

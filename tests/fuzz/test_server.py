@@ -340,6 +340,7 @@ METHODS = {
     "Handshake": "unary_unary",
     "ListModels": "unary_unary",
     "DescribeModel": "unary_unary",
+    "DescribeSource": "unary_unary",
     "Tokenize": "unary_unary",
     "Upload": "stream_unary",
     "Check": "unary_unary",
@@ -388,3 +389,13 @@ def test_a_random_upload_is_answered(target, stub, parts):
 def test_a_random_text_is_answered(target, stub, model, texts, messages):
     answer(target, stub.Tokenize, service_pb2.TokenizeRequest(model=model, texts=texts, messages=messages))
     answer(target, stub.DescribeModel, service_pb2.DescribeModelRequest(model=model))
+
+
+@few
+@given(
+    model=st.sampled_from(["gpt2", "", "nobody"]),
+    module=st.sampled_from(["layers.0.mixer", "", "transformer.h.1.attn", "layers", "source", "x.source.y", "\0"]),
+    path=st.lists(st.one_of(st.sampled_from(["attention_interface_1", "split_1", "source"]), st.text()), max_size=12),
+)
+def test_a_random_source_is_answered(target, stub, model, module, path):
+    answer(target, stub.DescribeSource, service_pb2.DescribeSourceRequest(model=model, module=module, path=path))

@@ -21,6 +21,22 @@ def hosted() -> HostedModel:
     return HostedModel(Loaded("gpt2", tiny.build("gpt2"), None))
 
 
+class TestAttention:
+    def test_is_computed_step_by_step_if_that_is_asked_for(self, tmp_path):
+        model = patchwire.local(str(tiny.save("gpt2", tmp_path)), attention="eager", progress=False)
+
+        assert "nn_functional_softmax_0" in model.layers[0].mixer.source.attention_interface_1.source
+
+    def test_that_is_not_known_is_refused(self, tmp_path):
+        with pytest.raises(patchwire.ModelNotFoundError, match="`lazy` is no attention") as caught:
+            patchwire.local(str(tiny.save("gpt2", tmp_path)), attention="lazy")
+        assert "eager, sdpa" in caught.value.hint
+
+    def test_of_a_loaded_model_stays_as_it_is(self):
+        with pytest.raises(patchwire.ModelNotFoundError, match="as it was loaded"):
+            patchwire.local(tiny.build("gpt2"), attention="eager")
+
+
 def thread_of(loop: asyncio.AbstractEventLoop) -> threading.Thread:
     async def current() -> threading.Thread:
         return threading.current_thread()

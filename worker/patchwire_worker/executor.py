@@ -272,6 +272,8 @@ class Execution:
         self._use(source)
         self._missing[access.node] = -1
         put = access.rows.put(old, access.leaf, new.to(old.device))
+        if put.stride() != old.stride():  # the model may go on to take views that other strides do not allow
+            put = torch.empty_like(old).copy_(put)
         if put is new:  # the model may go on to change it in place
             put = new.clone()
         return containers.replaced(value, access.leaf.side, access.leaf.path, put)

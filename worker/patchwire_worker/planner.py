@@ -17,6 +17,7 @@ from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 from operator import itemgetter
+from typing import Any
 
 import torch
 import torch.fx
@@ -24,9 +25,8 @@ from torch import Tensor
 
 from patchwire import graph as g
 from patchwire.errors import LimitError, OrderError
-from patchwire.sites import Axis, Leaf
+from patchwire.sites import Axis, Leaf, Location, Order
 from patchwire_worker.admission import Admitted, at
-from patchwire_worker.interleaving import Location
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.rows import Rows
 
@@ -48,7 +48,7 @@ class Work:
 
     location: Location
     step: int
-    order: int
+    order: Order
     reads: list[Access] = field(default_factory=list)
     writes: list[Access] = field(default_factory=list)
 
@@ -136,32 +136,30 @@ def _needed(admitted: Admitted) -> set[torch.fx.Node]:
         stack = [node]
         while stack:
             each = stack.pop()
-            if each not in needed:
-                needed.add(each)
-                stack.extend(each.all_input_nodes)
+            if each in needed:
+                continue
+            needed.add(each)
+            stack.extend(each.all_input_nodes)
+            if each.target in (g.read, g.generated):
+                trace = _trace_of(each)
+                last_read[trace] = max(last_read[trace], _moment(admitted, each))
 
-    accesses: dict[int, list[torch.fx.Node]] = defaultdict(list)
+    last_read: dict[int, _Moment] = defaultdict(tuple)
+    writes: dict[int, list[tuple[_Moment, torch.fx.Node]]] = defaultdict(list)
     for node in admitted.graph.fx.nodes:
         if node.target is g.save:
             need(node)
-        elif node.target in (g.read, g.write):
-            accesses[node.args[0].trace].append(node)
-        elif node.target in (g.generated, g.assign):
-            accesses[node.args[0]].append(node)
-    for trace in sorted(accesses, reverse=True):
-        # From the last moment to the first: a write matters if something is read after it that matters.
-        last_read: _Moment = ()
-        moments = [(_moment(admitted, node), node) for node in accesses[trace]]
-        for moment, node in sorted(moments, key=itemgetter(0), reverse=True):
-            if node.target in (g.write, g.assign):
-                if last_read > moment:
-                    need(node)
-            elif node in needed:
-                last_read = max(last_read, moment)
+        elif node.target in (g.write, g.assign):
+            writes[_trace_of(node)].append((_moment(admitted, node), node))
+    for trace in sorted(writes, reverse=True):
+        # A write matters if something may be read after it that matters; and its value may need what is read later yet.
+        for moment, node in sorted(writes[trace], key=itemgetter(0)):
+            if moment < last_read[trace]:
+                need(node)
     return needed
 
 
-_Moment = tuple[float, ...]
+_Moment = tuple[Any, ...]
 """When something happens in a trace: the step, the place in the order of sites, and reads before writes."""
 
 
@@ -170,7 +168,15 @@ def _moment(admitted: Admitted, node: torch.fx.Node) -> _Moment:
         return (math.inf if node.target is g.generated else -math.inf,)
     site = node.args[0]
     assert isinstance(site, g.Site)
-    return (site.step, admitted.leaves[site].order, node.target is g.write)
+    leaf = admitted.leaves[site]
+    # A read may happen late, and a write early, where that is not known beforehand.
+    return (site.step, leaf.order, True) if node.target is g.write else (site.step, leaf.latest, False)
+
+
+def _trace_of(node: torch.fx.Node) -> int:
+    """The trace that a node belongs to."""
+    place = node.args[0]
+    return place.trace if isinstance(place, g.Site) else place  # type: ignore[return-value]
 
 
 def _groups(
@@ -201,7 +207,7 @@ def _writes_alone(model: HostedModel, leaf: Leaf) -> bool:
     find the change in other tensors that share its memory: after a write it goes on with a copy.
     """
     has_rows = any(dim.axis in (Axis.BATCH, Axis.BATCH_SEQ) for dim in leaf.shape)
-    return has_rows and (leaf.location, leaf.path) not in model.overwritten
+    return has_rows and (leaf.location._replace(occurrence=0), leaf.path) not in model.overwritten
 
 
 def _ordered(
@@ -298,7 +304,7 @@ def _pass(
     return Pass(model, ids, ordered, _skipped(model, ordered[-1].order) if ordered else 0, weights=weights)
 
 
-def _skipped(model: HostedModel, last: int) -> int:
+def _skipped(model: HostedModel, last: Order) -> int:
     """How many modules are entered only after a position in the order of sites."""
     entries = model.catalogue.entries
     return len(entries) - bisect_right(entries, last)

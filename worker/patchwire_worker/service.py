@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hmac
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, wraps
@@ -26,14 +27,18 @@ from patchwire import ops, tensors
 from patchwire.checking import fake_of
 from patchwire.errors import (
     AuthenticationError,
+    BusyError,
     CancelledError,
     ConnectionLostError,
     GraphError,
+    LimitError,
     MissingTensorsError,
     PatchwireError,
+    SiteError,
     SourceLine,
     VersionError,
 )
+from patchwire.sites import SOURCE, Address
 from patchwire.status import error_to_status
 from patchwire.v1 import graph_pb2, service_pb2, service_pb2_grpc, tensor_pb2
 from patchwire.version import PROTOCOL_VERSION, VERSION
@@ -54,6 +59,7 @@ T = TypeVar("T")
 
 _LIBRARIES = ("torch", "transformers", "nnsight")
 _SMALL_GRAPH = 256
+_MOST_LEARNT = 512
 _SMALL_BYTES = 64 * 1024
 _THREADS = 4
 
@@ -124,6 +130,9 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         self.schedulers = {name: Scheduler(name, config.limits) for name in models}
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="requests")
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizers")  # these bear no two threads at a time
+        # One for each model, so that nobody waits for another model's pass to end.
+        self._learning = {name: ThreadPoolExecutor(1, thread_name_prefix=f"learning-{name}") for name in models}
+        self._askers = Counter[str]()
 
     def close_queues(self) -> None:
         """End what runs and what waits; from now on nothing runs."""
@@ -133,7 +142,7 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
     def close(self) -> None:
         """End everything."""
         self.close_queues()
-        for each in (self._threads, self._tokenizing):
+        for each in (self._threads, self._tokenizing, *self._learning.values()):
             each.shutdown(wait=False, cancel_futures=True)
 
     def authenticate(self, context: Context) -> None:
@@ -179,6 +188,19 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         self, request: service_pb2.DescribeModelRequest, context: Context
     ) -> service_pb2.DescribeModelResponse:
         return service_pb2.DescribeModelResponse(model=self.admission.model(request.model).description)
+
+    @_answering
+    async def DescribeSource(
+        self, request: service_pb2.DescribeSourceRequest, context: Context
+    ) -> service_pb2.DescribeSourceResponse:
+        model = self.admission.model(request.model)
+        module = model.catalogue.module(request.module).path
+
+        path = tuple(request.path)
+        source = model.catalogue.sources.get((module, path))
+        if source is None:
+            source = await self._learn(model.name, lambda: model.catalogue.source(module, path))
+        return service_pb2.DescribeSourceResponse(source=source.to_proto())
 
     @_answering
     async def Tokenize(self, request: service_pb2.TokenizeRequest, context: Context) -> service_pb2.TokenizeResponse:
@@ -236,8 +258,50 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
             admitted = self.admission.admit(message)
             return admitted, plan(admitted)
 
+        await self._learn_sources(message)
         small = len(message.nodes) <= _SMALL_GRAPH and message.ByteSize() <= _SMALL_BYTES
         return await self._apart(work, small=small)
+
+    async def _learn_sources(self, message: graph_pb2.Graph) -> None:
+        """Learn what is inside the functions that a graph looks into, apart from others: the model has to run for it.
+
+        Raises:
+            LimitError: these are too many at once.
+        """
+        addresses = {site.address for site in _sites(message) if SOURCE in site.address}
+        model = self.models.get(message.traces[0].model) if addresses and message.traces else None
+        if model is None:
+            return
+        catalogue = model.catalogue
+        needed = {each for address in addresses for each in catalogue.needed_sources(Address(address))}
+        wanted = sorted((each for each in needed if each not in catalogue.sources), key=lambda inside: len(inside[1]))
+        if len(wanted) > _MOST_LEARNT:
+            raise LimitError(
+                f"The graph looks into {len(wanted):,} functions; the server learns {_MOST_LEARNT} at a time.",
+                hint="Split it into several traces.",
+            )
+
+        def work() -> None:
+            for inside in wanted:
+                with contextlib.suppress(SiteError):  # which is said again, at the line that names it
+                    catalogue.source(*inside)
+
+        if wanted:
+            await self._learn(model.name, work)
+
+    async def _learn(self, model: str, work: Callable[[], T]) -> T:
+        """What `work` returns, which runs a model to learn something of it; one after the other, and between passes.
+
+        Raises:
+            BusyError: too many wait for that.
+        """
+        if self._askers[model] > self.config.limits.queued:
+            raise BusyError("Too many want to know what is inside this model.", hint="Try again in a while.")
+        self._askers[model] += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._learning[model], work)
+        finally:
+            self._askers[model] -= 1
 
     async def _apart(self, work: Callable[[], T], *, small: bool = False) -> T:
         """What `work` returns, done on one of a few threads so that others need not wait for it.
@@ -274,6 +338,14 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
             async for news in events:
                 for message in _messages(news, request.compression):
                     yield message
+
+
+def _sites(message: graph_pb2.Graph) -> Iterator[graph_pb2.Site]:
+    """The sites that a graph names."""
+    for node in message.nodes:
+        kind = node.WhichOneof("body")
+        if kind in ("read", "write"):
+            yield getattr(node, kind).site
 
 
 _RESPONSE_BYTES = tensors.MIB

@@ -9,6 +9,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -18,16 +19,19 @@ from torch import Tensor, nn
 
 from patchwire.errors import GraphError, InputError
 from patchwire.graph import Generation
+from patchwire.sites import Axis, Inside, Source
 from patchwire.tensors import dtype_to_proto
 from patchwire.v1 import model_pb2
 from patchwire_worker.generating import generate
 from patchwire_worker.interleaving import PassInterleaver, SiteMediator, Stopping
+from patchwire_worker.models import operations
 from patchwire_worker.models.families import family_of
 from patchwire_worker.models.learning import Learner, pads
 from patchwire_worker.models.loading import Loaded
 
 log = logging.getLogger(__name__)
 
+_MAX_SOURCES = 1 << 11
 _PROBE = "The quick brown fox, 3.14! Ünï→cødé\n  two lines"
 
 
@@ -40,7 +44,7 @@ class HostedModel:
         catalogue: Its modules and sites.
         pads: Whether rows of different lengths may share a pass.
         overwritten: The tensors (a location and a path in it) that the model changes in place later.
-        lock: Held by whoever runs it.
+        lock: Held while the model runs.
     """
 
     def __init__(self, loaded: Loaded) -> None:
@@ -56,8 +60,9 @@ class HostedModel:
         self._options = self._call_options()
         self._memory = _Memory(self.module)
         family, how = family_of(self.module, getattr(self.config, "model_type", ""))
-        learner = Learner(self.module, self.interleaver, self._options, self.device, self.vocabulary)
-        self.catalogue = learner.catalogue(self.name, family)
+        self.lock = threading.RLock()
+        learner = self._learner = Learner(self.module, self.interleaver, self._options, self.device, self.vocabulary)
+        self.catalogue = replace(learner.catalogue(self.name, family), learn=self._learn_source)
         self.interleaver.boundaries = self.catalogue.layers or self.interleaver.boundaries
         self.overwritten = frozenset(learner.overwritten)
         self.pads = pads(self.catalogue) and not _scales_with_length(self.config)
@@ -91,10 +96,30 @@ class HostedModel:
     def run(self, ids: Tensor, mediators: Sequence[SiteMediator], stopping: Stopping) -> None:
         """One forward pass over token ids `[batch, seq]`."""
         ids = ids.to(self.device)
-        try:
-            self.interleaver.run(lambda: self.module(input_ids=ids, **self._options), {0: mediators}, stopping)
-        finally:
-            self._memory.restore()
+        with self.lock:
+            try:
+                self.interleaver.run(lambda: self.module(input_ids=ids, **self._options), {0: mediators}, stopping)
+            finally:
+                self._memory.restore()
+
+    def _learn_source(self, inside: Inside) -> Source:
+        """What is inside a function; learnt once, unless so much else is asked for that it has to go again."""
+        with self.lock:
+            known = self.catalogue.sources
+            if inside in known:
+                return known[inside]
+            module, path = inside
+            caller = self.catalogue.operation(module, path) if path else None
+            repeated = caller is not None and caller.runs.axis is Axis.UNKNOWN
+            try:
+                source, overwritten = operations.learn(self._learner, inside, repeated)
+            finally:
+                self._memory.restore()
+            self.overwritten |= overwritten
+            while len(known) >= _MAX_SOURCES:
+                del known[next(iter(known))]
+            known[inside] = source
+            return source
 
     def generate(
         self,
@@ -129,10 +154,11 @@ class HostedModel:
 
     def apply(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Apply one of its modules, in the middle of a pass or outside of one."""
-        try:
-            return self.interleaver.call(self.module.get_submodule(path), args, kwargs)
-        finally:
-            self._memory.restore()
+        with self.lock:
+            try:
+                return self.interleaver.call(self.module.get_submodule(path), args, kwargs)
+            finally:
+                self._memory.restore()
 
     def parameter(self, path: str) -> Tensor:
         """A parameter or buffer of the model's own, by its module's name or path and its own name."""
