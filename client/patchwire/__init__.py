@@ -27,6 +27,7 @@ from patchwire.errors import (
     ExecutionError,
     GraphError,
     InputError,
+    JobError,
     LimitError,
     MissingTensorsError,
     ModelNotFoundError,
@@ -44,6 +45,7 @@ from patchwire.version import VERSION as __version__
 if TYPE_CHECKING:
     from patchwire.client import Client, connect, local
     from patchwire.connection import TLS
+    from patchwire.jobs import Job, JobStatus
     from patchwire.model import Model, Module
     from patchwire.proxy import Structure, Value, save
     from patchwire.results import Stats
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "TLS": "connection",
     "Client": "client",
+    "Job": "jobs",
+    "JobStatus": "jobs",
     "Model": "model",
     "Module": "model",
     "Stats": "results",
@@ -89,6 +93,9 @@ __all__ = [
     "ExecutionError",
     "GraphError",
     "InputError",
+    "Job",
+    "JobError",
+    "JobStatus",
     "LimitError",
     "MissingTensorsError",
     "Model",

@@ -308,13 +308,18 @@ class Model(Module):
         """How many layers `model.layers` has."""
         return self.catalogue.num_layers
 
-    def trace(self, given: Any = None) -> Trace:
+    def trace(self, given: Any = None, *, blocking: bool = True) -> Trace:
         """A block that records one call of the model.
 
         Args:
             given: A text, a list of texts, a list of token ids or of such lists, a tensor of token ids `[seq]` or
                 `[batch, seq]`, chat messages (dicts with "role" and "content"), or a tokenizer's mapping with
                 "input_ids" and "attention_mask". Left out if the block opens `trace.invoke(…)`s.
+            blocking: Whether to wait for the saved values at the end of the block. If not, the block only submits its
+                request, and `trace.job` is the job: it runs on the server by itself, and can be fetched later, from
+                another program too.
+
+        `async with` does the same as `with`, and lets the event loop go on while it waits.
 
         Texts of different lengths end together, as in a batch padded on the left, so that `[:, -1]` is everyone's last
         token; positions before a shorter text hold NaN, and `trace.mask()` says which.
@@ -327,7 +332,7 @@ class Model(Module):
             >>> hidden.shape
             torch.Size([1, 10, 768])
         """
-        return Trace(self, given)
+        return Trace(self, given, blocking=blocking)
 
     def module(self, path: str) -> Module:
         """The module of a path, for names that Python cannot spell or that this class uses itself.

@@ -57,6 +57,8 @@ class Recorder(TracerBase):
         self.graph = self.request.fx
         self.checker = Checker(self.request, catalogue, value_bytes=value_bytes)
         self.open = True
+        self.detached = False
+        """Whether its run is a job that has not been fetched."""
         self.saved: list[tuple[Value, torch.dtype | None, int, SourceLine | None]] = []
         self._sites: dict[_Place, Value] = {}
         self._writes: dict[_Place, torch.fx.Node] = {}
@@ -435,6 +437,7 @@ class Recorder(TracerBase):
         """Give every saved value its tensor."""
         for (value, *_), tensor in zip(self.saved, tensors, strict=True):
             value._tensor = tensor
+        self.detached = False
 
     def _warn_if_edited(self, value: Value, version: int, line: SourceLine | None) -> None:
         for editor, where in value.memory.edits[version:]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 from rich.progress import BarColumn, DownloadColumn, ProgressColumn, TaskID, TextColumn, TransferSpeedColumn
@@ -10,6 +11,8 @@ from rich.progress import Progress as RichProgress
 from patchwire.v1 import service_pb2
 
 _SHOWN_FROM_BYTES = 32 << 20
+_ON_SCREEN = threading.Lock()
+"""Held by the one bar that is shown: a terminal has room for no second."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class Progress:
 
     def _describe(self, text: str) -> None:
         if self._bar is None:
+            if not _ON_SCREEN.acquire(blocking=False):
+                return
             columns: list[ProgressColumn] = [
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -90,3 +95,4 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+            _ON_SCREEN.release()

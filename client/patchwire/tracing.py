@@ -1,7 +1,7 @@
 """The blocks that user code writes: `with model.trace(...)` and `with trace.invoke(...)`.
 
 A trace is one call of the model. Entering it starts a recording; leaving it sends the graph, waits for the saved
-tensors and hands each to its value. If the block raises, nothing is sent.
+tensors and hands each to its value (`running.py`). If the block raises, nothing is sent.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from patchwire import graph as g
 from patchwire.errors import GraphError, PatchwireError, PatchwireWarning, here, trim, user_frame
 from patchwire.recording import Recorder
-from patchwire.results import Progress, Stats
+from patchwire.running import Block
 from patchwire.sites import Address
 
 if TYPE_CHECKING:
@@ -82,20 +81,20 @@ def recording() -> bool:
     return scope is not None and scope.recorder.open
 
 
-class Trace:
+class Trace(Block):
     """One call of a model, recorded by the block under it.
 
     Attributes:
-        stats: What the run cost; None until the block has ended.
+        stats: What the run cost; None until it has ended and its values are here.
+        job: The detached job, of a trace with `blocking=False`, once the block has ended.
     """
 
-    def __init__(self, model: Model, given: Any = None) -> None:
+    def __init__(self, model: Model, given: Any = None, *, blocking: bool = True) -> None:
+        super().__init__(model._recorder(), model.connection, progress=model.progress, blocking=blocking)
         self._model = model
         self._given = given
-        self._recorder = model._recorder()
         self._trace = g.Trace(model.name)
         self._token: Token[Scope | None] | None = None
-        self.stats: Stats | None = None
 
     def __enter__(self) -> Trace:
         if recording():
@@ -155,24 +154,19 @@ class Trace:
         """The token ids of every row."""
         return [list(row) for invoke in self._trace.invokes for row in invoke.rows]
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def _end(self, error: BaseException | None) -> g.Graph | None:
         assert self._token is not None
         _CURRENT.reset(self._token)
         if error is not None:
             self._recorder.open = False
             if isinstance(error, PatchwireError):
                 trim(error)
-            return
+            return None
         if not self._trace.invokes:
             self._recorder.open = False
             raise GraphError(
                 "The trace has no prompt.", hint='Write `model.trace("…")` or `trace.invoke("…")`.', lines=here()
             )
-        self._run()
-
-    def _run(self) -> None:
         if not self._recorder.saved:
             frame = user_frame()
             warnings.warn_explicit(
@@ -181,10 +175,4 @@ class Trace:
                 frame.f_code.co_filename if frame else "<block>",
                 frame.f_lineno if frame else 1,
             )
-        graph = self._recorder.finish()
-        try:
-            tensors, self.stats = self._model.connection.run(graph, Progress(self._model.progress))
-        except PatchwireError as found:
-            # The way through gRPC is of no interest to whoever wrote the block.
-            raise found.with_traceback(None) from None
-        self._recorder.resolve(tensors)
+        return self._recorder.finish()

@@ -137,6 +137,27 @@ class Scheduler:
             job.wake()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
+    def check_room(self) -> int:
+        """How many come before the next one.
+
+        Raises:
+            BusyError: too many requests wait.
+            ConnectionLostError: the server is shutting down.
+        """
+        if self._closed is not None:
+            raise ConnectionLostError(self._closed.message)
+        position = self._ahead()
+        if position > self.limits.queued:
+            raise BusyError("The server's queue is full.", hint="Try again in a while.")
+        return position
+
+    def position(self, plan: Plan) -> int | None:
+        """How many come before the request of a plan; None if it does not wait."""
+        with self._moving:
+            places = (index for index, each in enumerate(self._waiting) if each.plan is plan)
+            place = next(places, None)
+            return None if place is None else place + (self._running is not None)
+
     async def run(self, admitted: Admitted, plan: Plan) -> AsyncGenerator[list[Event], None]:
         """Run a plan when its turn has come, and tell what happens, several events at a time.
 
@@ -148,11 +169,7 @@ class Scheduler:
             InternalError: something failed in a way that it must not.
             PatchwireError: of the kind of what went wrong.
         """
-        if self._closed is not None:
-            raise ConnectionLostError(self._closed.message)
-        position = self._ahead()
-        if position > self.limits.queued:
-            raise BusyError("The server's queue is full.", hint="Try again in a while.")
+        position = self.check_room()
         job = _Job(admitted, plan, queued=position > 0)
         try:
             self._jobs.add(job)
