@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,6 @@ import pytest
 import torch
 
 import patchwire
-import tiny
 from integration import messages
 from integration.refusals import refused
 from patchwire.status import error_from_call
@@ -111,9 +111,12 @@ def assert_close(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
 
 
 def error_of(call: Callable[[], object]) -> patchwire.PatchwireError:
-    with pytest.raises(grpc.RpcError) as caught:
+    def finish() -> None:
         answer = call()
         _ = list(answer) if hasattr(answer, "__next__") else answer
+
+    with pytest.raises(grpc.RpcError) as caught:
+        finish()
     assert caught.value.code() not in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
     return error_from_call(caught.value, "here")
 
@@ -400,7 +403,7 @@ def digest(name: str) -> str:
 @pytest.fixture(scope="module")
 def narrow(checkpoints, tmp_path_factory) -> Iterator[patchwire.Client]:
     """A server that keeps few and small jobs."""
-    limits = {"jobs": 3, "job_bytes": 20_000}
+    limits = {"jobs": 3, "job_bytes": 20_000, "queued": 1}
     specs = {"gpt2": checkpoints["gpt2"]}
     with (
         Server(specs, limits=limits, jobs=tmp_path_factory.mktemp("narrow")) as server,
@@ -418,7 +421,9 @@ class TestLimits:
 
     def test_of_their_number(self, narrow):
         model = narrow.model()
-        first = [detached(model) for _ in range(3)][0]
+        first, *others = (detached(model) for _ in range(2))
+        others[0].wait()
+        detached(model).wait()
 
         with refused(patchwire.LimitError, "3 jobs", hint="forget", line=False):
             detached(model)
@@ -434,10 +439,18 @@ class TestLimits:
             model.trace(IDS, blocking=False),
         ):
             model.logits.new_zeros(5_100).save()
-        waiting = [endless(model), self.large(model)]
-        with refused(patchwire.LimitError, "20,000", hint="forget", line=False):
-            self.large(model)
-        assert len(narrow.jobs()) == len(waiting)
+        with model.trace(IDS, blocking=False):
+            value = model.logits.new_ones(2048, 2048)
+            model.logits.new_zeros(4_000).save()
+            for _ in range(3_000):
+                value = value @ value
+            value.sum().save()
+        with (
+            refused(patchwire.LimitError, "20,000", hint="forget", line=False),
+            model.trace(IDS, blocking=False),
+        ):
+            model.logits.new_zeros(4_000).save()
+        assert len(narrow.jobs()) == 1
 
     def test_of_their_bytes_when_these_depend_on_values(self, narrow):
         model = narrow.model()
@@ -449,25 +462,14 @@ class TestLimits:
             trace.job.fetch()
         assert detached(model).wait() == "done"
 
-    @staticmethod
-    def large(model: patchwire.Model) -> patchwire.Job:
-        with model.trace(IDS, blocking=False) as trace:
-            model.logits.new_zeros(4_000).save()
-        return trace.job
+    def test_of_the_requests_that_wait(self, narrow):
+        model = narrow.model()
+        endless(model)
+        detached(model)
 
-    def test_of_the_requests_that_wait(self, checkpoints):
-        specs = {"gpt2": checkpoints["gpt2"]}
-        with (
-            Server(specs, limits={"queued": 1}) as server,
-            patchwire.connect(server.address, progress=False) as client,
-        ):
-            model = client.model()
-            endless(model)
+        with refused(patchwire.BusyError, "full", line=False):
             detached(model)
-
-            with refused(patchwire.BusyError, "full", line=False):
-                detached(model)
-            assert len(client.jobs()) == 2
+        assert len(narrow.jobs()) == 2
 
     def test_of_their_age(self, checkpoints, tmp_path):
         specs = {"gpt2": checkpoints["gpt2"]}
@@ -483,7 +485,7 @@ class TestLimits:
 
             if not gone(done):
                 assert not (tmp_path / digest(done.id) / "results").exists()
-                with pytest.raises(patchwire.JobError, match="expired|no job"):
+                with pytest.raises(patchwire.JobError, match=r"expired|no job"):
                     done.fetch()
             until(lambda: client.jobs() == [])
             until(lambda: [each.name for each in tmp_path.iterdir()] == ["lock"])
@@ -554,18 +556,14 @@ class TestStrangers:
 
         assert type(error) is patchwire.AuthenticationError
 
-    def test_with_another_token_the_jobs_of_before_do_not_exist(self, checkpoints, tmp_path):
-        specs = {"gpt2": checkpoints["gpt2"]}
-        with (
-            Server(specs, token="one", jobs=tmp_path) as server,
-            patchwire.connect(server.address, token="one", progress=False) as client,
-        ):
-            job = detached(client.model())
-            job.wait()
+    def test_whoever_has_another_token_does_not_see_them(self, checkpoints, kept, model, tmp_path):
+        job = detached(model)
+        job.wait()
+        shutil.copytree(kept, tmp_path / "copy")
 
         with (
-            Server(specs, token="two", jobs=tmp_path) as server,
-            patchwire.connect(server.address, token="two", progress=False) as client,
+            Server({"gpt2": checkpoints["gpt2"]}, token="another", jobs=tmp_path / "copy") as server,
+            patchwire.connect(server.address, token="another", progress=False) as client,
         ):
             assert client.jobs() == []
             with pytest.raises(patchwire.JobError):
