@@ -163,6 +163,11 @@ def serve(
             "Clients show certificates only on encrypted connections.", hint="Give --tls-cert and --tls-key too."
         )
     _check_port(host, port)
+    if jobs is not None:
+        try:
+            jobs.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise PatchwireError(f"Jobs cannot be kept in {jobs}: {error.strerror} (--jobs).") from error
     with _loading("the worker", remark=False):
         try:
             from patchwire_worker.config import Limits, ServerConfig
@@ -334,7 +339,9 @@ def jobs(
         found = client.jobs()
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
         for name in ("job", "model", "status", "submitted", "bytes"):
-            table.add_column(name, justify="right" if name == "bytes" else "left", overflow="fold")
+            table.add_column(
+                name, justify="right" if name == "bytes" else "left", overflow="fold", no_wrap=name == "job"
+            )
         for job in found:
             submitted = f"{job.submitted.astimezone():%Y-%m-%d %H:%M}"
             table.add_row(job.id, job.model, Text(job.seen.text), submitted, f"{job.result_bytes:,}")

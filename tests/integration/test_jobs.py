@@ -480,7 +480,6 @@ class TestLimits:
         ):
             model = client.model()
             done, running = detached(model), endless(model)
-            assert len(done.fetch()) == 2
             until(lambda: gone(done) or done.seen == "expired")
 
             if not gone(done):
@@ -490,7 +489,9 @@ class TestLimits:
             until(lambda: client.jobs() == [])
             until(lambda: [each.name for each in tmp_path.iterdir()] == ["lock"])
             assert gone(running)
-            assert len(detached(model).fetch()) == 2
+            with model.trace(IDS):  # the pass has been stopped
+                logits = model.logits.save()
+            assert logits.value.shape == (1, 4, 61)
 
 
 def gone(job: patchwire.Job) -> bool:
@@ -525,7 +526,7 @@ class TestStrangers:
         names = {detached(model).id for _ in range(3)}
 
         assert len(names) == 3
-        assert all(len(each) > 40 for each in names)
+        assert all(len(each) > 24 for each in names)
 
     @pytest.mark.parametrize("seconds", [float("nan"), -1.0, float("-inf")])
     def test_a_wait_of_no_number_of_seconds_is_refused(self, jobs, model, seconds):

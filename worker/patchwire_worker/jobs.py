@@ -198,7 +198,7 @@ class Jobs:
         """
         self._make_room(expected_bytes)
         # The prefix keeps a command line from taking it for an option.
-        name, now = f"job-{secrets.token_urlsafe(32)}", time.time()
+        name, now = f"job-{secrets.token_urlsafe(16)}", time.time()
         record = pb.JobRecord(
             owner=owner,
             job=pb.Job(

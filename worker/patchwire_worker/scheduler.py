@@ -70,6 +70,7 @@ Event = Queued | Running | Saved | Done
 
 _LOOK_SECONDS = 0.02
 _WAKE_BYTES = 64 * 1024
+_STOP_SECONDS = 0.1
 
 
 @dataclass(eq=False)
@@ -77,6 +78,7 @@ class _Job:
     admitted: Admitted
     plan: Plan
     queued: bool
+    ahead: int | None = None
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     stopping: Stopping = field(default_factory=Stopping)
     happened: deque[Event | BaseException] = field(default_factory=deque)
@@ -84,6 +86,8 @@ class _Job:
     started: float | None = None
     _woken: asyncio.Event = field(default_factory=asyncio.Event)
     _bytes: int = 0
+    _untaken: int = 0
+    _room: threading.Condition = field(default_factory=threading.Condition)
 
     def wake(self) -> None:
         """Have the event loop look at what happened now; may be called from any thread."""
@@ -102,6 +106,11 @@ class _Job:
         if isinstance(event, (Done, BaseException)) or self._bytes >= _WAKE_BYTES:
             self._bytes = 0
             self.wake()
+        if self.ahead is not None and isinstance(event, Saved):
+            with self._room:
+                self._untaken += event.tensor.nbytes
+                while self._untaken > max(self.ahead, _WAKE_BYTES) and self.stopping.reason is None:
+                    self._room.wait(_STOP_SECONDS)
 
     async def news(self, seconds: float | None) -> list[Event | BaseException]:
         """What happened since the last time: waits for something, or for so many seconds at most."""
@@ -111,7 +120,12 @@ class _Job:
             if timer is not None:
                 timer.cancel()
         self._woken.clear()
-        return [self.happened.popleft() for _ in range(len(self.happened))]
+        news = [self.happened.popleft() for _ in range(len(self.happened))]
+        if self.ahead is not None:
+            with self._room:
+                self._untaken -= sum(each.tensor.nbytes for each in news if isinstance(each, Saved))
+                self._room.notify()
+        return news
 
 
 class Scheduler:
@@ -158,8 +172,16 @@ class Scheduler:
             place = next(places, None)
             return None if place is None else place + (self._running is not None)
 
-    async def run(self, admitted: Admitted, plan: Plan) -> AsyncGenerator[list[Event], None]:
+    async def run(
+        self, admitted: Admitted, plan: Plan, *, ahead: int | None = None
+    ) -> AsyncGenerator[list[Event], None]:
         """Run a plan when its turn has come, and tell what happens, several events at a time.
+
+        Args:
+            admitted: The graph.
+            plan: Its passes.
+            ahead: Bytes of saved values that may wait to be taken, before the pass waits for whoever takes them. None
+                never has it wait: somebody far away must not hold up the model.
 
         Leaving the iteration early stops the pass at its next site.
 
@@ -170,7 +192,7 @@ class Scheduler:
             PatchwireError: of the kind of what went wrong.
         """
         position = self.check_room()
-        job = _Job(admitted, plan, queued=position > 0)
+        job = _Job(admitted, plan, queued=position > 0, ahead=ahead)
         try:
             self._jobs.add(job)
             self._waiting.append(job)

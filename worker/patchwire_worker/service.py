@@ -41,7 +41,7 @@ from patchwire.v1 import graph_pb2, job_pb2, job_pb2_grpc, service_pb2, service_
 from patchwire.version import PROTOCOL_VERSION, VERSION
 from patchwire_worker import scheduler
 from patchwire_worker.admission import Admission, saved_bytes
-from patchwire_worker.config import ServerConfig
+from patchwire_worker.config import MIB, ServerConfig
 from patchwire_worker.jobs import Jobs, stopped
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.planner import plan
@@ -59,6 +59,7 @@ _LIBRARIES = ("torch", "transformers", "nnsight")
 _SMALL_GRAPH = 256
 _SMALL_BYTES = 64 * 1024
 _THREADS = 4
+_AHEAD_OF_DISK = 64 * MIB
 
 
 Refusal = tuple[grpc.StatusCode, str, Any]
@@ -303,7 +304,7 @@ class JobService(job_pb2_grpc.JobServiceServicer):
         job = await self.jobs.submit(
             self.service.owner(context),
             admitted.model.name,
-            _lasting(queue.run(admitted, planned), request.compression),
+            _lasting(queue.run(admitted, planned, ahead=_AHEAD_OF_DISK), request.compression),
             expected_bytes=saved_bytes(admitted.graph.nodes),
             position=partial(queue.position, planned),
         )
