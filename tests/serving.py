@@ -36,6 +36,7 @@ class Server:
         limits: Mapping[str, Any] | None = None,
         dtypes: Mapping[str, str] | None = None,
         attention: str | None = None,
+        jobs: str | Path | None = None,
     ) -> None:
         """
         Args:
@@ -44,12 +45,13 @@ class Server:
             limits: Fields of `patchwire_worker.config.Limits`.
             dtypes: The element type to load a model in, by its name; float32 for the others.
             attention: How attention is computed, if not as transformers prefers.
+            jobs: The directory of detached jobs.
         """
         models = {
             name: {"path": str(path), "dtype": (dtypes or {}).get(name, "float32"), "attention": attention}
             for name, path in specs.items()
         }
-        self._told = {"models": models, "token": token, "limits": dict(limits or {})}
+        self._told = {"models": models, "token": token, "limits": dict(limits or {}), "jobs": str(jobs or "")}
         self._stderr = tempfile.NamedTemporaryFile(prefix="patchwire-server-", suffix=".log")  # noqa: SIM115
         self.process: subprocess.Popen[str]
         self.address = ""

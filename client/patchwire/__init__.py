@@ -27,6 +27,7 @@ from patchwire.errors import (
     ExecutionError,
     GraphError,
     InputError,
+    JobError,
     LimitError,
     MissingTensorsError,
     ModelNotFoundError,
@@ -44,6 +45,7 @@ from patchwire.version import VERSION as __version__
 if TYPE_CHECKING:
     from patchwire.client import Client, connect, local
     from patchwire.connection import TLS
+    from patchwire.jobs import Job, JobStatus
     from patchwire.model import Model, Module
     from patchwire.proxy import Structure, Value, grad, save
     from patchwire.results import Stats
@@ -54,6 +56,8 @@ _HOMES = {
     "TLS": "connection",
     "Client": "client",
     "Generation": "tracing",
+    "Job": "jobs",
+    "JobStatus": "jobs",
     "Model": "model",
     "Module": "model",
     "Session": "session",
@@ -94,6 +98,9 @@ __all__ = [
     "Generation",
     "GraphError",
     "InputError",
+    "Job",
+    "JobError",
+    "JobStatus",
     "LimitError",
     "MissingTensorsError",
     "Model",

@@ -1,4 +1,4 @@
-"""The command line: `patchwire serve`, `models`, `lens`, `demo`, `doctor`.
+"""The command line: `patchwire serve`, `models`, `jobs`, `lens`, `demo`, `doctor`.
 
 Every command works on what the library offers to any program. What takes long to import is imported by the command
 that needs it.
@@ -149,6 +149,12 @@ def serve(
     max_queued: Annotated[
         int | None, typer.Option(min=1, help="Requests of one model that may wait.", show_default=False)
     ] = None,
+    jobs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Keep detached jobs in this directory, past the end of the server.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Serve models, until Ctrl-C."""
     import asyncio
@@ -165,6 +171,11 @@ def serve(
             "Clients show certificates only on encrypted connections.", hint="Give --tls-cert and --tls-key too."
         )
     _check_port(host, port)
+    if jobs is not None:
+        try:
+            jobs.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise PatchwireError(f"Jobs cannot be kept in {jobs}: {error.strerror} (--jobs).") from error
     with _loading("the worker", remark=False):
         try:
             from patchwire_worker.config import Limits, ServerConfig
@@ -185,6 +196,7 @@ def serve(
             seconds=max_seconds or Limits.seconds,
             queued=max_queued or Limits.queued,
         ),
+        jobs=jobs,
     )
     hosted: dict[str, HostedModel] = {}
     for name, spec in specs:
@@ -306,6 +318,42 @@ def models(
             each.device,
         )
     out.print(table if found else "The server holds no models.")
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "patchwire jobs gpu-box:50051\n\n"
+    "patchwire jobs gpu-box:50051 --cancel 7JkTz…  [dim]# --forget removes its results too[/]"
+)
+def jobs(
+    address: Annotated[str, typer.Argument(metavar="ADDRESS", help="The server's address.")] = DEFAULT_ADDRESS,
+    cancel: Annotated[list[str], typer.Option(metavar="ID", help="Stop this job.", show_default=False)] = [],  # noqa: B006
+    forget: Annotated[
+        list[str], typer.Option(metavar="ID", help="Remove this job and its results.", show_default=False)
+    ] = [],  # noqa: B006
+    token: Token = None,
+    tls: Tls = False,
+    tls_ca: TlsCa = None,
+) -> None:
+    """List the detached jobs that a server keeps for you, the newest first."""
+    with patchwire.connect(address, token=token, tls=_tls(tls, tls_ca)) as client:
+        for each in cancel:
+            client.job(each).cancel()
+        for each in forget:
+            client.job(each).forget()
+        found = client.jobs()
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+        for name in ("job", "model", "status", "submitted", "bytes"):
+            table.add_column(
+                name, justify="right" if name == "bytes" else "left", overflow="fold", no_wrap=name == "job"
+            )
+        for job in found:
+            submitted = f"{job.submitted.astimezone():%Y-%m-%d %H:%M}"
+            table.add_row(job.id, job.model, Text(job.seen.text), submitted, f"{job.result_bytes:,}")
+    out.print(table if found else "The server keeps no jobs.")
 
 
 # --- lens -------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from patchwire import graph as g
 from patchwire import ops, tensors
+from patchwire.background import Cancellation
 from patchwire.errors import (
     ConnectionFailedError,
     ConnectionLostError,
@@ -26,12 +27,10 @@ from patchwire.errors import (
 )
 from patchwire.results import Progress, Stats
 from patchwire.status import error_from_call
-from patchwire.v1 import graph_pb2, model_pb2, service_pb2, service_pb2_grpc, tensor_pb2
+from patchwire.v1 import graph_pb2, job_pb2, job_pb2_grpc, model_pb2, service_pb2, service_pb2_grpc, tensor_pb2
 from patchwire.version import PROTOCOL_VERSION, VERSION
 
 T = TypeVar("T")
-OnTokens = Callable[[int, int, list[int]], None]
-"""Takes new tokens: a trace, an invoke, and an id for each row."""
 
 _CONNECT_SECONDS = 10.0
 _REMEMBERED_UPLOADS = 65536
@@ -105,6 +104,7 @@ class Connection:
             self._channel = grpc.insecure_channel(address, options=options)
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._stub = service_pb2_grpc.PatchwireServiceStub(self._channel)
+        self._jobs = job_pb2_grpc.JobServiceStub(self._channel)
         self._uploaded: set[bytes] = set()
         self._lock = threading.Lock()
         weakref.finalize(self, self._channel.close)
@@ -181,7 +181,7 @@ class Connection:
         )
         return [list(row.ids) for row in self._call(self._stub.Tokenize, request).rows]
 
-    def upload(self, constants: Sequence[Tensor]) -> list[bytes]:
+    def upload(self, constants: Sequence[Tensor], cancellation: Cancellation | None = None) -> list[bytes]:
         """Store tensors on the server; those that it has are not sent again.
 
         Returns:
@@ -191,10 +191,10 @@ class Connection:
         with self._lock:
             wanted = {name: each for name, each in zip(hashes, constants, strict=True) if name not in self._uploaded}
         if wanted:
-            self._send(wanted)
+            self._send(wanted, cancellation or Cancellation())
         return hashes
 
-    def _send(self, wanted: dict[bytes, Tensor]) -> None:
+    def _send(self, wanted: dict[bytes, Tensor], cancellation: Cancellation) -> None:
         for each in wanted.values():
             if each.nbytes > self.limits.constant_bytes:
                 raise LimitError(
@@ -208,6 +208,8 @@ class Connection:
             for each in wanted.values():
                 yield service_pb2.UploadRequest(header=tensors.header(each))
                 for chunk in tensors.chunks(each, length=length):
+                    if cancellation.cancelled:
+                        return  # the server refuses half a tensor
                     yield service_pb2.UploadRequest(chunk=chunk)
 
         stored = self._call(self._stub.Upload, parts()).hashes
@@ -219,14 +221,14 @@ class Connection:
             self._uploaded.update(wanted)
 
     def run(
-        self, graph: g.Graph, progress: Progress, on_tokens: OnTokens = lambda *_: None
+        self, graph: g.Graph, progress: Progress, cancellation: Cancellation | None = None
     ) -> tuple[list[Tensor | None], Stats]:
         """Run a graph.
 
         Args:
             graph: What to run.
             progress: Told what happens.
-            on_tokens: Told the new tokens of a generation: its trace, its invoke, an id for each row.
+            cancellation: Says whether it is still wanted.
 
         Returns:
             The saved tensors, in the order of the graph's saves, and what it cost; None for one of a step that a
@@ -236,8 +238,89 @@ class Connection:
             PatchwireError: of the kind that the server says.
             ConnectionLostError: the server went away.
         """
-        expected = [_expected(node) for node in graph.fx.nodes if node.target is g.save]
-        return self._with_uploads(graph, lambda message: self._stream(message, expected, progress, on_tokens))
+        wanted = cancellation or Cancellation()
+
+        def ask(message: graph_pb2.Graph) -> tuple[list[Tensor | None], Stats]:
+            expected = _announced(graph, message)
+            request = service_pb2.RunRequest(graph=message, compression=self.compression)
+            return self._receive(self._stub.Run, request, expected, progress, wanted)
+
+        return self._with_uploads(graph, ask, wanted)
+
+    def submit(
+        self, graph: g.Graph, cancellation: Cancellation | None = None
+    ) -> tuple[job_pb2.Job, Mapping[int, Expected | None]]:
+        """Submit a graph as a detached job.
+
+        Returns:
+            The job, and what each save brings as far as that is known, by its position in the graph.
+
+        Raises:
+            PatchwireError: of the kind that the server says.
+        """
+
+        def ask(message: graph_pb2.Graph) -> tuple[job_pb2.Job, Mapping[int, Expected | None]]:
+            request = job_pb2.SubmitJobRequest(graph=message, compression=self.compression)
+            return self._call(self._jobs.SubmitJob, request).job, _announced(graph, message)
+
+        return self._with_uploads(graph, ask, cancellation or Cancellation())
+
+    def jobs(self) -> list[job_pb2.Job]:
+        """The detached jobs of whoever has this connection's token, the newest first."""
+        return list(self._call(self._jobs.ListJobs, job_pb2.ListJobsRequest()).jobs)
+
+    def job(self, id: str, wait_seconds: float = 0.0) -> job_pb2.Job:
+        """A detached job, once it has ended or so many seconds have passed.
+
+        Raises:
+            JobError: there is none of this id.
+        """
+        request = job_pb2.GetJobRequest(id=id, wait_seconds=wait_seconds)
+        return self._call(self._jobs.GetJob, request, wait_seconds + (self.timeout or _CONNECT_SECONDS)).job
+
+    def fetch(
+        self,
+        id: str,
+        expected: Mapping[int, Expected | None] | None,
+        progress: Progress,
+        cancellation: Cancellation | None = None,
+    ) -> tuple[list[Tensor | None], Stats]:
+        """The results of a detached job that has ended.
+
+        Args:
+            id: Which.
+            expected: What each save brings, by its position in the graph; None if that is not known here.
+            progress: Told what happens.
+            cancellation: Says whether they are still wanted.
+
+        Returns:
+            The saved tensors, in the order of the graph's saves, and what it cost.
+
+        Raises:
+            JobError: there is none of this id, or its results have expired.
+            PatchwireError: of the kind of what went wrong when it ran.
+        """
+        request = job_pb2.FetchJobRequest(id=id)
+        try:
+            return self._receive(self._jobs.FetchJob, request, expected, progress, cancellation or Cancellation())
+        except ConnectionLostError as error:
+            raise ConnectionLostError(error.message, hint="The job is kept by the server: fetch it again.") from None
+
+    def cancel_job(self, id: str) -> job_pb2.Job:
+        """Stop a detached job; it, once it has ended.
+
+        Raises:
+            JobError: there is none of this id.
+        """
+        return self._call(self._jobs.CancelJob, job_pb2.CancelJobRequest(id=id)).job
+
+    def forget_job(self, id: str) -> None:
+        """Remove a detached job and its results.
+
+        Raises:
+            JobError: there is none of this id.
+        """
+        self._call(self._jobs.ForgetJob, job_pb2.ForgetJobRequest(id=id))
 
     def check(self, graph: g.Graph) -> list[tensor_pb2.TensorHeader]:
         """Check a graph on the server without running it: the shape and dtype of each saved value."""
@@ -245,17 +328,17 @@ class Connection:
         def ask(message: graph_pb2.Graph) -> service_pb2.CheckResponse:
             return self._call(self._stub.Check, service_pb2.CheckRequest(graph=message))
 
-        return list(self._with_uploads(graph, ask).saved)
+        return list(self._with_uploads(graph, ask, Cancellation()).saved)
 
-    def _with_uploads(self, graph: g.Graph, ask: Callable[[graph_pb2.Graph], T]) -> T:
+    def _with_uploads(self, graph: g.Graph, ask: Callable[[graph_pb2.Graph], T], cancellation: Cancellation) -> T:
         """What `ask` gets for a graph's message, with its large constants sent again if the server has dropped some."""
         try:
-            return ask(self._message(graph))
+            return ask(self._message(graph, cancellation))
         except MissingTensorsError:
             with self._lock:
                 self._uploaded.clear()  # the error names only some of what is missing
         try:
-            return ask(self._message(graph))
+            return ask(self._message(graph, cancellation))
         except MissingTensorsError:
             large = [each for each in graph.constants if isinstance(each, Tensor) and each.nbytes > g.INLINE_BYTES]
             raise LimitError(
@@ -264,14 +347,15 @@ class Connection:
                 hint="Use fewer of them in one trace, or smaller ones.",
             ) from None
 
-    def _message(self, graph: g.Graph) -> graph_pb2.Graph:
+    def _message(self, graph: g.Graph, cancellation: Cancellation) -> graph_pb2.Graph:
         large = [
             index
             for index, each in enumerate(graph.constants)
             if isinstance(each, Tensor) and each.nbytes > g.INLINE_BYTES
         ]
         constants = list(graph.constants)
-        hashes = self.upload([constants[index] for index in large])  # type: ignore[misc]
+        hashes = self.upload([constants[index] for index in large], cancellation)  # type: ignore[misc]
+        cancellation.check()
         for index, name in zip(large, hashes, strict=True):
             constants[index] = name
         message = g.graph_to_proto(g.Graph(graph.traces, graph.fx, constants))
@@ -282,18 +366,22 @@ class Connection:
             )
         return message
 
-    def _stream(
-        self, message: graph_pb2.Graph, expected: list[_Expected | None], progress: Progress, on_tokens: OnTokens
+    def _receive(
+        self,
+        method: Callable[..., Any],
+        request: Any,
+        announced: Mapping[int, Expected | None] | None,
+        progress: Progress,
+        cancellation: Cancellation,
     ) -> tuple[list[Tensor | None], Stats]:
-        saves = [index for index, node in enumerate(message.nodes) if node.HasField("save")]
-        announced = dict(zip(saves, expected, strict=True))
+        """The values that a stream brings: those that were announced, or whatever comes if that is not known."""
         found: dict[int, Tensor | None] = {}
         assembly: tensors.Assembly | None = None
         current = -1
         stats: Stats | None = None
         answers = self._answers  # a server that did so the last time, and is not there, went away
-        request = service_pb2.RunRequest(graph=message, compression=self.compression)
-        call = self._stub.Run(request, metadata=self._metadata, timeout=self.timeout)
+        call = method(request, metadata=self._metadata, timeout=self.timeout)
+        cancellation.watch(call)
         try:
             for event in _events(call):
                 answers = self._answers = True
@@ -304,9 +392,9 @@ class Connection:
                         progress.running(event.running.number, event.running.passes)
                     case "saved":
                         current = event.saved.node
-                        if current not in announced or current in found:
+                        if current in found or (announced is not None and current not in announced):
                             raise GraphError("The server sent a value that was not asked for.")
-                        _check_header(event.saved.header, announced[current])
+                        _check_header(event.saved.header, None if announced is None else announced[current])
                         assembly = tensors.Assembly(event.saved.header, _LARGEST_RESULT)
                         progress.bytes(0, assembly.total)
                     case "chunk":
@@ -317,7 +405,7 @@ class Connection:
                     case "absent":
                         found[event.absent.node] = None
                     case "tokens":
-                        on_tokens(event.tokens.trace, event.tokens.invoke, list(event.tokens.ids))
+                        progress.tokens(event.tokens.trace, event.tokens.invoke, list(event.tokens.ids))
                     case "done":
                         stats = Stats.from_proto(event.done)
                         break  # the status that follows says nothing new, and waiting for it takes a while
@@ -335,28 +423,35 @@ class Connection:
             progress.close()
         if stats is None:
             raise ConnectionLostError(f"The server at {self.address} ended the request early.")
-        if found.keys() != set(saves):
+        if announced is not None and found.keys() != announced.keys():
             raise GraphError("The server ended the request without all saved values.")
-        return [found[index] for index in saves], stats
+        return [found[index] for index in sorted(found)], stats
 
 
-def _events(call: Iterable[service_pb2.RunResponse]) -> Iterator[service_pb2.Event]:
+def _events(call: Iterable[service_pb2.RunResponse | job_pb2.FetchJobResponse]) -> Iterator[service_pb2.Event]:
     for response in call:
         yield from response.events
 
 
-_Expected = tuple[list[int], torch.dtype]
+Expected = tuple[list[int], torch.dtype]
 """The shape and dtype of a value that is to come."""
 
 
-def _expected(save: torch.fx.Node) -> _Expected | None:
+def _announced(graph: g.Graph, message: graph_pb2.Graph) -> dict[int, Expected | None]:
+    """What each save of a graph brings, if that is known before it runs, by its position in the message."""
+    saves = [index for index, node in enumerate(message.nodes) if node.HasField("save")]
+    expected = [_expected(node) for node in graph.fx.nodes if node.target is g.save]
+    return dict(zip(saves, expected, strict=True))
+
+
+def _expected(save: torch.fx.Node) -> Expected | None:
     """What a save brings, if that is known before it runs."""
     value, dtype = save.args[0], save.args[1]
     fake = value.meta.get("fake") if isinstance(value, torch.fx.Node) else None
     return (list(fake.shape), dtype or fake.dtype) if isinstance(fake, Tensor) else None  # type: ignore[return-value]
 
 
-def _check_header(header: tensor_pb2.TensorHeader, expected: _Expected | None) -> None:
+def _check_header(header: tensor_pb2.TensorHeader, expected: Expected | None) -> None:
     """Check that a value is what was asked for.
 
     Raises:

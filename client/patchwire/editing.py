@@ -105,5 +105,5 @@ class Editing(Trace):
         super().__enter__()
         return self._edited
 
-    def _run(self) -> None:
+    def _graph(self) -> None:
         self._edited._edits.append(Edit(self._recorder, prompt_only=self._prompt_only))

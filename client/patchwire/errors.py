@@ -23,6 +23,7 @@ come back with the same class, line and words as those found on the laptop.
 | `BusyError` | the server's queue is full |
 | `TimeoutError` | a request ran longer than the server or the deadline allows |
 | `CancelledError` | the request was cancelled |
+| `JobError` | the server has no such job, or no longer its results |
 """
 
 from __future__ import annotations
@@ -161,6 +162,10 @@ class TimeoutError(PatchwireError):
 
 class CancelledError(PatchwireError):
     """The request was cancelled."""
+
+
+class JobError(PatchwireError):
+    """The server has no such job, or no longer its results."""
 
 
 class PatchwireWarning(UserWarning):

@@ -275,13 +275,18 @@ class Model(Module):
         """How many layers `model.layers` has."""
         return self.catalogue.num_layers
 
-    def trace(self, given: Any = None) -> Trace:
+    def trace(self, given: Any = None, *, blocking: bool = True) -> Trace:
         """A block that records one call of the model.
 
         Args:
             given: A text, a list of texts, a list of token ids or of such lists, a tensor of token ids `[seq]` or
                 `[batch, seq]`, chat messages (dicts with "role" and "content"), or a tokenizer's mapping with
                 "input_ids" and "attention_mask". Left out if the block opens `trace.invoke(…)`s.
+            blocking: Whether to wait for the saved values at the end of the block. If not, the block only submits its
+                request, and `trace.job` is the job: it runs on the server by itself, and can be fetched later, from
+                another program too.
+
+        `async with` does the same as `with`, and lets the event loop go on while it waits.
 
         Texts of different lengths end together, as in a batch padded on the left, so that `[:, -1]` is everyone's last
         token; positions before a shorter text hold NaN, and `trace.mask()` says which.
@@ -294,7 +299,7 @@ class Model(Module):
             >>> hidden.shape
             torch.Size([1, 10, 768])
         """
-        return Trace(self, given)
+        return Trace(self, given, blocking=blocking)
 
     def generate(
         self,
@@ -309,6 +314,7 @@ class Model(Module):
         repetition_penalty: float = 1.0,
         seed: int = 0,
         stream: bool | Callable[[list[int]], None] = False,
+        blocking: bool = True,
     ) -> Generation:
         """A block that records one generation: the model goes on after a prompt, and may be intervened in at each step.
 
@@ -324,6 +330,7 @@ class Model(Module):
             repetition_penalty: Divides the logits of tokens that occurred already.
             seed: Row i of an invoke draws with a generator seeded with this plus i, whatever else runs.
             stream: Print the text as it is made, or give the new token ids (one for each row) to a function.
+            blocking: As for `trace`.
 
         Step 0 is the pass over the prompt; step n the pass over the n-th new token alone, what comes before it being
         cached.
@@ -339,7 +346,7 @@ class Model(Module):
         options = g.Generation(
             max_new_tokens, min_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty, seed
         )
-        return Generation(self, given, options, stream)
+        return Generation(self, given, options, stream, blocking=blocking)
 
     def edit(self, given: Any = None, *, prompt_only: bool = False) -> Editing:
         """A block whose interventions and changed weights stay with the model that it gives.
@@ -375,9 +382,13 @@ class Model(Module):
         """A length, or the longest that a prompt may have."""
         return min(length, self._description.max_positions or length)
 
-    def session(self) -> Session:
-        """A block of many traces that are sent as one request, between which values stay on the server."""
-        return Session(self.connection, progress=self.progress)
+    def session(self, *, blocking: bool = True) -> Session:
+        """A block of many traces that are sent as one request, between which values stay on the server.
+
+        Args:
+            blocking: As for `trace`, of the whole session.
+        """
+        return Session(self.connection, progress=self.progress, blocking=blocking)
 
     def module(self, path: str) -> Module:
         """The module of a path, for names that Python cannot spell or that this class uses itself.

@@ -122,7 +122,7 @@ class Value(torch.fx.Proxy):
 
         Raises:
             BranchError: the block has not ended.
-            GraphError: the value was not saved, or the run failed.
+            GraphError: the value was not saved, the run failed, or it was detached and has not been fetched.
         """
         if self._tensor is None:
             self._not_there("its tensor")
@@ -147,6 +147,12 @@ class Value(torch.fx.Proxy):
             raise GraphError(
                 "The generation ended before this value's step.",
                 hint="Look at the generated tokens: `gen.output`.",
+                lines=here(),
+            )
+        if self._saved and self.recorder.detached:
+            raise GraphError(
+                "The value is not here yet: its trace was detached.",
+                hint="Write `trace.job.fetch()`, which waits until the job is done.",
                 lines=here(),
             )
         if self._saved:
@@ -324,6 +330,7 @@ class Value(torch.fx.Proxy):
             return repr(self._tensor)
         if not self.recorder.open:
             state = "its run did not end well" if self._saved else "not saved: it stayed on the server"
+            state = "not fetched yet" if self._saved and self.recorder.detached else state
             return f"<value, {describe(self._node.meta.get('fake'))}, {state}>"
         return f"<value, {describe(self.node.meta.get('fake'))}>"
 

@@ -60,6 +60,8 @@ class Recorder(TracerBase):
         self.graph = self.request.fx
         self.checker = Checker(self.request, catalogue, value_bytes=value_bytes)
         self.open = True
+        self.detached = False
+        """Whether its run is a job that has not been fetched."""
         self.saved: list[tuple[Value, torch.dtype | None, int, SourceLine | None]] = []
         self.losses: list[tuple[Value, Any]] = []
         """What `.grad` is the gradient of: values, and the vectors that their Jacobians are multiplied with."""
@@ -613,6 +615,7 @@ class Recorder(TracerBase):
         for (value, *_), tensor in zip(self.saved, tensors, strict=True):
             value._tensor = tensor
             value._absent = tensor is None
+        self.detached = False
 
     def _warn_if_edited(self, value: Value, version: int, line: SourceLine | None) -> None:
         for editor, where in value.memory.edits[version:]:

@@ -1,91 +1,13 @@
-"""Sessions: many traces in one request. Values stay on the server between them; only what is saved comes back.
-
-A `Request` is what is recorded and sent together: a trace of its own is one, a session is one with all its traces.
-"""
+"""Sessions: many traces in one request. Values stay on the server between them; only what is saved comes back."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from contextvars import ContextVar, Token
-from types import TracebackType
-from typing import TYPE_CHECKING
 
+from patchwire import graph as g
 from patchwire.connection import Connection
-from patchwire.errors import GraphError, PatchwireError, PatchwireWarning, here, trim, user_frame
-from patchwire.recording import Recorder
-from patchwire.results import Progress, Stats
-from patchwire.sites import Catalogue
-
-if TYPE_CHECKING:
-    from patchwire.model import Model
-
-
-class Request:
-    """What is recorded and sent together.
-
-    Attributes:
-        recorder: Turns what user code does into a graph.
-        connection: Where it will run.
-    """
-
-    def __init__(self, connection: Connection, *, progress: bool) -> None:
-        self.connection = connection
-        self.progress = progress
-        self.recorder = Recorder(self._catalogue, value_bytes=connection.limits.value_bytes or None)
-        self._models: dict[str, Model] = {}
-        self._on_tokens: dict[int, Callable[[int, list[int]], None]] = {}
-
-    def add(self, model: Model) -> None:
-        """Take in a model whose traces belong to it.
-
-        Raises:
-            GraphError: it is on another server.
-        """
-        if model.connection is not self.connection:
-            raise GraphError(
-                f"{model.name} is on another connection than this session.",
-                hint="Take both models from one client: `client = patchwire.connect(…)`, `client.model(…)`.",
-                lines=here(),
-            )
-        self._models[model.name] = model
-
-    def _catalogue(self, name: str) -> Catalogue:
-        return self._models[name].catalogue
-
-    def on_tokens(self, trace: int, tell: Callable[[int, list[int]], None]) -> None:
-        """Have somebody told a generation's tokens as they are made: the invoke, and an id for each row."""
-        self._on_tokens[trace] = tell
-
-    def _tell_tokens(self, trace: int, invoke: int, ids: list[int]) -> None:
-        if trace in self._on_tokens:
-            self._on_tokens[trace](invoke, ids)
-
-    def run(self) -> Stats:
-        """Send it, wait for the saved tensors, and hand each to its value."""
-        if not self.recorder.saved:
-            frame = user_frame()
-            warnings.warn_explicit(
-                PatchwireWarning("The block saved nothing, so nothing comes back. Write `.save()` on what you want."),
-                None,
-                frame.f_code.co_filename if frame else "<block>",
-                frame.f_lineno if frame else 1,
-            )
-        graph = self.recorder.finish()
-        try:
-            tensors, stats = self.connection.run(graph, Progress(self.progress), self._tell_tokens)
-        except PatchwireError as found:
-            # The way through gRPC is of no interest to whoever wrote the block.
-            raise found.with_traceback(None) from None
-        self.recorder.resolve(tensors)
-        return stats
-
-    def give_up(self, error: BaseException) -> None:
-        """The block raised: nothing is sent."""
-        self.recorder.open = False
-        if isinstance(error, PatchwireError):
-            trim(error)
-
+from patchwire.errors import GraphError, here
+from patchwire.running import Block, Request
 
 _CURRENT: ContextVar[Session | None] = ContextVar("patchwire_session", default=None)
 
@@ -95,14 +17,15 @@ def current_session() -> Session | None:
     return _CURRENT.get()
 
 
-class Session:
+class Session(Block):
     """Many traces in one request, recorded by the block under it.
 
     A value of one trace may be used in every later one; it stays on the server. Traces of several models of the same
     server may be mixed.
 
     Attributes:
-        stats: What the run cost; None until the block has ended.
+        stats: What the run cost; None until it has ended and its values are here.
+        job: The detached job, of a session with `blocking=False`, once the block has ended.
 
     Example:
         >>> with model.session() as session:
@@ -115,33 +38,34 @@ class Session:
         2
     """
 
-    def __init__(self, connection: Connection, *, progress: bool = True) -> None:
+    def __init__(self, connection: Connection, *, progress: bool = True, blocking: bool = True) -> None:
+        super().__init__(blocking=blocking)
         self._connection = connection
         self._progress = progress
         self._token: Token[Session | None] | None = None
-        self.request: Request | None = None
-        self.stats: Stats | None = None
+
+    @property
+    def request(self) -> Request:
+        """What its traces are recorded into."""
+        return self._request
 
     def __enter__(self) -> Session:
         if current_session() is not None:
             raise GraphError(
                 "A session cannot be opened inside another.", hint="Write its traces into the outer one.", lines=here()
             )
-        self.request = Request(self._connection, progress=self._progress)
+        self._request = Request(self._connection, progress=self._progress)
         self.stats = None
         self._token = _CURRENT.set(self)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def _end(self, error: BaseException | None) -> g.Graph | None:
         assert self._token is not None
-        assert self.request is not None
         _CURRENT.reset(self._token)
         if error is not None:
-            self.request.give_up(error)
-            return
-        if not self.request.recorder.request.traces:
-            self.request.recorder.open = False
+            self._request.give_up(error)
+            return None
+        if not self._request.recorder.request.traces:
+            self._request.recorder.open = False
             raise GraphError("The session has no trace.", hint="Write `with model.trace(…):` in it.", lines=here())
-        self.stats = self.request.run()
+        return self._request.finish()

@@ -1,7 +1,7 @@
 """The blocks that user code writes: `with model.trace(...)` and `with trace.invoke(...)`.
 
 A trace is one call of the model. Entering it starts a recording; leaving it sends the graph, waits for the saved
-tensors and hands each to its value. If the block raises, nothing is sent.
+tensors and hands each to its value (`running.py`). If the block raises, nothing is sent.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -20,8 +19,8 @@ from patchwire import graph as g
 from patchwire.errors import GraphError, PatchwireError, here
 from patchwire.proxy import Value
 from patchwire.recording import EVERYONE, Recorder
-from patchwire.results import Stats
-from patchwire.session import Request, current_session
+from patchwire.running import Block, Request, Stopped
+from patchwire.session import current_session
 from patchwire.sites import Address
 
 if TYPE_CHECKING:
@@ -85,20 +84,24 @@ def recording() -> bool:
     return scope is not None and scope.recorder.open
 
 
-class Trace:
+class Trace(Block):
     """One call of a model, recorded by the block under it.
 
     Attributes:
-        stats: What the run cost; None until the block has ended, and in a session, whose `stats` are of all its traces.
+        stats: What the run cost; None until it has ended and its values are here, and in a session, whose `stats` are
+            those of all its traces.
+        job: The detached job, of a trace with `blocking=False`, once the block has ended.
     """
 
-    def __init__(self, model: Model, given: Any = None, generation: g.Generation | None = None) -> None:
+    def __init__(
+        self, model: Model, given: Any = None, generation: g.Generation | None = None, *, blocking: bool = True
+    ) -> None:
+        super().__init__(blocking=blocking)
         self._model = model
         self._given = given
         self._trace = g.Trace(model.name, generation=generation)
         self._token: Token[Scope | None] | None = None
         self._closed = False
-        self.stats: Stats | None = None
 
     def __enter__(self) -> Trace:
         if recording():
@@ -110,9 +113,12 @@ class Trace:
         if self._token is not None:
             raise GraphError("This trace has been used already.", hint="Write `with model.trace(…)`.", lines=here())
         session = current_session()
+        if session is not None and not self._blocking:
+            raise GraphError(
+                "A trace inside a session runs with it.", hint="Write `model.session(blocking=False)`.", lines=here()
+            )
         self._own = session is None
         request = session.request if session else Request(self._model.connection, progress=self._model.progress)
-        assert request is not None
         request.add(self._model)
         self._request = request
         self._recorder = request.recorder
@@ -180,7 +186,7 @@ class Trace:
 
     def stop(self) -> NoReturn:
         """End the block here: what is written below is not recorded, and nothing later is run."""
-        raise _Stopped
+        raise Stopped
 
     def mask(self, invoke: int = 0) -> Tensor:
         """Which positions hold tokens, `[batch, seq]` bool.
@@ -197,28 +203,24 @@ class Trace:
         """The token ids of every row."""
         return [list(row) for invoke in self._trace.invokes for row in invoke.rows]
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
+    def _end(self, error: BaseException | None) -> g.Graph | None:
         assert self._token is not None
         _CURRENT.reset(self._token)
-        stopped = isinstance(error, _Stopped)
-        if error is not None and not stopped:
+        if error is not None:
             if self._own:
                 self._request.give_up(error)
-            return False
+            return None
         if not self._trace.invokes:
             self._recorder.open = False
             raise GraphError(
                 "The trace has no prompt.", hint='Write `model.trace("…")` or `trace.invoke("…")`.', lines=here()
             )
         self._finish()
-        if self._own:
-            self._run()
-        return stopped
+        return self._graph() if self._own else None
 
-    def _run(self) -> None:
-        self.stats = self._request.run()
+    def _graph(self) -> g.Graph | None:
+        """The graph that is to run."""
+        return self._request.finish()
 
     def _finish(self) -> None:
         """The block has ended, and the graph has not been sent."""
@@ -231,9 +233,15 @@ class Generation(Trace):
     """
 
     def __init__(
-        self, model: Model, given: Any, generation: g.Generation, stream: bool | Callable[[list[int]], None]
+        self,
+        model: Model,
+        given: Any,
+        generation: g.Generation,
+        stream: bool | Callable[[list[int]], None],
+        *,
+        blocking: bool = True,
     ) -> None:
-        super().__init__(model, given, generation)
+        super().__init__(model, given, generation, blocking=blocking)
         self._options = generation
         self._stream = stream
         self._outputs: dict[int, Value] = {}
@@ -312,7 +320,3 @@ class _Steps:
                 yield step
         finally:
             _CURRENT.set(before)
-
-
-class _Stopped(Exception):
-    """Ends a block early."""

@@ -17,7 +17,7 @@ import tiny
 from patchwire import ops
 from patchwire.status import error_from_call
 from patchwire.v1 import graph_pb2 as pb
-from patchwire.v1 import service_pb2, service_pb2_grpc, tensor_pb2
+from patchwire.v1 import job_pb2, job_pb2_grpc, service_pb2, service_pb2_grpc, tensor_pb2
 from serving import Server
 
 SECONDS = 60
@@ -346,6 +346,45 @@ METHODS = {
     "Check": "unary_unary",
     "Run": "unary_stream",
 }
+
+
+JOB_METHODS = ("SubmitJob", "GetJob", "ListJobs", "FetchJob", "CancelJob", "ForgetJob")
+
+
+@few
+@given(method=st.sampled_from(JOB_METHODS), data=st.binary(max_size=200))
+def test_bytes_that_are_no_message_about_a_job_do_no_harm(channel, method, data):
+    kind = "unary_stream" if method == "FetchJob" else "unary_unary"
+    answers = getattr(channel, kind)(f"/patchwire.v1.JobService/{method}")
+    with contextlib.suppress(grpc.RpcError):
+        found = answers(data, timeout=SECONDS)
+        _ = list(found) if kind == "unary_stream" else found
+
+
+@few
+@given(graph=graphs())
+def test_a_random_graph_as_a_job_is_answered_and_ends(target, channel, graph):
+    jobs = job_pb2_grpc.JobServiceStub(channel)
+    name = None
+    with contextlib.suppress(grpc.RpcError):  # what refuses it is the subject of other tests
+        name = jobs.SubmitJob(job_pb2.SubmitJobRequest(graph=graph), timeout=SECONDS).job.id
+    if name is not None:
+        assert jobs.GetJob(job_pb2.GetJobRequest(id=name, wait_seconds=SECONDS)).job.state in (
+            job_pb2.JOB_STATE_DONE,
+            job_pb2.JOB_STATE_FAILED,
+        )
+        answer(target, jobs.FetchJob, job_pb2.FetchJobRequest(id=name))
+        jobs.ForgetJob(job_pb2.ForgetJobRequest(id=name))
+
+
+@few
+@given(name=st.text(max_size=60), seconds=st.floats())
+def test_a_random_name_of_a_job_is_answered(target, channel, name, seconds):
+    jobs = job_pb2_grpc.JobServiceStub(channel)
+    answer(target, jobs.GetJob, job_pb2.GetJobRequest(id=name, wait_seconds=seconds))
+    answer(target, jobs.FetchJob, job_pb2.FetchJobRequest(id=name))
+    answer(target, jobs.CancelJob, job_pb2.CancelJobRequest(id=name))
+    answer(target, jobs.ForgetJob, job_pb2.ForgetJobRequest(id=name))
 
 
 @few

@@ -334,7 +334,7 @@ class TestStandardServices:
             answers = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([request]))
             listed = {each.name for each in next(answers).list_services_response.service}
 
-        assert listed >= {SERVICE, "grpc.health.v1.Health"}
+        assert listed >= {SERVICE, "patchwire.v1.JobService", "grpc.health.v1.Health"}
 
 
 class TestToken:

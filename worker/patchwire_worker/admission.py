@@ -161,12 +161,7 @@ class Admission:
             graph.constants = [found[each] if isinstance(each, bytes) else each for each in graph.constants]
 
     def _check_results(self, nodes: list[torch.fx.Node]) -> None:
-        total = 0
-        for node in nodes:
-            if node.target is g.save:
-                fake = fake_of(node.args[0])  # type: ignore[arg-type]
-                if isinstance(fake, Tensor):
-                    total += fake.numel() * (node.args[1] or fake.dtype).itemsize  # type: ignore[union-attr]
+        total = saved_bytes(nodes)
         if total > self.limits.result_bytes:
             raise LimitError(
                 f"The saved values have {total:,} bytes; the server sends {self.limits.result_bytes:,}.",
@@ -184,6 +179,17 @@ class Admission:
                 if place in written:
                     raise at(node, GraphError(f"`{site}` is written twice."))
                 written.add(place)
+
+
+def saved_bytes(nodes: list[torch.fx.Node]) -> int:
+    """Bytes of the saved values, as far as their shapes are known."""
+    total = 0
+    for node in nodes:
+        if node.target is g.save:
+            fake = fake_of(node.args[0])  # type: ignore[arg-type]
+            if isinstance(fake, Tensor):
+                total += fake.numel() * (node.args[1] or fake.dtype).itemsize  # type: ignore[union-attr]
+    return total
 
 
 def at(node: torch.fx.Node, error: PatchwireError) -> PatchwireError:

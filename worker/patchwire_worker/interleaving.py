@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -89,12 +90,24 @@ class Stopping:
     """Says whether a pass has to end before it is done, and why."""
 
     def __init__(self) -> None:
-        self.reason: PatchwireError | None = None
+        self._reason: PatchwireError | None = None
+        self._late: tuple[float, PatchwireError] | None = None
 
     def stop(self, reason: PatchwireError) -> None:
         """End the pass at its next site; the first reason counts."""
-        if self.reason is None:
-            self.reason = reason
+        if self._reason is None:
+            self._reason = reason
+
+    def stop_after(self, seconds: float, reason: PatchwireError) -> None:
+        """End it when so many seconds have passed."""
+        self._late = time.perf_counter() + seconds, reason
+
+    @property
+    def reason(self) -> PatchwireError | None:
+        """Why it has to end now, if it has to."""
+        if self._reason is None and self._late is not None and time.perf_counter() > self._late[0]:
+            self._reason = self._late[1]
+        return self._reason
 
 
 class _Controllers:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import hmac
 import logging
 from collections import Counter
@@ -30,6 +31,7 @@ from patchwire.errors import (
     BusyError,
     CancelledError,
     ConnectionLostError,
+    ExecutionError,
     GraphError,
     LimitError,
     MissingTensorsError,
@@ -40,11 +42,12 @@ from patchwire.errors import (
 )
 from patchwire.sites import SOURCE, Address
 from patchwire.status import error_to_status
-from patchwire.v1 import graph_pb2, service_pb2, service_pb2_grpc, tensor_pb2
+from patchwire.v1 import graph_pb2, job_pb2, job_pb2_grpc, service_pb2, service_pb2_grpc, tensor_pb2
 from patchwire.version import PROTOCOL_VERSION, VERSION
 from patchwire_worker import scheduler
-from patchwire_worker.admission import Admission
-from patchwire_worker.config import ServerConfig
+from patchwire_worker.admission import Admission, saved_bytes
+from patchwire_worker.config import MIB, ServerConfig
+from patchwire_worker.jobs import Jobs, stopped
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.planner import plan
 from patchwire_worker.scheduler import InternalError, Scheduler
@@ -62,6 +65,7 @@ _SMALL_GRAPH = 256
 _MOST_LEARNT = 512
 _SMALL_BYTES = 64 * 1024
 _THREADS = 4
+_AHEAD_OF_DISK = 64 * MIB
 
 
 Refusal = tuple[grpc.StatusCode, str, Any]
@@ -104,7 +108,7 @@ def _answering(method: Callable[..., Awaitable[Response]]) -> Callable[..., Awai
     """A unary method that checks the token and answers errors with a status."""
 
     @wraps(method)
-    async def wrapper(self: PatchwireService, request: Any, context: Context) -> Response:
+    async def wrapper(self: PatchwireService | JobService, request: Any, context: Context) -> Response:
         try:
             self.authenticate(context)
             return await method(self, request, context)
@@ -128,6 +132,7 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         self.store = TensorStore(config.limits.stored_bytes)
         self.admission = Admission(models, config.limits, self.store)
         self.schedulers = {name: Scheduler(name, config.limits) for name in models}
+        self.jobs = Jobs(config.jobs, config.limits)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="requests")
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizers")  # these bear no two threads at a time
         # One for each model, so that nobody waits for another model's pass to end.
@@ -160,6 +165,10 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
                 "The token is wrong." if given else "This server asks for a token.",
                 hint="Write `patchwire.connect(address, token=…)`, with what `patchwire serve --token` was given.",
             )
+
+    def owner(self, context: Context) -> str:
+        """Whose jobs an RPC may see: all who have the server's token are one."""
+        return hashlib.sha256(self.config.token.encode()).hexdigest() if self.config.token is not None else ""
 
     @_answering
     async def Handshake(self, request: service_pb2.HandshakeRequest, context: Context) -> service_pb2.HandshakeResponse:
@@ -330,13 +339,12 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         await context.abort(*refusal)  # out here, as in `_answering`
 
     async def _run(self, request: service_pb2.RunRequest) -> AsyncGenerator[service_pb2.RunResponse, None]:
-        if request.compression not in tensors.COMPRESSIONS:
-            raise GraphError(f"compression {request.compression} is not known to this version.")
+        _check_compression(request.compression)
         admitted, planned = await self._admit(request.graph)
         events = self.schedulers[admitted.models[0].name].run(admitted, planned)
         async with contextlib.aclosing(events):
             async for news in events:
-                for message in _messages(news, request.compression):
+                for message in _messages(service_pb2.RunResponse, news, request.compression):
                     yield message
 
 
@@ -348,16 +356,100 @@ def _sites(message: graph_pb2.Graph) -> Iterator[graph_pb2.Site]:
             yield getattr(node, kind).site
 
 
+class JobService(job_pb2_grpc.JobServiceServicer):
+    """The methods for detached jobs, over the same models and queues."""
+
+    def __init__(self, service: PatchwireService) -> None:
+        self.service = service
+        self.jobs = service.jobs
+
+    def authenticate(self, context: Context) -> None:
+        """Check the token of an RPC."""
+        self.service.authenticate(context)
+
+    @_answering
+    async def SubmitJob(self, request: job_pb2.SubmitJobRequest, context: Context) -> job_pb2.SubmitJobResponse:
+        _check_compression(request.compression)
+        admitted, planned = await self.service._admit(request.graph)
+        queue = self.service.schedulers[admitted.models[0].name]
+        queue.check_room()
+        job = await self.jobs.submit(
+            self.service.owner(context),
+            admitted.models[0].name,
+            _lasting(queue.run(admitted, planned, ahead=_AHEAD_OF_DISK), request.compression),
+            expected_bytes=saved_bytes(admitted.graph.nodes),
+            position=partial(queue.position, planned),
+        )
+        return job_pb2.SubmitJobResponse(job=job)
+
+    @_answering
+    async def GetJob(self, request: job_pb2.GetJobRequest, context: Context) -> job_pb2.GetJobResponse:
+        job = await self.jobs.get(self.service.owner(context), request.id, request.wait_seconds)
+        return job_pb2.GetJobResponse(job=job)
+
+    @_answering
+    async def ListJobs(self, request: job_pb2.ListJobsRequest, context: Context) -> job_pb2.ListJobsResponse:
+        return job_pb2.ListJobsResponse(jobs=self.jobs.of(self.service.owner(context)))
+
+    async def FetchJob(
+        self, request: job_pb2.FetchJobRequest, context: Context
+    ) -> AsyncIterator[job_pb2.FetchJobResponse]:
+        try:
+            self.authenticate(context)
+            async with contextlib.aclosing(self.jobs.fetch(self.service.owner(context), request.id)) as responses:
+                async for response in responses:
+                    yield response
+            return
+        except Exception as error:
+            refusal = _refusal(error)
+        await context.abort(*refusal)  # out here, as in `_answering`
+
+    @_answering
+    async def CancelJob(self, request: job_pb2.CancelJobRequest, context: Context) -> job_pb2.CancelJobResponse:
+        return job_pb2.CancelJobResponse(job=await self.jobs.cancel(self.service.owner(context), request.id))
+
+    @_answering
+    async def ForgetJob(self, request: job_pb2.ForgetJobRequest, context: Context) -> job_pb2.ForgetJobResponse:
+        await self.jobs.forget(self.service.owner(context), request.id)
+        return job_pb2.ForgetJobResponse()
+
+
+async def _lasting(
+    events: AsyncGenerator[list[scheduler.Event], None], compression: tensor_pb2.Compression
+) -> AsyncGenerator[job_pb2.FetchJobResponse, None]:
+    """What happens to a job, as messages; raises only errors that can be told later, in a message too."""
+    try:
+        async with contextlib.aclosing(events):
+            async for news in events:
+                for message in _messages(job_pb2.FetchJobResponse, news, compression):
+                    yield message
+    except ConnectionLostError:
+        raise stopped() from None
+    except InternalError as error:
+        raise ExecutionError(f"internal error ({error}); the server's log has it") from None
+    except PatchwireError as error:
+        raise _short(error) from None
+
+
+def _check_compression(compression: tensor_pb2.Compression) -> None:
+    if compression not in tensors.COMPRESSIONS:
+        raise GraphError(f"compression {compression} is not known to this version.")
+
+
 _RESPONSE_BYTES = tensors.MIB
 
+Message = TypeVar("Message", service_pb2.RunResponse, job_pb2.FetchJobResponse)
 
-def _messages(news: list[scheduler.Event], compression: tensor_pb2.Compression) -> Iterator[service_pb2.RunResponse]:
+
+def _messages(
+    kind: type[Message], news: list[scheduler.Event], compression: tensor_pb2.Compression
+) -> Iterator[Message]:
     """Events as messages, as many in each as fit."""
-    message, length = service_pb2.RunResponse(), 0
+    message, length = kind(), 0
     for event in (part for each in news for part in _parts(each, compression)):
         if length and length + len(event.chunk) > _RESPONSE_BYTES:
             yield message
-            message, length = service_pb2.RunResponse(), 0
+            message, length = kind(), 0
         message.events.append(event)
         length += len(event.chunk)
     yield message
