@@ -42,6 +42,7 @@ from patchwire.errors import (
 from patchwire.version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from patchwire import random
     from patchwire.client import Client, connect, local
     from patchwire.connection import TLS
     from patchwire.model import Model, Module
@@ -65,7 +66,13 @@ _HOMES = {
 """Where the names live that need torch, which takes seconds to import: they are looked up when they are first used."""
 
 
+_ROOMS = ("random",)
+"""Modules that are looked up in the same way: `patchwire.random.normal(…)` needs no import of its own."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"patchwire.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'patchwire' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"patchwire.{_HOMES[name]}"), name)
@@ -109,5 +116,6 @@ __all__ = [
     "__version__",
     "connect",
     "local",
+    "random",
     "save",
 ]

@@ -234,9 +234,10 @@ class Value(torch.fx.Proxy):
             near = nearest(
                 name, [each.rsplit(".", 1)[-1] for each in ops.OPERATIONS if each.startswith("torch.Tensor")]
             )
+            meant = f"Did you mean {' or '.join(f'`.{each}`' for each in near)}?" if near else ""
             raise OperationError(
                 f"`.{name}` is not an operation that a graph may contain.",
-                hint=f"Did you mean {' or '.join(f'`.{each}`' for each in near)}?" if near else "",
+                hint=ops.INSTEAD.get(name, meant),
                 lines=here(),
             )
         if isinstance(operation.function, ops.Property):

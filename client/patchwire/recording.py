@@ -172,7 +172,8 @@ class Recorder(TracerBase):
     def _refused(self, name: str) -> OperationError:
         return OperationError(
             f"`{name}` is not an operation that a graph may contain.",
-            hint="`patchwire.ops` lists those that are; save the value and compute the rest after the block.",
+            hint=ops.INSTEAD.get(name)
+            or "`patchwire.ops` lists those that are; save the value and compute the rest after the block.",
             lines=here(),
         )
 

@@ -76,10 +76,15 @@ def current(what: str, model: Model) -> Scope:
     return scope
 
 
+def open_recorder() -> Recorder | None:
+    """What records the block that user code is inside of; None if it is in none."""
+    scope = _CURRENT.get()
+    return scope.recorder if scope is not None and scope.recorder.open else None
+
+
 def recording() -> bool:
     """Whether user code is inside a block."""
-    scope = _CURRENT.get()
-    return scope is not None and scope.recorder.open
+    return open_recorder() is not None
 
 
 class Trace:

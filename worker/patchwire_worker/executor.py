@@ -260,7 +260,9 @@ class Execution:
                     return _map_tensors(self.model.apply(path, *own), torch.Tensor.contiguous)
                 case target:
                     self._check_size(node, args, kwargs)
-                    return target(*args, **kwargs)  # type: ignore[operator]
+                    result = target(*args, **kwargs)  # type: ignore[operator]
+                    operation = g.operation_of(node)
+                    return result.to(self.model.device) if operation and operation.kind == "draw" else result
         except PatchwireError as error:
             raise at(node, error) from None
         except torch.OutOfMemoryError as error:
