@@ -44,6 +44,7 @@ from patchwire.version import VERSION as __version__
 if TYPE_CHECKING:
     from patchwire import random
     from patchwire.client import Client, connect, local
+    from patchwire.conditions import cond
     from patchwire.connection import TLS
     from patchwire.model import Model, Module
     from patchwire.proxy import Structure, Value, save
@@ -59,6 +60,7 @@ _HOMES = {
     "Structure": "proxy",
     "Trace": "tracing",
     "Value": "proxy",
+    "cond": "conditions",
     "connect": "client",
     "local": "client",
     "save": "proxy",
@@ -114,6 +116,7 @@ __all__ = [
     "Value",
     "VersionError",
     "__version__",
+    "cond",
     "connect",
     "local",
     "random",

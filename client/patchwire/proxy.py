@@ -44,6 +44,7 @@ class Memory:
         self.version = 0
         self.sites: list[tuple[Site, Value]] = []
         self.edits: list[tuple[Value, SourceLine | None]] = []
+        self.born: int = node.meta.get("number", 0)
         self.constant = constant
         """Why it must not be edited, if it must not."""
 
@@ -134,7 +135,8 @@ class Value(torch.fx.Proxy):
             raise BranchError(
                 f"The value exists only when the block has ended; {what} is not known while it is recorded.",
                 hint=(
-                    "Write `torch.where(condition, a, b)` for a choice between values; for anything else, "
+                    "Write `torch.where(condition, a, b)` for a choice between values, or "
+                    "`patchwire.cond(condition, f, g)` for one between computations; for anything else, "
                     "`.save()` the value and go on after the block."
                 ),
                 lines=here(),

@@ -6,9 +6,10 @@ that a wrong shape or an impossible order is an ordinary exception at the line t
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,8 @@ class Recorder(TracerBase):
         self._sites: dict[_Place, Value] = {}
         self._writes: dict[_Place, torch.fx.Node] = {}
         self._constants: dict[int, tuple[Tensor, Tensor, torch.fx.Node]] = {}
+        self._made = 0
+        self._branch: int | None = None
 
     # --- nodes --------------------------------------------------------------------------------------------------------
 
@@ -74,6 +77,7 @@ class Recorder(TracerBase):
         node = self.graph.call_function(target, args, dict(kwargs or {}))
         node.meta["line"] = user_line()
         node.meta["operation"] = operation
+        node.meta["number"] = self._made = self._made + 1
         try:
             self.checker.node(node)
         except Exception:
@@ -292,6 +296,8 @@ class Recorder(TracerBase):
             raise GraphError(memory.constant, hint="Edit a `.clone()` of it.", lines=here())
         if operation is _SETITEM and self._is_itself(value, *args):
             return value
+        if memory.sites or memory.born <= (self._branch or 0):
+            self.not_in_a_branch("edit a value that it has not made itself")
         self._value(value)
         change = (operation.name, self.argument(args), {name: self.argument(each) for name, each in kwargs.items()})
         former = memory.node
@@ -351,6 +357,7 @@ class Recorder(TracerBase):
             OrderError: it exists only later in the forward pass.
             SiteError: there is no such site.
         """
+        self.not_in_a_branch(f"write `{site}`")
         place = self._place(site)
         if isinstance(value, (Tensor, np.ndarray)) or (isinstance(value, Value) and value.ready):
             value = Value(self, self.argument(value))
@@ -398,6 +405,31 @@ class Recorder(TracerBase):
             )
         return Value(self, self._create(g.apply, (trace, module, arguments, keywords)))
 
+    # --- branches -----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def branch(self) -> Iterator[None]:
+        """What is recorded meanwhile is a branch of `patchwire.cond`: it is computed whatever the predicate says."""
+        outer, self._branch = self._branch, self._made
+        try:
+            yield
+        finally:
+            self._branch = outer
+
+    def not_in_a_branch(self, what: str) -> None:
+        """Refuse what would not wait for the predicate.
+
+        Raises:
+            GraphError: this is in a branch.
+        """
+        if self._branch is not None:
+            raise GraphError(
+                f"A branch of `patchwire.cond` cannot {what}: both branches are computed, so it would happen anyway.",
+                hint="Return the value from the branch, and go on with what `cond` returns: "
+                "`hidden[:] = patchwire.cond(condition, f, g, hidden)`.",
+                lines=here(),
+            )
+
     # --- the end ------------------------------------------------------------------------------------------------------
 
     def save(self, value: Value, dtype: torch.dtype | None) -> None:
@@ -410,6 +442,7 @@ class Recorder(TracerBase):
             raise GraphError(
                 "The block has ended: nothing can be saved any more.", hint="Write `.save()` inside it.", lines=here()
             )
+        self.not_in_a_branch("save a value")
         if value._saved and dtype is None:
             return
         value._saved = True
