@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from patchwire.conditions import cond
     from patchwire.connection import TLS
     from patchwire.model import Model, Module
-    from patchwire.proxy import Structure, Value, save
+    from patchwire.proxy import Structure, Value
     from patchwire.results import Stats
     from patchwire.tracing import Trace
 
@@ -63,7 +63,6 @@ _HOMES = {
     "cond": "conditions",
     "connect": "client",
     "local": "client",
-    "save": "proxy",
 }
 """Where the names live that need torch, which takes seconds to import: they are looked up when they are first used."""
 
@@ -80,6 +79,18 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(f"patchwire.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
+
+
+def save(values: Any) -> Any:
+    """Save every value in a list, tuple or mapping of them: `patchwire.save(value.topk(3))`.
+
+    Returns:
+        The same containers; after the block, the values in them behave as their tensors.
+    """
+    # Not looked up as the others are: where nnsight is imported, every object has a `save`, modules too.
+    from patchwire.proxy import save_all
+
+    return save_all(values)
 
 
 def __dir__() -> list[str]:

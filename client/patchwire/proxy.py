@@ -353,12 +353,8 @@ def _structures(argument: Any) -> Iterator[Structure]:
             yield from _structures(each)
 
 
-def save(values: Any) -> Any:
-    """Save every value in a list, tuple or mapping of them: `patchwire.save(value.topk(3))`.
-
-    Returns:
-        The same containers; after the block, the values in them behave as their tensors.
-    """
+def save_all(values: Any) -> Any:
+    """What `patchwire.save` does."""
     for each in values_in(values):
         each.save()
     return values
