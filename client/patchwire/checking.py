@@ -106,6 +106,7 @@ class Checker:
             g.constant: self._constant,
             g.parameter: self._parameter,
             g.save: self._save,
+            g.log: self._log,
         }
 
     def all(self) -> None:
@@ -306,6 +307,12 @@ class Checker:
     def _save(self, node: torch.fx.Node) -> None:
         if isinstance(fake_of(node.args[0]), tuple):  # type: ignore[arg-type]
             raise GraphError("A tuple cannot be saved as one value.")
+
+    def _log(self, node: torch.fx.Node) -> None:
+        for part in node.args[0]:  # type: ignore[union-attr]
+            fine = not isinstance(fake_of(part), tuple) if isinstance(part, torch.fx.Node) else isinstance(part, str)
+            if not fine:
+                raise GraphError("A log is of texts and of values that are one tensor each.")
 
     def check_size(self, fake: Any) -> None:
         """Refuse a value that is too large."""

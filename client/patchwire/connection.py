@@ -22,10 +22,11 @@ from patchwire.errors import (
     GraphError,
     LimitError,
     MissingTensorsError,
+    SourceLine,
     VersionError,
 )
 from patchwire.results import Progress, Stats
-from patchwire.status import error_from_call
+from patchwire.status import error_from_call, line_from_proto
 from patchwire.v1 import graph_pb2, model_pb2, service_pb2, service_pb2_grpc, tensor_pb2
 from patchwire.version import PROTOCOL_VERSION, VERSION
 
@@ -273,6 +274,7 @@ class Connection:
         saves = [index for index, node in enumerate(message.nodes) if node.HasField("save")]
         announced = dict(zip(saves, expected, strict=True))
         found: dict[int, Tensor] = {}
+        logs = {index for index, node in enumerate(message.nodes) if node.HasField("log")}
         assembly: tensors.Assembly | None = None
         current = -1
         stats: Stats | None = None
@@ -299,6 +301,11 @@ class Connection:
                             raise GraphError("The server sent bytes of no value.")
                         assembly.add(event.chunk)
                         progress.bytes(len(event.chunk), 0)
+                    case "logged":
+                        if event.logged.node not in logs:
+                            raise GraphError("The server sent a log that was not asked for.")
+                        logs.remove(event.logged.node)
+                        progress.logged(event.logged.text, _line(message, event.logged.node))
                     case "done":
                         stats = Stats.from_proto(event.done)
                         break  # the status that follows says nothing new, and waiting for it takes a while
@@ -324,6 +331,12 @@ class Connection:
 def _events(call: Iterable[service_pb2.RunResponse]) -> Iterator[service_pb2.Event]:
     for response in call:
         yield from response.events
+
+
+def _line(message: graph_pb2.Graph, node: int) -> SourceLine | None:
+    """The user's line that a node came from."""
+    line = message.lines[message.nodes[node].line]
+    return line_from_proto(line) if line.file else None
 
 
 _Expected = tuple[list[int], torch.dtype]

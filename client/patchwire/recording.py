@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,7 @@ class Recorder(TracerBase):
         self._sites: dict[_Place, Value] = {}
         self._writes: dict[_Place, torch.fx.Node] = {}
         self._constants: dict[int, tuple[Tensor, Tensor, torch.fx.Node]] = {}
+        self.logs = False
         self._made = 0
         self._branch: int | None = None
 
@@ -447,6 +448,34 @@ class Recorder(TracerBase):
             return
         value._saved = True
         self.saved.append((value, dtype, value.memory.version, user_line()))
+
+    def log(self, parts: Iterable[Any]) -> None:
+        """Ask what values look like.
+
+        Raises:
+            GraphError: the block has ended, or a text is too long.
+        """
+        if not self.open:
+            raise GraphError(
+                "The block has ended: nothing can be logged any more.", hint="Print saved values.", lines=here()
+            )
+        self.not_in_a_branch("log a value")
+        found: list[Any] = []
+        for part in parts:
+            if isinstance(part, (Value, Tensor, Structure)):
+                found.append(self.argument(part))
+            elif inside := list(values_in(part)):
+                found += [self.argument(each) for each in inside]
+            elif len(text := str(part)) > g.LONGEST_TEXT:
+                raise GraphError(
+                    f"A text of {len(text):,} characters is too long for a log; it takes {g.LONGEST_TEXT}.",
+                    hint="What is known inside the block can be printed there.",
+                    lines=here(),
+                )
+            else:
+                found.append(text)
+        self._create(g.log, (tuple(found),))
+        self.logs = True
 
     def finish(self) -> Graph:
         """End the recording: the graph, without what nobody needs.

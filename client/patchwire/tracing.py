@@ -155,6 +155,16 @@ class Trace:
         longest = int(lengths.max())
         return torch.arange(longest)[None] >= (longest - lengths)[:, None]
 
+    def log(self, *parts: Any) -> None:
+        """Print texts and values, with this line, when the values exist: `trace.log("norm", hidden.norm())`.
+
+        Small tensors are printed in full, large ones as PyTorch abbreviates them.
+
+        Raises:
+            GraphError: the block has ended, this is in a branch of `patchwire.cond`, or a text is too long.
+        """
+        self._recorder.log(parts)
+
     @property
     def tokens(self) -> list[list[int]]:
         """The token ids of every row."""
@@ -178,7 +188,7 @@ class Trace:
         self._run()
 
     def _run(self) -> None:
-        if not self._recorder.saved:
+        if not self._recorder.saved and not self._recorder.logs:
             frame = user_frame()
             warnings.warn_explicit(
                 PatchwireWarning("The block saved nothing, so nothing comes back. Write `.save()` on what you want."),

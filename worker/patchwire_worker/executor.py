@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.fx.node import map_arg
 
 from patchwire import graph as g
+from patchwire import logs
 from patchwire.checking import describe
 from patchwire.errors import (
     ExecutionError,
@@ -42,6 +43,9 @@ from patchwire_worker.planner import Access, Pass, Plan, Work
 Sink = Callable[[int, Tensor], None]
 """Takes a saved value as soon as it exists: the save's position in the request, and a tensor on the CPU of its own."""
 
+LogSink = Callable[[int, str], None]
+"""Takes what the values of a log look like: the log's position in the request, and a text."""
+
 
 @dataclass
 class Cost:
@@ -58,7 +62,14 @@ class Execution:
     """Runs one plan."""
 
     def __init__(
-        self, admitted: Admitted, plan: Plan, sink: Sink, stopping: Stopping, *, result_bytes: int | None = None
+        self,
+        admitted: Admitted,
+        plan: Plan,
+        sink: Sink,
+        stopping: Stopping,
+        *,
+        result_bytes: int | None = None,
+        log_sink: LogSink = lambda node, text: None,
     ) -> None:
         """
         Args:
@@ -67,6 +78,7 @@ class Execution:
             sink: Takes the saved values.
             stopping: Says when to give up.
             result_bytes: How many bytes the saved values may have.
+            log_sink: Takes the logs.
         """
         self.admitted = admitted
         self.model = admitted.model
@@ -74,6 +86,8 @@ class Execution:
         self.sink = sink
         self.stopping = stopping
         self.result_bytes = result_bytes
+        self.log_sink = log_sink
+        self._logged = 0
         self.cost = Cost()
         self._values: dict[torch.fx.Node, Any] = {}
         self._missing: dict[torch.fx.Node, int] = {}
@@ -243,6 +257,8 @@ class Execution:
             match node.target:
                 case target if target is g.save:
                     return self._save(node, args[0], args[1])  # type: ignore[arg-type]
+                case target if target is g.log:
+                    return self._log(node, args[0])  # type: ignore[arg-type]
                 case target if target is g.constant:
                     constant = self.admitted.graph.constants[args[0]]  # type: ignore[index]
                     return constant.to(self.model.device)  # type: ignore[union-attr]
@@ -295,6 +311,18 @@ class Execution:
             raise LimitError(f"The saved values have more than {self.result_bytes:,} bytes.")
         self.sink(self.admitted.positions[node], tensor)
 
+    def _log(self, node: torch.fx.Node, parts: Sequence[str | Tensor]) -> None:
+        if not all(isinstance(each, (str, Tensor)) for each in parts):
+            raise ExecutionError("A value that is not one tensor cannot be logged.")
+        text = logs.to_text(parts)
+        self._logged += len(text)
+        if self._logged > logs.MAX_TOTAL:
+            raise LimitError(
+                f"The logs of the request have more than {logs.MAX_TOTAL:,} characters.",
+                hint="Log less of each value: `value.norm()`, `value[0, -1, :5]`.",
+            )
+        self.log_sink(self.admitted.positions[node], text)
+
     # --- what can go wrong --------------------------------------------------------------------------------------------
 
     def _too_late(self, node: torch.fx.Node, source: torch.fx.Node) -> OrderError:
@@ -319,8 +347,8 @@ class Execution:
 
     def _check_all_done(self) -> None:
         for node, missing in self._missing.items():
-            if node.target is g.save and missing >= 0:
-                raise at(node, ExecutionError("A saved value never came into being."))
+            if node.target in (g.save, g.log) and missing >= 0:
+                raise at(node, ExecutionError("A saved or logged value never came into being."))
 
 
 def _copied(value: Any, lent: list[Tensor]) -> Any:

@@ -58,6 +58,14 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Logged:
+    """What some values look like."""
+
+    node: int
+    text: str
+
+
+@dataclass(frozen=True)
 class Done:
     """All is done."""
 
@@ -65,7 +73,7 @@ class Done:
     seconds_queued: float
 
 
-Event = Queued | Running | Saved | Done
+Event = Queued | Running | Saved | Logged | Done
 
 
 _LOOK_SECONDS = 0.02
@@ -223,6 +231,7 @@ class Scheduler:
                 lambda node, tensor: job.tell(Saved(node, tensor)),
                 job.stopping,
                 result_bytes=self.limits.result_bytes,
+                log_sink=lambda node, text: job.tell(Logged(node, text)),
             )
             return Done(execution.run(lambda number, passes: job.tell(Running(number, passes))), queued)
         except PatchwireError as error:

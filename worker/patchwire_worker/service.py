@@ -283,11 +283,12 @@ def _messages(news: list[scheduler.Event], compression: tensor_pb2.Compression) 
     """Events as messages, as many in each as fit."""
     message, length = service_pb2.RunResponse(), 0
     for event in (part for each in news for part in _parts(each, compression)):
-        if length and length + len(event.chunk) > _RESPONSE_BYTES:
+        size = len(event.chunk) + len(event.logged.text)
+        if length and length + size > _RESPONSE_BYTES:
             yield message
             message, length = service_pb2.RunResponse(), 0
         message.events.append(event)
-        length += len(event.chunk)
+        length += size
     yield message
 
 
@@ -302,6 +303,8 @@ def _parts(event: scheduler.Event, compression: tensor_pb2.Compression) -> Itera
             yield service_pb2.Event(saved=service_pb2.Saved(node=event.node, header=header))
             for chunk in tensors.chunks(event.tensor, compression=compression):
                 yield service_pb2.Event(chunk=chunk)
+        case scheduler.Logged():
+            yield service_pb2.Event(logged=service_pb2.Logged(node=event.node, text=event.text))
         case scheduler.Done():
             cost = event.cost
             yield service_pb2.Event(
