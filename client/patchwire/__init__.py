@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from patchwire.model import Model, Module
     from patchwire.proxy import Structure, Value
     from patchwire.results import Stats
+    from patchwire.scanning import Scan
     from patchwire.tracing import Trace
 
 _HOMES = {
@@ -56,6 +57,7 @@ _HOMES = {
     "Client": "client",
     "Model": "model",
     "Module": "model",
+    "Scan": "scanning",
     "Stats": "results",
     "Structure": "proxy",
     "Trace": "tracing",
@@ -118,6 +120,7 @@ __all__ = [
     "OrderError",
     "PatchwireError",
     "PatchwireWarning",
+    "Scan",
     "ShapeError",
     "SiteError",
     "Stats",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html as escaping
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from patchwire.sites import Catalogue, Module, spell
@@ -40,6 +40,12 @@ def html(catalogue: Catalogue, name: str = "") -> str:
     """The tree under a name, for a notebook: foldable, the first levels open."""
     body = "".join(_details(row, depth=0) for row in _rows(catalogue, name))
     return f'<div style="font-family: monospace; line-height: 1.5">{body}</div>'
+
+
+def lines_html(lines: Iterable[str]) -> str:
+    """Lines of text, for a notebook."""
+    body = escaping.escape("\n".join(lines).strip())
+    return f'<pre style="font-family: monospace">{body}</pre>' if body else ""
 
 
 def _rows(catalogue: Catalogue, name: str) -> list[_Row]:

@@ -18,6 +18,7 @@ from patchwire.errors import GraphError, InputError, SiteError, here
 from patchwire.inputs import ModelTokenizer, to_invoke
 from patchwire.proxy import Structure, Value
 from patchwire.recording import Recorder
+from patchwire.scanning import Scan
 from patchwire.sites import INPUT, OUTPUT, Address, Catalogue, Leaf, Parameter, spell
 from patchwire.tracing import Trace, current, recording
 from patchwire.v1 import model_pb2
@@ -328,6 +329,21 @@ class Model(Module):
             torch.Size([1, 10, 768])
         """
         return Trace(self, given)
+
+    def scan(self, given: Any = None) -> Scan:
+        """A block that is recorded and checked as by `trace`, and not run: shapes and dtypes only.
+
+        Args:
+            given: A prompt, as for `trace`.
+
+        Example:
+            >>> with model.scan("The Eiffel Tower is in the city of") as scan:
+            ...     hidden = model.layers[5].output.save()
+            >>> hidden.shape
+            torch.Size([1, 10, 768])
+            >>> print(scan)
+        """
+        return Scan(self, given)
 
     def module(self, path: str) -> Module:
         """The module of a path, for names that Python cannot spell or that this class uses itself.

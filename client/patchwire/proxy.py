@@ -141,6 +141,12 @@ class Value(torch.fx.Proxy):
                 ),
                 lines=here(),
             )
+        if self.recorder.scanned:
+            raise GraphError(
+                "This was a scan: nothing ran, so the value has a shape and a dtype and no numbers.",
+                hint="Write `with model.trace(…)` in the place of `model.scan(…)` to run it.",
+                lines=here(),
+            )
         if self._saved:
             raise GraphError(
                 "The value was saved, but its run did not end well.",
@@ -160,7 +166,7 @@ class Value(torch.fx.Proxy):
         """A tensor without memory of this value's shape and dtype."""
         if self._tensor is not None:
             return self._tensor
-        fake = self.node.meta.get("fake")
+        fake = (self.node if self.recorder.open else self._node).meta.get("fake")
         if not isinstance(fake, Tensor):
             self._not_there("its shape (it depends on data)")
         return fake
@@ -285,6 +291,7 @@ class Value(torch.fx.Proxy):
             return repr(self._tensor)
         if not self.recorder.open:
             state = "its run did not end well" if self._saved else "not saved: it stayed on the server"
+            state = "scanned: it has no numbers" if self.recorder.scanned else state
             return f"<value, {describe(self._node.meta.get('fake'))}, {state}>"
         return f"<value, {describe(self.node.meta.get('fake'))}>"
 

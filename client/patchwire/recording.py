@@ -63,6 +63,7 @@ class Recorder(TracerBase):
         self._writes: dict[_Place, torch.fx.Node] = {}
         self._constants: dict[int, tuple[Tensor, Tensor, torch.fx.Node]] = {}
         self.logs = False
+        self.scanned = False
         self._made = 0
         self._branch: int | None = None
 
