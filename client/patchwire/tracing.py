@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from patchwire import graph as g
-from patchwire.errors import GraphError, PatchwireError, PatchwireWarning, here, trim, user_frame
+from patchwire import selecting
+from patchwire.cache import Cache
+from patchwire.errors import GraphError, PatchwireError, PatchwireWarning, SiteError, here, trim, user_frame
 from patchwire.recording import Recorder
 from patchwire.results import Progress, Stats
-from patchwire.sites import Address
+from patchwire.sites import INPUT, OUTPUT, Address
 
 if TYPE_CHECKING:
     from patchwire.model import Model
@@ -100,6 +102,7 @@ class Trace:
         self._recorder = model._recorder()
         self._trace = g.Trace(model.name)
         self._token: Token[Scope | None] | None = None
+        self._caches: list[Cache] = []
         self.stats: Stats | None = None
 
     def __enter__(self) -> Trace:
@@ -155,6 +158,45 @@ class Trace:
         longest = int(lengths.max())
         return torch.arange(longest)[None] >= (longest - lengths)[:, None]
 
+    def cache(
+        self,
+        modules: Any = None,
+        *,
+        outputs: bool = True,
+        inputs: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> Cache:
+        """Save what many modules return, or are given, for the rows of this scope: `cache["layers.3.output"]`.
+
+        Args:
+            modules: Which: a module, a name, a pattern over canonical names and raw paths (`"layers.*.mixer"`), or a
+                list of these. All layers if left out.
+            outputs: Whether their outputs are saved; of a tuple, each tensor: `"transformer.h.3.attn.output[0]"`.
+            inputs: Whether their first arguments are saved.
+            dtype: Send the tensors in this element type.
+
+        Returns:
+            A mapping by address, filled when the block has ended, with the edits of the whole block.
+
+        Raises:
+            SiteError: there is no such module, or it has no value.
+        """
+        scope = current("cache", self._model)
+        scope.recorder.not_in_a_branch("save a value")
+        catalogue = self._model.catalogue
+        if modules is None:
+            modules = [f"layers.{index}" for index in range(catalogue.num_layers)]
+        chosen = modules if isinstance(modules, (list, tuple)) else [modules]
+        sides = [side for side, wanted in ((OUTPUT, outputs), (INPUT, inputs)) if wanted]
+        try:
+            names = [each if isinstance(each, str) else each._name for each in chosen]
+            addresses = selecting.of_modules(catalogue, names, sides)
+        except SiteError as error:
+            raise SiteError(error.message, hint=error.hint, lines=here()) from None
+        cache = Cache(scope.recorder, {name: scope.site(address) for name, address in addresses.items()}, dtype)
+        self._caches.append(cache)
+        return cache
+
     def log(self, *parts: Any) -> None:
         """Print texts and values, with this line, when the values exist: `trace.log("norm", hidden.norm())`.
 
@@ -185,6 +227,8 @@ class Trace:
             raise GraphError(
                 "The trace has no prompt.", hint='Write `model.trace("…")` or `trace.invoke("…")`.', lines=here()
             )
+        for cache in self._caches:
+            cache.close()
         self._run()
 
     def _run(self) -> None:
