@@ -36,13 +36,14 @@ from patchwire.errors import (
     PatchwireWarning,
     ShapeError,
     SiteError,
+    StoreError,
     TimeoutError,
     VersionError,
 )
 from patchwire.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from patchwire import random
+    from patchwire import activations, random
     from patchwire.client import Client, connect, local
     from patchwire.conditions import cond
     from patchwire.connection import TLS
@@ -69,7 +70,7 @@ _HOMES = {
 """Where the names live that need torch, which takes seconds to import: they are looked up when they are first used."""
 
 
-_ROOMS = ("random",)
+_ROOMS = ("activations", "random")
 """Modules that are looked up in the same way: `patchwire.random.normal(…)` needs no import of its own."""
 
 
@@ -124,12 +125,14 @@ __all__ = [
     "ShapeError",
     "SiteError",
     "Stats",
+    "StoreError",
     "Structure",
     "TimeoutError",
     "Trace",
     "Value",
     "VersionError",
     "__version__",
+    "activations",
     "cond",
     "connect",
     "local",

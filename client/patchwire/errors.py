@@ -23,6 +23,7 @@ come back with the same class, line and words as those found on the laptop.
 | `BusyError` | the server's queue is full |
 | `TimeoutError` | a request ran longer than the server or the deadline allows |
 | `CancelledError` | the request was cancelled |
+| `StoreError` | a store of activations is damaged, or of something else |
 """
 
 from __future__ import annotations
@@ -161,6 +162,10 @@ class TimeoutError(PatchwireError):
 
 class CancelledError(PatchwireError):
     """The request was cancelled."""
+
+
+class StoreError(PatchwireError):
+    """A store of activations is damaged, or of something else."""
 
 
 class PatchwireWarning(UserWarning):

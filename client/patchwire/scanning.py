@@ -23,7 +23,8 @@ class Scan(Trace):
     Printed, it is the module tree with symbolic shapes, and what the block reads, writes and saves there.
     """
 
-    _graph: g.Graph | None = None
+    graph: g.Graph | None = None
+    """What was recorded; None until the block has ended."""
 
     def __enter__(self) -> Scan:
         super().__enter__()
@@ -31,7 +32,7 @@ class Scan(Trace):
         return self
 
     def _run(self) -> None:
-        self._graph = self._recorder.finish()
+        self.graph = self._recorder.finish()
 
     def check(self) -> None:
         """Have the server check the recorded graph, as it would before a run: against its own limits, too.
@@ -40,12 +41,12 @@ class Scan(Trace):
             GraphError: the block has not ended.
             PatchwireError: what a run would be refused with.
         """
-        if self._graph is None:
+        if self.graph is None:
             raise GraphError(
                 "There is nothing to check yet.", hint="Write `scan.check()` after the block.", lines=here()
             )
         try:
-            self._model.connection.check(self._graph)
+            self._model.connection.check(self.graph)
         except PatchwireError as found:
             raise found.with_traceback(None) from None
 
@@ -64,7 +65,7 @@ class Scan(Trace):
         rows = self.tokens
         if rows:
             yield f"\nbatch = {len(rows)}, seq = {max(map(len, rows))}"
-        for node in self._graph.fx.nodes if self._graph else ():
+        for node in self.graph.fx.nodes if self.graph else ():
             if node.target in _KINDS:
                 yield _note(node)
 
