@@ -37,18 +37,22 @@ from patchwire.errors import (
     PatchwireWarning,
     ShapeError,
     SiteError,
+    StoreError,
     TimeoutError,
     VersionError,
 )
 from patchwire.version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from patchwire import activations, random
     from patchwire.client import Client, connect, local
+    from patchwire.conditions import cond
     from patchwire.connection import TLS
     from patchwire.jobs import Job, JobStatus
     from patchwire.model import Model, Module
-    from patchwire.proxy import Structure, Value, grad, save
+    from patchwire.proxy import Structure, Value, grad
     from patchwire.results import Stats
+    from patchwire.scanning import Scan
     from patchwire.session import Session
     from patchwire.tracing import Generation, Trace
 
@@ -60,25 +64,44 @@ _HOMES = {
     "JobStatus": "jobs",
     "Model": "model",
     "Module": "model",
+    "Scan": "scanning",
     "Session": "session",
     "Stats": "results",
     "Structure": "proxy",
     "Trace": "tracing",
     "Value": "proxy",
+    "cond": "conditions",
     "connect": "client",
     "grad": "proxy",
     "local": "client",
-    "save": "proxy",
 }
 """Where the names live that need torch, which takes seconds to import: they are looked up when they are first used."""
 
 
+_ROOMS = ("activations", "random")
+"""Modules that are looked up in the same way: `patchwire.random.normal(…)` needs no import of its own."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"patchwire.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'patchwire' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"patchwire.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
+
+
+def save(values: Any) -> Any:
+    """Save every value in a list, tuple or mapping of them: `patchwire.save(value.topk(3))`.
+
+    Returns:
+        The same containers; after the block, the values in them behave as their tensors.
+    """
+    # Not looked up as the others are: where nnsight is imported, every object has a `save`, modules too.
+    from patchwire.proxy import save_all
+
+    return save_all(values)
 
 
 def __dir__() -> list[str]:
@@ -110,18 +133,23 @@ __all__ = [
     "OrderError",
     "PatchwireError",
     "PatchwireWarning",
+    "Scan",
     "Session",
     "ShapeError",
     "SiteError",
     "Stats",
+    "StoreError",
     "Structure",
     "TimeoutError",
     "Trace",
     "Value",
     "VersionError",
     "__version__",
+    "activations",
+    "cond",
     "connect",
     "grad",
     "local",
+    "random",
     "save",
 ]

@@ -48,6 +48,7 @@ _MAX_JOINED = 64
 _MAX_POWER = 1024
 _MAX_WORK = 8192**3
 _FEW = 1024
+_DRAWN_ITEMSIZE = 8
 _CUBIC = """
     cholesky cond det eig eigh eigvals eigvalsh inv inverse logdet matrix_exp matrix_power matrix_rank pinv pinverse qr
     slogdet solve svd svdvals
@@ -108,6 +109,7 @@ class Checker:
             g.grad: self._grad,
             g.generated: self._generated,
             g.save: self._save,
+            g.log: self._log,
         }
 
     def all(self) -> None:
@@ -201,7 +203,7 @@ class Checker:
     def _call(self, node: torch.fx.Node) -> Any:
         operation = g.operation_of(node)
         assert operation is not None
-        if not node.all_input_nodes:
+        if operation.kind != "draw" and not node.all_input_nodes:
             # Without a tensor it would be Python that computes, at any length and size: `9 ** 10**9`.
             raise GraphError(f"`{operation.name}` is given no tensor.")
         return self.run(operation.name, operation.function, node.args, node.kwargs)
@@ -283,7 +285,8 @@ class Checker:
         try:
             self._check_bytes(name, _scratch(name, args, kwargs))
             with nullcontext() if name in _ELEMENTWISE or self.value_bytes is None else _Sizes(name, self._check_bytes):
-                result = function(*_any_places(name, args), **kwargs)
+                place = {"device": "meta"} if ops.OPERATIONS[name].kind == "draw" else {}
+                result = function(*_any_places(name, args), **kwargs, **place)
         except (NotImplementedError, PatchwireError):
             raise
         except Exception as error:  # PyTorch and Python raise what they like
@@ -394,6 +397,12 @@ class Checker:
     def _save(self, node: torch.fx.Node) -> None:
         if isinstance(fake_of(node.args[0]), tuple):  # type: ignore[arg-type]
             raise GraphError("A tuple cannot be saved as one value.")
+
+    def _log(self, node: torch.fx.Node) -> None:
+        for part in node.args[0]:  # type: ignore[union-attr]
+            fine = not isinstance(fake_of(part), tuple) if isinstance(part, torch.fx.Node) else isinstance(part, str)
+            if not fine:
+                raise GraphError("A log is of texts and of values that are one tensor each.")
 
     def check_size(self, fake: Any) -> None:
         """Refuse a value that is too large."""
@@ -535,6 +544,10 @@ def _is_tensors(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and bool(value) and all(map(_is_tensor, value))
 
 
+def _has_tensor(value: Any) -> bool:
+    return _is_tensor(value) or (isinstance(value, (tuple, list)) and any(map(_has_tensor, value)))
+
+
 def _check_lengths(argument: Any) -> None:
     if isinstance(argument, (tuple, list)):
         if len(argument) > g.MAX_ITEMS:
@@ -553,6 +566,8 @@ def _check_arguments(name: str, args: Any, kwargs: Any) -> None:
         # An item of a tuple is how a graph takes one of several results.
         item = name == "operator.getitem" and isinstance(first, tuple) and isinstance(args[-1], (int, slice))
         fine = _is_tensor(first) or item
+    elif owner == ops.DRAWS:
+        fine = not any(map(_has_tensor, values))
     elif owner == "operator":
         odd = [each for each in values if not _is_tensor(each) and not isinstance(each, (bool, int, float))]
         fine, wrong = not odd, odd[0] if odd else None
@@ -562,6 +577,11 @@ def _check_arguments(name: str, args: Any, kwargs: Any) -> None:
         fine = any(_is_tensor(each) or _is_tensors(each) for each in values)
     else:
         fine = _is_tensor(first) or _is_tensors(first)
+    if not fine and owner == ops.DRAWS:
+        raise OperationError(
+            f"`{name}` takes numbers that are known inside the block, not a value.",
+            hint="Give a value's shape, and compute with what is drawn: `patchwire.random.uniform(p, seed=0) < p`.",
+        )
     if not fine:
         takes = "tensors and numbers" if owner == "operator" else "tensors"
         raise OperationError(
@@ -644,6 +664,10 @@ def _scratch(name: str, args: Any, kwargs: Any) -> int:
     """How many bytes an operation needs on its way that neither its result nor PyTorch's dispatcher show."""
     short, tensors = name.rsplit(".", 1)[-1], _tensors((args, kwargs))
     widest = max((each.itemsize for each in tensors), default=0)
+    if ops.OPERATIONS[name].kind == "draw":  # before it is converted
+        size = _given(args, kwargs, 0, "size", "n")
+        lengths = [each for each in (size if isinstance(size, (tuple, list)) else [size]) if isinstance(each, int)]
+        return math.prod(lengths) * _DRAWN_ITEMSIZE
     match short:
         case "dist" | "l1_loss" | "mse_loss" | "smooth_l1_loss" | "huber_loss":
             return _broadcast(tensors) * widest

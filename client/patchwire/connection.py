@@ -23,10 +23,11 @@ from patchwire.errors import (
     GraphError,
     LimitError,
     MissingTensorsError,
+    SourceLine,
     VersionError,
 )
 from patchwire.results import Progress, Stats
-from patchwire.status import error_from_call
+from patchwire.status import error_from_call, line_from_proto
 from patchwire.v1 import graph_pb2, job_pb2, job_pb2_grpc, model_pb2, service_pb2, service_pb2_grpc, tensor_pb2
 from patchwire.version import PROTOCOL_VERSION, VERSION
 
@@ -243,7 +244,8 @@ class Connection:
         def ask(message: graph_pb2.Graph) -> tuple[list[Tensor | None], Stats]:
             expected = _announced(graph, message)
             request = service_pb2.RunRequest(graph=message, compression=self.compression)
-            return self._receive(self._stub.Run, request, expected, progress, wanted)
+            logs = {index: _line(message, index) for index, node in enumerate(message.nodes) if node.HasField("log")}
+            return self._receive(self._stub.Run, request, expected, progress, wanted, logs)
 
         return self._with_uploads(graph, ask, wanted)
 
@@ -373,6 +375,7 @@ class Connection:
         announced: Mapping[int, Expected | None] | None,
         progress: Progress,
         cancellation: Cancellation,
+        logs: dict[int, SourceLine | None] | None = None,
     ) -> tuple[list[Tensor | None], Stats]:
         """The values that a stream brings: those that were announced, or whatever comes if that is not known."""
         found: dict[int, Tensor | None] = {}
@@ -406,6 +409,10 @@ class Connection:
                         found[event.absent.node] = None
                     case "tokens":
                         progress.tokens(event.tokens.trace, event.tokens.invoke, list(event.tokens.ids))
+                    case "logged":
+                        if logs is not None and event.logged.node not in logs:
+                            raise GraphError("The server sent a log that was not asked for.")
+                        progress.logged(event.logged.text, logs.pop(event.logged.node) if logs is not None else None)
                     case "done":
                         stats = Stats.from_proto(event.done)
                         break  # the status that follows says nothing new, and waiting for it takes a while
@@ -431,6 +438,12 @@ class Connection:
 def _events(call: Iterable[service_pb2.RunResponse | job_pb2.FetchJobResponse]) -> Iterator[service_pb2.Event]:
     for response in call:
         yield from response.events
+
+
+def _line(message: graph_pb2.Graph, node: int) -> SourceLine | None:
+    """The user's line that a node came from."""
+    line = message.lines[message.nodes[node].line]
+    return line_from_proto(line) if line.file else None
 
 
 Expected = tuple[list[int], torch.dtype]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html as escaping
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from patchwire.sites import Axis, Catalogue, Dim, Module, Operation, Source, spell
@@ -77,6 +77,12 @@ def _mark(operation: Operation) -> str:
     if operation.runs == Dim(Axis.CONSTANT, 0):
         return f"({operation.name})"
     return f"{operation.name}[n]" if operation.repeated else operation.name
+
+
+def lines_html(lines: Iterable[str]) -> str:
+    """Lines of text, for a notebook."""
+    body = escaping.escape("\n".join(lines).strip())
+    return f'<pre style="font-family: monospace">{body}</pre>' if body else ""
 
 
 def _rows(catalogue: Catalogue, name: str) -> list[_Row]:

@@ -24,6 +24,7 @@ come back with the same class, line and words as those found on the laptop.
 | `TimeoutError` | a request ran longer than the server or the deadline allows |
 | `CancelledError` | the request was cancelled |
 | `JobError` | the server has no such job, or no longer its results |
+| `StoreError` | a store of activations is damaged, or of something else |
 """
 
 from __future__ import annotations
@@ -166,6 +167,10 @@ class CancelledError(PatchwireError):
 
 class JobError(PatchwireError):
     """The server has no such job, or no longer its results."""
+
+
+class StoreError(PatchwireError):
+    """A store of activations is damaged, or of something else."""
 
 
 class PatchwireWarning(UserWarning):

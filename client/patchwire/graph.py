@@ -33,6 +33,8 @@ MAX_ITEMS = 1 << 12
 _LONG_LISTS = "Put long lists of numbers into a tensor: `torch.tensor(...)`."
 _MAX_DEPTH = 16
 _MAX_TEXT = 256
+LONGEST_TEXT = _MAX_TEXT
+"""How many characters a text among the arguments of an operation or a log may have."""
 _MAX_NAME = 1024
 _MAX_ARGUMENTS = 1 << 18
 _MAX_ARGUMENTS_OF_NODE = 16
@@ -83,6 +85,11 @@ def generated(trace: int, invoke: int) -> Tensor:
 def save(value: Tensor, dtype: torch.dtype | None) -> None:
     """Send a value back."""
     raise AssertionError("saving is done by whoever evaluates the graph")
+
+
+def log(parts: tuple[str | Tensor, ...]) -> None:
+    """Send back what values look like."""
+    raise AssertionError("logging is done by whoever evaluates the graph")
 
 
 Change = tuple[str, tuple[Any, ...], Mapping[str, Any]]
@@ -138,7 +145,7 @@ def same_storage(one: Any, other: Any) -> bool:
     return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
-for _function in (write, assign, save):
+for _function in (write, assign, save, log):
     torch.fx.node.has_side_effect(_function)
 
 
@@ -305,6 +312,9 @@ class _Encoder:
                 out.save.value = self.position(args[0])
                 if isinstance(args[1], torch.dtype):
                     out.save.dtype = tensors.dtype_to_proto(args[1])
+            case target if target is log:
+                for each in args[0]:  # type: ignore[union-attr]
+                    self.argument(each, out.log.parts.add())
             case _:
                 operation = operation_of(node)
                 assert operation is not None, node.format_node()
@@ -488,6 +498,9 @@ class _Decoder:
             case "save":
                 dtype = tensors.dtype_from_proto(message.save.dtype) if message.save.dtype else None
                 return create(save, (self.value(message.save.value), dtype))
+            case "log":
+                self.count(message.log.parts)
+                return create(log, (tuple(self.argument(each) for each in message.log.parts),))
             case _:
                 raise self.error(f"Node {len(self.nodes)} is of a kind that this version does not know.")
 
@@ -504,7 +517,7 @@ class _Decoder:
         if index >= len(self.nodes):
             raise self.error(f"Node {len(self.nodes)} refers to node {index}, which is not before it.")
         node = self.nodes[index]
-        if node.target in (write, assign, save):
+        if node.target in (write, assign, save, log):
             raise self.error(f"Node {index} has no value.")
         return node
 

@@ -8,8 +8,9 @@ and asked for names and shapes, inside a block its sites can be read and written
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from patchwire.connection import Connection
 from patchwire.errors import GraphError, InputError, SiteError, here
 from patchwire.inputs import ModelTokenizer, to_invoke
 from patchwire.proxy import Value
+from patchwire.scanning import Scan
 from patchwire.session import Session
 from patchwire.sided import NoSuchName, Sided
 from patchwire.sites import OUTPUT, SOURCE, Address, Catalogue, Inside, Leaf, Parameter, spell
@@ -28,6 +30,9 @@ from patchwire.tracing import Generation, Trace, current, recording
 from patchwire.v1 import model_pb2
 
 if TYPE_CHECKING:
+    import torch
+
+    from patchwire.activations import Batch
     from patchwire.editing import Edit, Editing
 
 
@@ -389,6 +394,66 @@ class Model(Module):
             blocking: As for `trace`, of the whole session.
         """
         return Session(self.connection, progress=self.progress, blocking=blocking)
+
+    def scan(self, given: Any = None) -> Scan:
+        """A block that is recorded and checked as by `trace`, and not run: shapes and dtypes only.
+
+        Args:
+            given: A prompt, as for `trace`.
+
+        Example:
+            >>> with model.scan("The Eiffel Tower is in the city of") as scan:
+            ...     hidden = model.layers[5].output.save()
+            >>> hidden.shape
+            torch.Size([1, 10, 768])
+            >>> print(scan)
+        """
+        return Scan(self, given)
+
+    def activations(
+        self,
+        dataset: Iterable[Any],
+        sites: Sequence[str] | Callable[[Model], Mapping[str, Value]],
+        *,
+        batch_size: int = 16,
+        path: str | Path | None = None,
+        start: int = 0,
+        dtype: torch.dtype | None = None,
+        shard_bytes: int = 256 << 20,
+    ) -> Iterator[Batch]:
+        """Go through a data set, and bring the activations of every prompt, a batch at a time.
+
+        Args:
+            dataset: Prompts, each as for `trace`: texts, or token ids. Any iterable.
+            sites: Addresses, `["layers.5.output", "layers.*.mixer.output"]`, or a function of the model that reads
+                sites for one prompt, as in a block, edits included, and returns values by name.
+            batch_size: How many prompts a request has.
+            path: A directory to keep them in. If it has a store, it is gone on with where that stopped.
+            start: The first prompt to run, by its position.
+            dtype: Send, and keep, tensors in this element type.
+            shard_bytes: From how many bytes on a file of the store is written; a crash loses at most as much.
+
+        Returns:
+            An iterator of (indices, values): a range of positions, and by site a list with the tensor of each prompt,
+            as for that prompt alone: no padding, and at addresses no dimension for rows. While the program works with
+            one batch the next one runs; two are in memory at most, and what waits for its shard.
+
+        Raises:
+            SiteError, GraphError: a site is not there, or the function is wrong.
+            InputError: an item is not one prompt.
+            StoreError: the store is damaged, or of another model, other sites or other prompts.
+
+        Example:
+            >>> for indices, values in model.activations(texts, ["layers.5.output"], path="activations"):
+            ...     pass
+            >>> patchwire.activations.open("activations")["layers.5.output"][17].shape
+            torch.Size([10, 768])
+        """
+        # It needs safetensors, which nothing else here does.
+        from patchwire import activations
+
+        options: dict[str, Any] = {"path": path, "start": start, "dtype": dtype, "shard_bytes": shard_bytes}
+        return activations.stream(self, dataset, sites, batch_size=batch_size, **options)
 
     def module(self, path: str) -> Module:
         """The module of a path, for names that Python cannot spell or that this class uses itself.

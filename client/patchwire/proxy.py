@@ -47,6 +47,7 @@ class Memory:
         self.sites: list[tuple[Site, Value]] = []
         self.weights: list[tuple[int, str, Value]] = []
         self.edits: list[tuple[Value, SourceLine | None]] = []
+        self.born: int = node.meta.get("number", 0)
         self.constant = constant
         """Why it must not be edited, if it must not."""
 
@@ -138,7 +139,8 @@ class Value(torch.fx.Proxy):
             raise BranchError(
                 f"The value exists only when the block has ended; {what} is not known while it is recorded.",
                 hint=(
-                    "Write `torch.where(condition, a, b)` for a choice between values; for anything else, "
+                    "Write `torch.where(condition, a, b)` for a choice between values, or "
+                    "`patchwire.cond(condition, f, g)` for one between computations; for anything else, "
                     "`.save()` the value and go on after the block."
                 ),
                 lines=here(),
@@ -153,6 +155,12 @@ class Value(torch.fx.Proxy):
             raise GraphError(
                 "The value is not here yet: its trace was detached.",
                 hint="Write `trace.job.fetch()`, which waits until the job is done.",
+                lines=here(),
+            )
+        if self.recorder.scanned:
+            raise GraphError(
+                "This was a scan: nothing ran, so the value has a shape and a dtype and no numbers.",
+                hint="Write `with model.trace(…)` in the place of `model.scan(…)` to run it.",
                 lines=here(),
             )
         if self._saved:
@@ -206,7 +214,7 @@ class Value(torch.fx.Proxy):
         """A tensor without memory of this value's shape and dtype."""
         if self._tensor is not None:
             return self._tensor
-        fake = self.node.meta.get("fake")
+        fake = (self.node if self.recorder.open else self._node).meta.get("fake")
         if not isinstance(fake, Tensor):
             self._not_there("its shape (it depends on data)")
         return fake
@@ -282,9 +290,10 @@ class Value(torch.fx.Proxy):
             near = nearest(
                 name, [each.rsplit(".", 1)[-1] for each in ops.OPERATIONS if each.startswith("torch.Tensor")]
             )
+            meant = f"Did you mean {' or '.join(f'`.{each}`' for each in near)}?" if near else ""
             raise OperationError(
                 f"`.{name}` is not an operation that a graph may contain.",
-                hint=f"Did you mean {' or '.join(f'`.{each}`' for each in near)}?" if near else "",
+                hint=ops.INSTEAD.get(name, meant),
                 lines=here(),
             )
         if isinstance(operation.function, ops.Property):
@@ -331,6 +340,7 @@ class Value(torch.fx.Proxy):
         if not self.recorder.open:
             state = "its run did not end well" if self._saved else "not saved: it stayed on the server"
             state = "not fetched yet" if self._saved and self.recorder.detached else state
+            state = "scanned: it has no numbers" if self.recorder.scanned else state
             return f"<value, {describe(self._node.meta.get('fake'))}, {state}>"
         return f"<value, {describe(self.node.meta.get('fake'))}>"
 
@@ -443,12 +453,8 @@ def grad(loss: Value, values: Any, weights: Any = None) -> Any:
     return type(values)(found) if several else found[0]
 
 
-def save(values: Any) -> Any:
-    """Save every value in a list, tuple or mapping of them: `patchwire.save(value.topk(3))`.
-
-    Returns:
-        The same containers; after the block, the values in them behave as their tensors.
-    """
+def save_all(values: Any) -> Any:
+    """What `patchwire.save` does."""
     for each in values_in(values):
         each.save()
     return values

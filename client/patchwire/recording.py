@@ -6,9 +6,10 @@ that a wrong shape or an impossible order is an ordinary exception at the line t
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -73,6 +74,10 @@ class Recorder(TracerBase):
         self._sites: dict[_Place, Value] = {}
         self._writes: dict[_Place, torch.fx.Node] = {}
         self._constants: dict[int, tuple[Tensor, Tensor, torch.fx.Node]] = {}
+        self.logs = False
+        self.scanned = False
+        self._made = 0
+        self._branch: int | None = None
 
     # --- nodes --------------------------------------------------------------------------------------------------------
 
@@ -86,6 +91,7 @@ class Recorder(TracerBase):
         node = self.graph.call_function(target, args, dict(kwargs or {}))
         node.meta["line"] = user_line()
         node.meta["operation"] = operation
+        node.meta["number"] = self._made = self._made + 1
         try:
             self.checker.node(node)
         except Exception:
@@ -200,7 +206,8 @@ class Recorder(TracerBase):
     def _refused(self, name: str) -> OperationError:
         return OperationError(
             f"`{name}` is not an operation that a graph may contain.",
-            hint="`patchwire.ops` lists those that are; save the value and compute the rest after the block.",
+            hint=ops.INSTEAD.get(name)
+            or "`patchwire.ops` lists those that are; save the value and compute the rest after the block.",
             lines=here(),
         )
 
@@ -319,6 +326,8 @@ class Recorder(TracerBase):
             raise GraphError(memory.constant, hint="Edit a `.clone()` of it.", lines=here())
         if operation is _SETITEM and self._is_itself(value, *args):
             return value
+        if memory.sites or memory.born <= (self._branch or 0):
+            self.not_in_a_branch("edit a value that it has not made itself")
         self._value(value)
         change = (operation.name, self.argument(args), {name: self.argument(each) for name, each in kwargs.items()})
         former = memory.node
@@ -395,6 +404,7 @@ class Recorder(TracerBase):
             OrderError: it exists only later in the forward pass.
             SiteError: there is no such site.
         """
+        self.not_in_a_branch(f"write `{site}`")
         if site.invoke == EVERYONE:
             whole = self._read_everyone(site)
             whole[:] = value
@@ -576,6 +586,31 @@ class Recorder(TracerBase):
         weights = self._weights_of(trace, module)
         return Value(self, self._create(g.apply, (trace, module, arguments, keywords, weights)))
 
+    # --- branches -----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def branch(self) -> Iterator[None]:
+        """What is recorded meanwhile is a branch of `patchwire.cond`: it is computed whatever the predicate says."""
+        outer, self._branch = self._branch, self._made
+        try:
+            yield
+        finally:
+            self._branch = outer
+
+    def not_in_a_branch(self, what: str) -> None:
+        """Refuse what would not wait for the predicate.
+
+        Raises:
+            GraphError: this is in a branch.
+        """
+        if self._branch is not None:
+            raise GraphError(
+                f"A branch of `patchwire.cond` cannot {what}: both branches are computed, so it would happen anyway.",
+                hint="Return the value from the branch, and go on with what `cond` returns: "
+                "`hidden[:] = patchwire.cond(condition, f, g, hidden)`.",
+                lines=here(),
+            )
+
     # --- the end ------------------------------------------------------------------------------------------------------
 
     def save(self, value: Value, dtype: torch.dtype | None) -> None:
@@ -588,10 +623,39 @@ class Recorder(TracerBase):
             raise GraphError(
                 "The block has ended: nothing can be saved any more.", hint="Write `.save()` inside it.", lines=here()
             )
+        self.not_in_a_branch("save a value")
         if value._saved and dtype is None:
             return
         value._saved = True
         self.saved.append((value, dtype, value.memory.version, user_line()))
+
+    def log(self, parts: Iterable[Any]) -> None:
+        """Ask what values look like.
+
+        Raises:
+            GraphError: the block has ended, or a text is too long.
+        """
+        if not self.open:
+            raise GraphError(
+                "The block has ended: nothing can be logged any more.", hint="Print saved values.", lines=here()
+            )
+        self.not_in_a_branch("log a value")
+        found: list[Any] = []
+        for part in parts:
+            if isinstance(part, (Value, Tensor, Structure)):
+                found.append(self.argument(part))
+            elif inside := list(values_in(part)):
+                found += [self.argument(each) for each in inside]
+            elif len(text := str(part)) > g.LONGEST_TEXT:
+                raise GraphError(
+                    f"A text of {len(text):,} characters is too long for a log; it takes {g.LONGEST_TEXT}.",
+                    hint="What is known inside the block can be printed there.",
+                    lines=here(),
+                )
+            else:
+                found.append(text)
+        self._create(g.log, (tuple(found),))
+        self.logs = True
 
     def finish(self) -> Graph:
         """End the recording: the graph, without what nobody needs.

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from rich.progress import BarColumn, DownloadColumn, ProgressColumn, TaskID, TextColumn, TransferSpeedColumn
 from rich.progress import Progress as RichProgress
 
+from patchwire import logs
+from patchwire.errors import SourceLine
 from patchwire.v1 import service_pb2
 
 _SHOWN_FROM_BYTES = 32 << 20
@@ -84,6 +86,10 @@ class Progress:
             self._describe("receiving")
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._done, total=self._total)
+
+    def logged(self, text: str, line: SourceLine | None) -> None:
+        """A log has come: printed above the bar, if there is one, which takes what is printed meanwhile."""
+        print(logs.printed(text, line), flush=True)
 
     def _describe(self, text: str) -> None:
         if self._bar is None:

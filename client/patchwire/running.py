@@ -74,7 +74,7 @@ class Request:
         Warns:
             PatchwireWarning: nothing was saved.
         """
-        if not self.recorder.saved:
+        if not self.recorder.saved and not self.recorder.logs:
             frame = user_frame()
             warnings.warn_explicit(
                 PatchwireWarning("The block saved nothing, so nothing comes back. Write `.save()` on what you want."),

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from patchwire import graph as g
-from patchwire.errors import GraphError, PatchwireError, here
+from patchwire import selecting
+from patchwire.cache import Cache
+from patchwire.errors import GraphError, PatchwireError, SiteError, here
 from patchwire.proxy import Value
 from patchwire.recording import EVERYONE, Recorder
 from patchwire.running import Block, Request, Stopped
 from patchwire.session import current_session
-from patchwire.sites import Address
+from patchwire.sites import INPUT, OUTPUT, Address
 
 if TYPE_CHECKING:
     from patchwire.model import Model
@@ -78,10 +80,15 @@ def current(what: str, model: Model) -> Scope:
     return scope
 
 
+def open_recorder() -> Recorder | None:
+    """What records the block that user code is inside of; None if it is in none."""
+    scope = _CURRENT.get()
+    return scope.recorder if scope is not None and scope.recorder.open else None
+
+
 def recording() -> bool:
     """Whether user code is inside a block."""
-    scope = _CURRENT.get()
-    return scope is not None and scope.recorder.open
+    return open_recorder() is not None
 
 
 class Trace(Block):
@@ -102,6 +109,7 @@ class Trace(Block):
         self._trace = g.Trace(model.name, generation=generation)
         self._token: Token[Scope | None] | None = None
         self._closed = False
+        self._caches: list[Cache] = []
 
     def __enter__(self) -> Trace:
         if recording():
@@ -198,6 +206,55 @@ class Trace(Block):
         longest = int(lengths.max())
         return torch.arange(longest)[None] >= (longest - lengths)[:, None]
 
+    def cache(
+        self,
+        modules: Any = None,
+        *,
+        outputs: bool = True,
+        inputs: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> Cache:
+        """Save what many modules return, or are given, for the rows of this scope: `cache["layers.3.output"]`.
+
+        Args:
+            modules: Which: a module, a name, a pattern over canonical names and raw paths (`"layers.*.mixer"`), or a
+                list of these. All layers if left out.
+            outputs: Whether their outputs are saved; of a tuple, each tensor: `"transformer.h.3.attn.output[0]"`.
+            inputs: Whether their first arguments are saved.
+            dtype: Send the tensors in this element type.
+
+        Returns:
+            A mapping by address, filled when the block has ended, with the edits of the whole block.
+
+        Raises:
+            SiteError: there is no such module, or it has no value.
+        """
+        scope = current("cache", self._model)
+        scope.recorder.not_in_a_branch("save a value")
+        catalogue = self._model.catalogue
+        if modules is None:
+            modules = [f"layers.{index}" for index in range(catalogue.num_layers)]
+        chosen = modules if isinstance(modules, (list, tuple)) else [modules]
+        sides = [side for side, wanted in ((OUTPUT, outputs), (INPUT, inputs)) if wanted]
+        try:
+            names = [each if isinstance(each, str) else each._name for each in chosen]
+            addresses = selecting.of_modules(catalogue, names, sides)
+        except SiteError as error:
+            raise SiteError(error.message, hint=error.hint, lines=here()) from None
+        cache = Cache(scope.recorder, {name: scope.site(address) for name, address in addresses.items()}, dtype)
+        self._caches.append(cache)
+        return cache
+
+    def log(self, *parts: Any) -> None:
+        """Print texts and values, with this line, when the values exist: `trace.log("norm", hidden.norm())`.
+
+        Small tensors are printed in full, large ones as PyTorch abbreviates them.
+
+        Raises:
+            GraphError: the block has ended, this is in a branch of `patchwire.cond`, or a text is too long.
+        """
+        self._recorder.log(parts)
+
     @property
     def tokens(self) -> list[list[int]]:
         """The token ids of every row."""
@@ -215,6 +272,8 @@ class Trace(Block):
             raise GraphError(
                 "The trace has no prompt.", hint='Write `model.trace("…")` or `trace.invoke("…")`.', lines=here()
             )
+        for cache in self._caches:
+            cache.close()
         self._finish()
         return self._graph() if self._own else None
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import patchwire
 import tiny
+from integration import messages
 from patchwire import ops
 from patchwire.status import error_from_call
 from patchwire.v1 import graph_pb2 as pb
@@ -104,7 +105,7 @@ PARAMETERS = ["lm_head.weight", "norm.bias", "embed.weight", "layers.0.mlp.c_fc.
 ODD_PARAMETERS = ["weight", "x", "", "lm_head"]
 NAMES = {
     kind: sorted(name for name, each in ops.OPERATIONS.items() if each.kind == kind)
-    for kind in ("pure", "view", "inplace")
+    for kind in ("pure", "view", "inplace", "draw")
 }
 ODD_NAMES = ["", "torch.load", "eval", "torch.Tensor.add_", "torch.nn.functional.dropout"]
 KEYWORDS = ["dim", "keepdim", "dtype", "alpha", "p", "descending", "unbiased"]
@@ -177,7 +178,7 @@ class Sender:
         earlier = self.number(nodes)
         site = pb.Site(trace=self.one([0], [1]), invoke=self.one([0], [1]), address=self.one(ADDRESSES, ODD_ADDRESSES))
         match self.one(
-            ["read", "call", "call", "call", "call", "edit", "edit", "write", "apply", "parameter", "constant"]
+            ["read", "call", "call", "call", "call", "draw", "edit", "edit", "write", "apply", "parameter", "constant"]
         ):
             case "read":
                 return pb.Node(read=pb.Read(site=site))
@@ -185,6 +186,12 @@ class Sender:
                 return pb.Node(write=pb.Write(site=site, value=earlier))
             case "call":
                 return pb.Node(call=self.call(nodes, self.one(["pure", "pure", "view"]), pb.Argument(node=earlier)))
+            case "draw":
+                lengths = [
+                    pb.Argument(integer=self.one([0, 1, 2, 5], ODD_INTEGERS)) for _ in range(self.one([1, 2, 3]))
+                ]
+                size = pb.Argument(tuple=pb.Sequence(items=lengths))
+                return pb.Node(call=self.call(nodes, "draw", size, pb.Argument(integer=self.one(INTEGERS))))
             case "edit":
                 views = [self.call(nodes, "view") for _ in range(self.one([0, 0, 1, 2]))]
                 return pb.Node(edit=pb.Edit(base=earlier, views=views, change=self.call(nodes, "inplace")))
@@ -218,6 +225,8 @@ def graphs(draw) -> pb.Graph:
     for index, node in enumerate(list(graph.nodes)):
         if not node.HasField("write"):
             graph.nodes.add().save.value = index
+            if sender.chance(4):
+                graph.nodes.add().log.parts.extend([pb.Argument(text=sender.one(TEXTS)), pb.Argument(node=index)])
     return graph
 
 
@@ -316,7 +325,7 @@ def mutations(draw) -> pb.Graph | None:
 
 
 def test_the_graph_that_is_mutated_runs(stub):
-    *_, last = stub.Run(service_pb2.RunRequest(graph=pb.Graph.FromString(VALID)), timeout=SECONDS)
+    *_, last = messages.events(stub.Run(service_pb2.RunRequest(graph=pb.Graph.FromString(VALID)), timeout=SECONDS))
 
     assert last.HasField("done")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -66,3 +68,11 @@ def test_stops_when_it_is_forgotten_on_its_own_thread(hosted):
 
     assert not thread.is_alive()
     assert loop.is_closed()
+
+
+def test_leaves_every_name_of_the_package_what_it_is():
+    """Importing what a worker needs gives every object a `save` that is not ours."""
+    program = "import patchwire_worker.embedded, patchwire; print(patchwire.save.__module__, patchwire.save([1]))"
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert told.stdout == "patchwire [1]\n"

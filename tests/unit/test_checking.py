@@ -190,6 +190,27 @@ class TestRefusals:
         assert "is given no tensor" in self.refused(asked, GraphError, name, *args)
 
     @pytest.mark.parametrize(
+        ("kind", "name", "args"),
+        [
+            (ShapeError, "patchwire.random.normal", ("abc", 1)),
+            (ShapeError, "patchwire.random.normal", ((2, -3), 1)),
+            (ShapeError, "patchwire.random.normal", ((1,) * 100, 1)),
+            (ShapeError, "patchwire.random.normal", ((2, 3), "1")),
+            (ShapeError, "patchwire.random.normal", ((2, 3), [1, None])),
+            (ShapeError, "patchwire.random.normal", ((2, 3), True)),
+            (ShapeError, "patchwire.random.normal", ((2, 3), 1, "float32")),
+            (ShapeError, "patchwire.random.normal", ((2, 3), [1, 2], torch.float32, ["a", 2])),
+            (ShapeError, "patchwire.random.bernoulli", ((2, 3), 2.0, 1)),
+            (ShapeError, "patchwire.random.randint", ((2, 3), 5, 5, 1)),
+            (ShapeError, "patchwire.random.randperm", (-1, 1)),
+            (LimitError, "patchwire.random.normal", ((1 << 62, 1 << 62), 1)),
+            (LimitError, "patchwire.random.randperm", (1 << 62, 1)),
+        ],
+    )
+    def test_noise_of_impossible_arguments(self, asked, kind, name, args):
+        self.refused(asked, kind, name, *args)
+
+    @pytest.mark.parametrize(
         ("name", "args"),
         [
             ("operator.mul", ([None], 10**8)),

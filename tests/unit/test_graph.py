@@ -58,6 +58,7 @@ def everything() -> g.Graph:
     create(g.generated, (len(graph.traces) - 1, 0))
     create(g.save, (edited, torch.bfloat16))
     create(g.save, (total, None))
+    create(g.log, (("total", total),))
     for number, node in enumerate(graph.nodes):
         node.meta["line"] = SourceLine("experiment.py", number // 2 + 1, f"line {number // 2}") if number else None
     return graph

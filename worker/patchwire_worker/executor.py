@@ -12,7 +12,7 @@ import contextlib
 import heapq
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.fx.node import map_arg
 
 from patchwire import graph as g
+from patchwire import logs
 from patchwire.checking import describe
 from patchwire.errors import (
     ExecutionError,
@@ -57,6 +58,9 @@ class Listener(Protocol):
 
     def tokens(self, trace: int, invoke: int, ids: list[int]) -> None:
         """A generation has a new token for each row."""
+
+    def logged(self, node: int, text: str) -> None:
+        """The values of a log, by its position in the request, exist, and look like this."""
 
 
 @dataclass
@@ -95,6 +99,7 @@ class Execution:
         self.listener = listener
         self.stopping = stopping
         self.result_bytes = result_bytes
+        self._logged = 0
         self.cost = Cost()
         self._values: dict[torch.fx.Node, Any] = {}
         self._missing: dict[torch.fx.Node, int] = {}
@@ -329,6 +334,8 @@ class Execution:
             match node.target:
                 case target if target is g.save:
                     return self._save(node, args[0], args[1])  # type: ignore[arg-type]
+                case target if target is g.log:
+                    return self._log(node, args[0])  # type: ignore[arg-type]
                 case target if target is g.constant:
                     constant = self.admitted.graph.constants[args[0]]  # type: ignore[index]
                     return constant.to(self.admitted.models[0].device)  # type: ignore[union-attr]
@@ -352,7 +359,11 @@ class Execution:
                     return None
                 case target:
                     self._check_size(node, args, kwargs)
-                    return target(*args, **kwargs)  # type: ignore[operator]
+                    result = target(*args, **kwargs)  # type: ignore[operator]
+                    operation = g.operation_of(node)
+                    return (
+                        result.to(self.admitted.models[0].device) if operation and operation.kind == "draw" else result
+                    )
         except PatchwireError as error:
             raise at(node, error) from None
         except torch.OutOfMemoryError as error:
@@ -408,6 +419,18 @@ class Execution:
             raise LimitError(f"The saved values have more than {self.result_bytes:,} bytes.")
         self.listener.saved(self.admitted.positions[node], tensor)
 
+    def _log(self, node: torch.fx.Node, parts: Sequence[str | Tensor]) -> None:
+        if not all(isinstance(each, (str, Tensor)) for each in parts):
+            raise ExecutionError("A value that is not one tensor cannot be logged.")
+        text = logs.to_text(parts)
+        self._logged += len(text)
+        if self._logged > logs.MAX_TOTAL:
+            raise LimitError(
+                f"The logs of the request have more than {logs.MAX_TOTAL:,} characters.",
+                hint="Log less of each value: `value.norm()`, `value[0, -1, :5]`.",
+            )
+        self.listener.logged(self.admitted.positions[node], text)
+
     # --- what can go wrong --------------------------------------------------------------------------------------------
 
     def _too_late(self, node: torch.fx.Node, source: torch.fx.Node) -> OrderError:
@@ -461,8 +484,8 @@ class Execution:
 
     def _check_all_done(self) -> None:
         for node, missing in self._missing.items():
-            if node.target is g.save and missing >= 0:
-                raise at(node, ExecutionError("A saved value never came into being."))
+            if node.target in (g.save, g.log) and missing >= 0:
+                raise at(node, ExecutionError("A saved or logged value never came into being."))
 
 
 def _copied(value: Any, lent: list[Tensor]) -> Any:

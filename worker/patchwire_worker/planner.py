@@ -147,7 +147,7 @@ def _needed(admitted: Admitted) -> set[torch.fx.Node]:
     last_read: dict[int, _Moment] = defaultdict(tuple)
     writes: dict[int, list[tuple[_Moment, torch.fx.Node]]] = defaultdict(list)
     for node in admitted.graph.fx.nodes:
-        if node.target is g.save:
+        if node.target in (g.save, g.log):
             need(node)
         elif node.target in (g.write, g.assign):
             writes[_trace_of(node)].append((_moment(admitted, node), node))

@@ -74,6 +74,14 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Logged:
+    """What some values look like."""
+
+    node: int
+    text: str
+
+
+@dataclass(frozen=True)
 class Done:
     """All is done."""
 
@@ -81,7 +89,7 @@ class Done:
     seconds_queued: float
 
 
-Event = Queued | Running | Saved | Absent | Tokens | Done
+Event = Queued | Running | Saved | Absent | Tokens | Logged | Done
 
 
 _LOOK_SECONDS = 0.02
@@ -161,6 +169,9 @@ class _Teller:
 
     def tokens(self, trace: int, invoke: int, ids: list[int]) -> None:
         self._job.tell(Tokens(trace, invoke, ids))
+
+    def logged(self, node: int, text: str) -> None:
+        self._job.tell(Logged(node, text))
 
 
 class Scheduler:

@@ -447,11 +447,12 @@ def _messages(
     """Events as messages, as many in each as fit."""
     message, length = kind(), 0
     for event in (part for each in news for part in _parts(each, compression)):
-        if length and length + len(event.chunk) > _RESPONSE_BYTES:
+        size = len(event.chunk) + len(event.logged.text)
+        if length and length + size > _RESPONSE_BYTES:
             yield message
             message, length = kind(), 0
         message.events.append(event)
-        length += len(event.chunk)
+        length += size
     yield message
 
 
@@ -470,6 +471,8 @@ def _parts(event: scheduler.Event, compression: tensor_pb2.Compression) -> Itera
             yield service_pb2.Event(absent=service_pb2.Absent(node=event.node))
         case scheduler.Tokens():
             yield service_pb2.Event(tokens=service_pb2.Tokens(trace=event.trace, invoke=event.invoke, ids=event.ids))
+        case scheduler.Logged():
+            yield service_pb2.Event(logged=service_pb2.Logged(node=event.node, text=event.text))
         case scheduler.Done():
             cost = event.cost
             yield service_pb2.Event(
