@@ -41,6 +41,7 @@ from patchwire.errors import GraphError, InputError, SiteError, StoreError, here
 from patchwire.proxy import Value
 from patchwire.results import Progress, Stats
 from patchwire.scanning import Scan
+from patchwire.session import current_session
 from patchwire.sites import Axis
 from patchwire.tracing import Trace
 
@@ -80,6 +81,8 @@ def stream(
     shard_bytes: int = SHARD_BYTES,
 ) -> Iterator[Batch]:
     """What `model.activations` does; see there."""
+    if current_session() is not None:
+        raise GraphError("Activations are streamed by requests of their own.", hint="Do it outside.", lines=here())
     if isinstance(dataset, str):
         raise InputError("A text is not a data set.", hint="Give a list of texts: `[text]`.", lines=here())
     if batch_size < 1 or start < 0:
