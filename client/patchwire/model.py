@@ -185,8 +185,7 @@ class Module:
             OrderError: it exists only later in the forward pass.
         """
         scope = current(f"{spell(self._name)}.skip(…)", self._model)
-        self._assign(OUTPUT, value)
-        scope.recorder.skip(scope.site(self._address(OUTPUT)), self.path)
+        scope.recorder.skip(scope.site(self._address(OUTPUT)), self.path, lambda: self._assign(OUTPUT, value))
 
     def _address(self, side: str) -> Address:
         return Address(f"{self._name}.{side}" if self._name else side)
@@ -389,6 +388,10 @@ class Model(Module):
         options = g.Generation(
             max_new_tokens, min_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty, seed
         )
+        try:
+            options.check()
+        except InputError as error:
+            raise InputError(error.message, hint=error.hint, lines=here()) from None
         return Generation(self, given, options, stream)
 
     def session(self) -> Session:

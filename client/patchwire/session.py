@@ -33,6 +33,7 @@ class Request:
         self.connection = connection
         self.progress = progress
         self.recorder = Recorder(self._catalogue, value_bytes=connection.limits.value_bytes or None)
+        self.failed = False
         self._models: dict[str, Model] = {}
         self._on_tokens: dict[int, Callable[[int, list[int]], None]] = {}
 
@@ -40,8 +41,9 @@ class Request:
         """Take in a model whose traces belong to it.
 
         Raises:
-            GraphError: it is on another server.
+            GraphError: it is on another server, or has been given up.
         """
+        self.check_open()
         if model.connection is not self.connection:
             raise GraphError(
                 f"{model.name} is on another connection than this session.",
@@ -80,9 +82,19 @@ class Request:
         self.recorder.resolve(tensors)
         return stats
 
+    def check_open(self) -> None:
+        """Raise if it has been given up."""
+        if self.failed:
+            raise GraphError(
+                "The session has ended: one of its traces raised an error, so nothing of it runs.",
+                hint="Correct that trace, or leave it out; what may fail on its own is a request of its own.",
+                lines=here(),
+            )
+
     def give_up(self, error: BaseException) -> None:
-        """The block raised: nothing is sent."""
+        """A block raised: nothing is sent."""
         self.recorder.open = False
+        self.failed = True
         if isinstance(error, PatchwireError):
             trim(error)
 
@@ -99,7 +111,8 @@ class Session:
     """Many traces in one request, recorded by the block under it.
 
     A value of one trace may be used in every later one; it stays on the server. Traces of several models of the same
-    server may be mixed.
+    server may be mixed. A trace that has ended has ended: editing one of its values later changes the value, not what
+    ran. If a trace's block raises, the session is over and nothing is sent, even if the error is caught in between.
 
     Attributes:
         stats: What the run cost; None until the block has ended.
@@ -141,6 +154,7 @@ class Session:
         if error is not None:
             self.request.give_up(error)
             return
+        self.request.check_open()
         if not self.request.recorder.request.traces:
             self.request.recorder.open = False
             raise GraphError("The session has no trace.", hint="Write `with model.trace(…):` in it.", lines=here())

@@ -38,6 +38,7 @@ class Scope:
     invoke: int | None
     step: int = 0
     open: bool = False
+    stepping: bool = False
 
     def site(self, address: Address) -> g.Site:
         """The site of an address, for the rows of this scope.
@@ -121,9 +122,7 @@ class Trace:
         try:
             invoke = None if self._given is None else self._add(self._given)
         except PatchwireError as error:
-            if self._own:
-                self._request.give_up(error)
-            self._recorder.request.traces.pop()
+            self._request.give_up(error)
             raise
         self._token = _CURRENT.set(Scope(self._model, self._recorder, self._index, invoke))
         return self
@@ -138,8 +137,12 @@ class Trace:
         rows, embeddings = self._model._invoke(given)
         index = len(self._trace.invokes)
         self._trace.invokes.append(rows)
-        if embeddings is not None:
-            self._recorder.assign(g.Site(self._index, index, Address("embed.output")), embeddings)
+        try:
+            if embeddings is not None:
+                self._recorder.assign(g.Site(self._index, index, Address("embed.output")), embeddings)
+        except PatchwireError:
+            self._trace.invokes.pop()
+            raise
         return index
 
     @contextlib.contextmanager
@@ -158,7 +161,14 @@ class Trace:
         if given is None and self._given is not None:
             yield self
             return
-        if self._given is not None or current("invoke", self._model).invoke is not None:
+        scope = current("invoke", self._model)
+        if scope.stepping:
+            raise GraphError(
+                "An invoke goes through all steps of a generation, and cannot be opened in one of them.",
+                hint="Write the loop over steps inside `with gen.invoke(prompt):`.",
+                lines=here(),
+            )
+        if self._given is not None or scope.invoke is not None:
             raise GraphError(
                 "An invoke stands directly inside a trace that has no prompt of its own.",
                 hint="Write `with model.trace() as trace:` and in it `with trace.invoke(prompt):`.",
@@ -178,7 +188,8 @@ class Trace:
 
     def stop(self) -> NoReturn:
         """End the block here: what is written below is not recorded, and nothing later is run."""
-        raise _Stopped
+        current("stop", self._model)
+        raise _Stopped(self)
 
     def mask(self, invoke: int = 0) -> Tensor:
         """Which positions hold tokens, `[batch, seq]` bool.
@@ -200,16 +211,18 @@ class Trace:
     ) -> bool:
         assert self._token is not None
         _CURRENT.reset(self._token)
-        stopped = isinstance(error, _Stopped)
+        stopped = isinstance(error, _Stopped) and error.trace is self
         if error is not None and not stopped:
-            if self._own:
-                self._request.give_up(error)
+            # In a session too: half of a trace is not what was asked for, and cannot be told from the whole.
+            self._request.give_up(error)
             return False
+        self._recorder.end(self._index)
         if not self._trace.invokes:
-            self._recorder.open = False
-            raise GraphError(
+            nothing = GraphError(
                 "The trace has no prompt.", hint='Write `model.trace("…")` or `trace.invoke("…")`.', lines=here()
             )
+            self._request.give_up(nothing)
+            raise nothing
         self._finish()
         if self._own:
             self.stats = self._request.run()
@@ -240,7 +253,7 @@ class Generation(Trace):
         A step that is named has to be reached; a slice without an end, such as `gen.iter[1:]`, goes as far as the
         generation does, and what was saved in a step that was not reached has no value.
         """
-        return _Steps(self._options.max_new_tokens)
+        return _Steps(self, self._options.max_new_tokens)
 
     def all(self) -> Iterator[int]:
         """All steps, as far as the generation goes."""
@@ -273,13 +286,19 @@ class Generation(Trace):
 class _Steps:
     """Steps of a generation, to be chosen by an index."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, generation: Generation, count: int) -> None:
+        self._generation = generation
         self._count = count
 
     def __getitem__(self, which: int | slice | Sequence[int]) -> Iterator[int]:
         """Go through the steps; sites in the loop's body are those of the step."""
-        scope = _CURRENT.get()
-        assert scope is not None
+        scope = current("iter", self._generation._model)
+        if scope.trace != self._generation._index or scope.stepping:
+            raise GraphError(
+                "The steps of a generation are gone through in its own block, one after the other.",
+                hint="Write `for step in gen.all():` directly in `with model.generate(…) as gen:`, or in an invoke.",
+                lines=here(),
+            )
         endless = isinstance(which, slice) and which.stop is None
         steps = self._chosen(which)
         for step in steps:
@@ -293,9 +312,10 @@ class _Steps:
 
     def _chosen(self, which: int | slice | Sequence[int]) -> list[int]:
         if isinstance(which, slice):
-            if which.stop is not None:
-                return list(range(which.start or 0, which.stop, which.step or 1))
-            return list(range(self._count))[which]
+            if which.stop is None or which.stop < 0 or (which.step or 1) < 0:
+                return list(range(self._count))[which]
+            start = which.start or 0
+            return list(range(start if start >= 0 else max(start + self._count, 0), which.stop, which.step or 1))
         return [which] if isinstance(which, int) else list(which)
 
     def _run(self, steps: list[int], endless: bool) -> Iterator[int]:
@@ -303,11 +323,15 @@ class _Steps:
         assert before is not None
         try:
             for step in steps:
-                _CURRENT.set(replace(before, step=step, open=endless and step > 0))
+                _CURRENT.set(replace(before, step=step, open=endless and step > 0, stepping=True))
                 yield step
         finally:
             _CURRENT.set(before)
 
 
 class _Stopped(Exception):
-    """Ends a block early."""
+    """Ends a trace's block early."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
