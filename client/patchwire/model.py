@@ -330,7 +330,8 @@ class Model(Module):
         Args:
             given: A text, a list of texts, a list of token ids or of such lists, a tensor of token ids `[seq]` or
                 `[batch, seq]`, chat messages (dicts with "role" and "content"), or a tokenizer's mapping with
-                "input_ids" and "attention_mask". Left out if the block opens `trace.invoke(…)`s.
+                "input_ids" and "attention_mask", or with "inputs_embeds", a tensor or value `[batch, seq, width]` that
+                goes on in the place of embedded tokens. Left out if the block opens `trace.invoke(…)`s.
 
         Texts of different lengths end together, as in a batch padded on the left, so that `[:, -1]` is everyone's last
         token; positions before a shorter text hold NaN, and `trace.mask()` says which.
@@ -363,7 +364,7 @@ class Model(Module):
 
         Args:
             given: A prompt, as for `trace`; several must have the same length. Left out if the block opens
-                `gen.invoke(…)`s.
+                `gen.invoke(…)`s. Embeddings show as tokens 0 in the output.
             max_new_tokens: How many tokens at most; it ends earlier after the model's token for the end of a text.
             min_new_tokens: No such token before so many.
             do_sample: Draw tokens at random; the likeliest is taken otherwise.
@@ -423,6 +424,7 @@ class Model(Module):
         if len(given) > 1 or not isinstance(embeddings, (Tensor, Value)) or embeddings.ndim not in (2, 3):
             raise InputError(
                 "Embeddings are a tensor or value [seq, width] or [batch, seq, width], with nothing beside them.",
+                hint="Give rows of other lengths invokes of their own: `with trace.invoke({'inputs_embeds': …}):`.",
                 lines=here(),
             )
         if "embed" not in self.catalogue.names:

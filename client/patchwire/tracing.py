@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from patchwire import graph as g
-from patchwire.errors import GraphError, PatchwireError, here
+from patchwire.errors import GraphError, InputError, PatchwireError, here
 from patchwire.proxy import Value
 from patchwire.recording import EVERYONE, Recorder
 from patchwire.results import Stats
@@ -135,6 +135,13 @@ class Trace:
                 lines=here(),
             )
         rows, embeddings = self._model._invoke(given)
+        options = self._trace.generation
+        if embeddings is not None and options is not None and options.repetition_penalty != 1:
+            raise InputError(
+                "A repetition_penalty is of tokens, and embeddings have none.",
+                hint="Give token ids, or leave `repetition_penalty` out.",
+                lines=here(),
+            )
         index = len(self._trace.invokes)
         self._trace.invokes.append(rows)
         try:

@@ -543,9 +543,9 @@ def test_nothing_of_a_gradient_stays_behind(name: str, served: Any, references: 
     first = gradient()
     with model.trace(IDS):
         logits = model.logits.save()
-    with pytest.raises(ExecutionError), model.trace(IDS):
+    with refused(ExecutionError, "no gradient"), model.trace(IDS):
         hidden = model.layers[1].output
-        patchwire.grad(loss_of(model.logits), hidden[:, -1]).save()
+        patchwire.grad(loss_of(model.logits), hidden[:, -1]).save()  # this line
     second = gradient()
 
     assert_same(logits.value, tracked(reference, IDS, [])[1])
