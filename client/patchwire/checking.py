@@ -340,19 +340,17 @@ class Checker:
             weigh = fake if weights is None else fake_of(weights)  # type: ignore[arg-type]
             if isinstance(weigh, Tensor) and weigh.shape != fake.shape:
                 raise ShapeError(f"`weights` has the shape of the value, {list(fake.shape)}, not {list(weigh.shape)}.")
-        if self._generates(loss):
-            raise OperationError(
-                "There are no gradients through a generation.",
-                hint="Trace the generated tokens in a forward pass: `model.trace(ids)`.",
-            )
         for each in values:  # type: ignore[union-attr]
-            self._differentiable(each, node.meta["after"], loss)  # type: ignore[arg-type]
+            self._differentiable(each, loss)  # type: ignore[arg-type]
         return tuple(fake_of(each) for each in values)  # type: ignore[union-attr, arg-type]
 
-    def _differentiable(self, value: torch.fx.Node, after: After | None, loss: torch.fx.Node) -> None:
+    def _differentiable(self, value: torch.fx.Node, loss: torch.fx.Node) -> None:
         fake, mine, its = fake_of(value), value.meta["after"], loss.meta["after"]
         if not isinstance(fake, Tensor) or not fake.dtype.is_floating_point:
-            raise ShapeError(f"A gradient is with respect to a floating-point value, not {describe(fake)}.")
+            raise ShapeError(
+                f"A gradient is with respect to a floating-point value, not {describe(fake)}.",
+                hint="Take it with respect to what is computed from that: `model.embed.output`, or `value.float()`.",
+            )
         if mine is not None and (its is None or mine.order > its.order):
             raise OrderError(
                 f"The value that is differentiated does not depend on `{mine.site}`, which comes later.",
@@ -360,9 +358,13 @@ class Checker:
                 lines=[line for line in (its and its.line, mine.line) if line is not None],
             )
 
-    def _generates(self, node: torch.fx.Node) -> bool:
-        after: After | None = node.meta["after"]
-        return after is not None and self.graph.traces[int(after.order[0])].generation is not None
+        first, last = (0 if each is None else int(each.order[0]) for each in (mine, its))
+        if its is not None and any(each.generation is not None for each in self.graph.traces[first : last + 1]):
+            # Hugging Face's loop remembers no way back: a part of the gradient would be missing without a word.
+            raise OperationError(
+                "There are no gradients through a generation, and one lies between the value and the loss.",
+                hint="Generate in a request of its own, and trace the generated tokens: `model.trace(ids)`.",
+            )
 
     def _generated(self, node: torch.fx.Node) -> Tensor | None:
         trace = node.args[0]

@@ -10,6 +10,7 @@ argument is plain data); whether its sites exist and its shapes fit is for `patc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -19,7 +20,7 @@ import torch.fx
 from torch import Tensor
 
 from patchwire import ops, tensors
-from patchwire.errors import GraphError, LimitError, OperationError, PatchwireError, SourceLine, with_code
+from patchwire.errors import GraphError, InputError, LimitError, OperationError, PatchwireError, SourceLine, with_code
 from patchwire.sites import Address, path_from_proto, path_to_proto
 from patchwire.v1 import graph_pb2 as pb
 from patchwire.version import VERSION
@@ -200,6 +201,33 @@ class Generation:
     """Divides the logits of tokens that occurred already; 1 for none."""
     seed: int = 0
     """Row i is drawn with a generator seeded with this plus i."""
+
+    def check(self) -> None:
+        """Refuse options that mean nothing.
+
+        Raises:
+            InputError: one of them.
+        """
+        counts = ("max_new_tokens", "min_new_tokens", "top_k", "seed")
+        numbers = ("temperature", "top_p", "repetition_penalty")
+        for name in (*counts, *numbers):
+            value, kind = getattr(self, name), int if name in counts else (int, float)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise InputError(f"A generation cannot have {name} {value!r}.", hint=f"`{name}` is a number.")
+        allowed = {
+            "max_new_tokens": ("1 or more", 0 < self.max_new_tokens < 2**32),
+            "min_new_tokens": ("from 0 to `max_new_tokens`", 0 <= self.min_new_tokens <= self.max_new_tokens),
+            "temperature": ("more than 0", 0 < self.temperature < math.inf),
+            "top_k": ("0 for all tokens, or how many", 0 <= self.top_k < 2**32),
+            "top_p": ("more than 0 and at most 1", 0 < self.top_p <= 1),
+            "repetition_penalty": ("more than 0", 0 < self.repetition_penalty < math.inf),
+            "seed": ("from 0 to 2**62", 0 <= self.seed < 2**62),
+        }
+        for name, (range_, is_allowed) in allowed.items():
+            if not is_allowed:
+                raise InputError(
+                    f"A generation cannot have {name} {getattr(self, name)}.", hint=f"`{name}` is {range_}."
+                )
 
 
 @dataclass
@@ -489,6 +517,8 @@ class _Decoder:
                 return create(parameter, (message.parameter.trace, message.parameter.path))
             case "grad":
                 self.count(message.grad.values)
+                if not message.grad.values:
+                    raise self.error("A gradient is with respect to something.")
                 values = tuple(self.value(each) for each in message.grad.values)
                 weights = self.value(message.grad.weights) if message.grad.HasField("weights") else None
                 return create(grad, (self.value(message.grad.loss), values, weights))

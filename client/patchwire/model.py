@@ -182,8 +182,7 @@ class Module(Sided):
             OrderError: it exists only later in the forward pass.
         """
         scope = current(f"{spell(self._name)}.skip(…)", self._model)
-        self._assign(OUTPUT, value)
-        scope.recorder.skip(scope.site(self._address(OUTPUT)), self.path)
+        scope.recorder.skip(scope.site(self._address(OUTPUT)), self.path, lambda: self._assign(OUTPUT, value))
 
     def _leaves(self, side: str) -> tuple[Leaf, ...]:
         try:
@@ -286,7 +285,8 @@ class Model(Module):
         Args:
             given: A text, a list of texts, a list of token ids or of such lists, a tensor of token ids `[seq]` or
                 `[batch, seq]`, chat messages (dicts with "role" and "content"), or a tokenizer's mapping with
-                "input_ids" and "attention_mask". Left out if the block opens `trace.invoke(…)`s.
+                "input_ids" and "attention_mask", or with "inputs_embeds", a tensor or value `[batch, seq, width]` that
+                goes on in the place of embedded tokens. Left out if the block opens `trace.invoke(…)`s.
             blocking: Whether to wait for the saved values at the end of the block. If not, the block only submits its
                 request, and `trace.job` is the job: it runs on the server by itself, and can be fetched later, from
                 another program too.
@@ -325,7 +325,7 @@ class Model(Module):
 
         Args:
             given: A prompt, as for `trace`; several must have the same length. Left out if the block opens
-                `gen.invoke(…)`s.
+                `gen.invoke(…)`s. Embeddings show as tokens 0 in the output.
             max_new_tokens: How many tokens at most; it ends earlier after the model's token for the end of a text.
             min_new_tokens: No such token before so many.
             do_sample: Draw tokens at random; the likeliest is taken otherwise.
@@ -351,6 +351,10 @@ class Model(Module):
         options = g.Generation(
             max_new_tokens, min_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty, seed
         )
+        try:
+            options.check()
+        except InputError as error:
+            raise InputError(error.message, hint=error.hint, lines=here()) from None
         return Generation(self, given, options, stream, blocking=blocking)
 
     def edit(self, given: Any = None, *, prompt_only: bool = False) -> Editing:
@@ -480,6 +484,7 @@ class Model(Module):
         if len(given) > 1 or not isinstance(embeddings, (Tensor, Value)) or embeddings.ndim not in (2, 3):
             raise InputError(
                 "Embeddings are a tensor or value [seq, width] or [batch, seq, width], with nothing beside them.",
+                hint="Give rows of other lengths invokes of their own: `with trace.invoke({'inputs_embeds': …}):`.",
                 lines=here(),
             )
         if "embed" not in self.catalogue.names:

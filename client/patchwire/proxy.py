@@ -11,7 +11,6 @@ A `Structure` stands for a tuple or mapping of tensors, such as the output of an
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -26,6 +25,7 @@ from patchwire.errors import (
     BranchError,
     GraphError,
     OperationError,
+    ShapeError,
     SiteError,
     SourceLine,
     here,
@@ -198,14 +198,14 @@ class Value(torch.fx.Proxy):
         """
         if self._tensor is not None:
             return self._tensor.grad
-        losses = self.recorder.losses
-        if not losses:
+        loss = self.recorder.loss
+        if loss is None:
             raise GraphError(
                 "There is no gradient yet.",
                 hint="Write `loss.backward()` first, or `patchwire.grad(loss, value)`.",
                 lines=here(),
             )
-        return functools.reduce(operator.add, (self.recorder.grad(*each, [self])[0] for each in losses))
+        return self.recorder.grad(loss, None, [self])[0]
 
     # --- what is known while recording -------------------------------------------------------------------------------
 
@@ -414,16 +414,38 @@ class Backward:
 
     def __init__(self, loss: Value, weights: Any) -> None:
         self._recorder = loss.recorder
-        self._before = self._recorder.losses
-        self._mine = [(loss, weights)]
-        self._recorder.losses = [*self._before, *self._mine]
+        self._before = self._recorder.loss
+        self._mine = _scalar(loss, weights)
+        # One loss that is the sum of all: what does not depend on some of them still has its part of the others.
+        self._recorder.loss = self._mine if self._before is None else self._before + self._mine
 
     def __enter__(self) -> Backward:
-        self._recorder.losses = self._mine
+        self._recorder.loss = self._mine
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._recorder.losses = self._before
+        self._recorder.loss = self._before
+
+
+def _scalar(loss: Any, weights: Any) -> Any:
+    """The number whose gradient is the product of the weights and the Jacobian of a value."""
+    if loss.ready:
+        raise GraphError(
+            "A gradient is of a value inside the block.",
+            hint="After the block there are only tensors, and the way to them has stayed on the server.",
+            lines=here(),
+        )
+    if weights is None:
+        if loss.numel() != 1:
+            raise ShapeError(
+                f"A gradient is of one number, and this is {describe(loss.fake)}.",
+                hint="Write `.sum()` or `.mean()`, or take one element; or give `gradient`, of its shape.",
+                lines=here(),
+            )
+        return loss.sum() if loss.ndim else loss
+    if not isinstance(weights, (Value, Tensor)) or weights.shape != loss.shape:
+        raise ShapeError(f"`gradient` is a tensor or value of the loss's shape, {list(loss.shape)}.", lines=here())
+    return (loss * weights).sum()
 
 
 def grad(loss: Value, values: Any, weights: Any = None) -> Any:
@@ -438,9 +460,15 @@ def grad(loss: Value, values: Any, weights: Any = None) -> Any:
     Returns:
         A value of the shape and dtype of `values`; for a list or tuple, one of each.
 
+    With respect to a site's value it is the effect of what a write at this site would change, and of nothing else: a
+    model that holds the same tensor elsewhere, as a residual stream that is also a norm's input, goes on with its own.
+    Rows of different lengths have NaN before their first token here too. A gradient is a constant: a second gradient
+    does not go through it.
+
     Raises:
         ShapeError: `loss` has more than one element, or something is not of a floating-point type.
         OrderError: a value comes later in the forward pass than `loss`.
+        OperationError: there is a generation on the way from a value to `loss`.
     """
     if not isinstance(loss, Value) or loss.ready:
         raise GraphError(

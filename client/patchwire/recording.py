@@ -7,6 +7,7 @@ that a wrong shape or an impossible order is an ordinary exception at the line t
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from torch.fx.proxy import TracerBase
 
 from patchwire import graph as g
 from patchwire import ops, tensors
-from patchwire.checking import Checker, fake_of
+from patchwire.checking import Checker, describe, fake_of
 from patchwire.errors import (
     GraphError,
     OperationError,
@@ -64,8 +65,8 @@ class Recorder(TracerBase):
         self.detached = False
         """Whether its run is a job that has not been fetched."""
         self.saved: list[tuple[Value, torch.dtype | None, int, SourceLine | None]] = []
-        self.losses: list[tuple[Value, Any]] = []
-        """What `.grad` is the gradient of: values, and the vectors that their Jacobians are multiplied with."""
+        self.loss: Value | None = None
+        """What `.grad` is the gradient of: the sum of everything that `backward()` was called on."""
         self._gradients: dict[tuple[torch.fx.Node, ...], Value] = {}
         self._everyone: dict[_Place, Value] = {}
         self._skipped: list[tuple[Site, str]] = []
@@ -367,7 +368,7 @@ class Recorder(TracerBase):
         except SiteError as error:
             raise SiteError(error.message, hint=error.hint, lines=here()) from None
         for skipped, path in self._skipped:
-            if (site.trace, site.invoke, site.step) == (skipped.trace, skipped.invoke, skipped.step):
+            if _meets(skipped, site.trace, site.invoke, site.step):
                 self._check_not_inside(leaf, path, here())
         return (site.trace, site.invoke, site.step, leaf)
 
@@ -405,11 +406,6 @@ class Recorder(TracerBase):
             SiteError: there is no such site.
         """
         self.not_in_a_branch(f"write `{site}`")
-        if site.invoke == EVERYONE:
-            whole = self._read_everyone(site)
-            whole[:] = value
-            return
-        place = self._place(site)
         if isinstance(value, (Tensor, np.ndarray)) or (isinstance(value, Value) and value.ready):
             value = Value(self, self.argument(value))
         if not isinstance(value, Value):
@@ -419,6 +415,10 @@ class Recorder(TracerBase):
                 lines=here(),
             )
         self._value(value)
+        if site.invoke == EVERYONE:
+            self._assign_everyone(site, value)
+            return
+        place = self._place(site)
         known = self._sites.get(place)
         if known is not None and known.memory is value.memory and repr(known.views) == repr(value.views):
             return  # `site += 1` has edited the value and now assigns it
@@ -426,6 +426,18 @@ class Recorder(TracerBase):
         if known is not None:
             known.memory.sites = [each for each in known.memory.sites if self._place(each[0]) != place]
         self._bind(place, site, value)
+
+    def _assign_everyone(self, site: Site, value: Value) -> None:
+        whole = self._read_everyone(site)
+        if value.memory is whole.memory and repr(value.views) == repr(whole.views):
+            return  # `site += 1` has edited the value and now assigns it
+        if (value.shape, value.dtype) != (whole.shape, whole.dtype):
+            raise ShapeError(
+                f"`{site}` of all invokes is {describe(whole.fake)} and cannot become {describe(value.fake)}.",
+                hint="Assign a value of the same shape and dtype, or part of it: `value[:, -1] = ...`.",
+                lines=here(),
+            )
+        whole[:] = value
 
     def _read_everyone(self, site: Site) -> Value:
         """The value of a site for all rows of a trace: those of one invoke after those of the other.
@@ -449,16 +461,19 @@ class Recorder(TracerBase):
         if known is not None and all(self._sites[self._place(each)].memory is known.memory for each in sites):
             return Value(self, known.node, known.memory, known.views)
         parts = [self.read(each) for each in sites]
-        batch, seq = axes.index(Axis.BATCH), axes.index(Axis.SEQ) if Axis.SEQ in axes else None
-        longest = max(part.shape[seq] for part in parts) if seq is not None else 0
-        padded = [part if seq is None else self._padded(part, seq, longest) for part in parts]
+        batch, seqs = axes.index(Axis.BATCH), [dim for dim, axis in enumerate(axes) if axis is Axis.SEQ]
+        longest = {seq: max(part.shape[seq] for part in parts) for seq in seqs}
+        padded = [
+            functools.reduce(lambda each, seq: self._padded(each, seq, longest[seq]), seqs, part) for part in parts
+        ]
         whole: Value = self.call(ops.OPERATIONS["torch.cat"], (padded, batch), {})
         start = 0
         for each, part in zip(sites, parts, strict=True):
             rows = part.shape[batch]
             view = whole.narrow(batch, start, rows)
-            if seq is not None and part.shape[seq] < longest:
-                view = view.narrow(seq, longest - part.shape[seq], part.shape[seq])
+            for seq in seqs:
+                if part.shape[seq] < longest[seq]:
+                    view = view.narrow(seq, longest[seq] - part.shape[seq], part.shape[seq])
             start += rows
             part.memory.sites = []
             part.memory.constant = f"`{each}` has been put together with the rows of all invokes."
@@ -476,24 +491,35 @@ class Recorder(TracerBase):
         padded: Value = torch.cat([part.new_full(shape, filler), part], seq)  # type: ignore[assignment, list-item]
         return padded
 
-    def skip(self, site: Site, path: str) -> None:
-        """Leave out what is inside a module, by its raw path, whose output has been assigned.
+    def skip(self, site: Site, path: str, assign: Callable[[], None]) -> None:
+        """Leave out what is inside a module, by its raw path.
+
+        Args:
+            site: Its output, for the rows that are meant.
+            path: The module.
+            assign: Assigns the output.
 
         Raises:
             SiteError: something in it was read or written.
         """
         for (trace, invoke, step, leaf), value in self._sites.items():
-            if (trace, invoke, step) == (site.trace, site.invoke, site.step):
-                line = g.line_of(value._node)
-                self._check_not_inside(leaf, path, [line] if line else here())
+            if _meets(site, trace, invoke, step):
+                self._check_not_inside(leaf, path, here(g.line_of(value._node)))
+        assign()
         self._skipped.append((site, path))
 
     def grad(self, loss: Value, weights: Any, values: Sequence[Value | Tensor]) -> list[Value]:
         """The gradients of a value with respect to others."""
+        if not values:
+            raise GraphError("A gradient is with respect to something.", hint="Name a value.", lines=here())
+        if weights is not None and not isinstance(weights, (Value, Tensor)):
+            raise GraphError("The weights of a gradient are a tensor or value of the loss's shape.", lines=here())
         if not all(isinstance(each, (Value, Tensor)) for each in values):
             raise GraphError(
                 "A gradient is with respect to values, or tensors that were used in the block.", lines=here()
             )
+        for each in values:
+            self._differentiate_everyone(each)
         nodes = [self.argument(each) for each in values]
         weigh = None if weights is None else self.argument(weights)
         node = self._value(loss)
@@ -507,6 +533,13 @@ class Recorder(TracerBase):
         if len(nodes) == 1:
             self._gradients[asked] = found[0]
         return found
+
+    def _differentiate_everyone(self, value: Value | Tensor) -> None:
+        """Write what was put together of all invokes to their sites, so that the model depends on it."""
+        if isinstance(value, Value) and any(value.memory is each.memory for each in self._everyone.values()):
+            for site, alias in value.memory.sites:
+                if self._place(site) not in self._writes:
+                    self._write(self._place(site), site, alias)
 
     def generated(self, trace: int, invoke: int) -> Value:
         """The token ids that a generation ends with."""
@@ -657,6 +690,13 @@ class Recorder(TracerBase):
         self._create(g.log, (tuple(found),))
         self.logs = True
 
+    def end(self, trace: int) -> None:
+        """A trace's block has ended: what is done to its values from now on is done to values, not to its sites."""
+        for memory in {value.memory for place, value in self._sites.items() if place[0] == trace}:
+            memory.sites = [each for each in memory.sites if each[0].trace != trace]
+        for memory in {value.memory for weight, value in self._parameters.items() if weight[0] == trace}:
+            memory.weights = [each for each in memory.weights if each[0] != trace]
+
     def finish(self) -> Graph:
         """End the recording: the graph, without what nobody needs.
 
@@ -704,6 +744,11 @@ class Recorder(TracerBase):
             kept.append(self.request.constants[node.args[0]])
             node.args = (len(kept) - 1,)
         self.request.constants = kept
+
+
+def _meets(site: Site, trace: int, invoke: int, step: int) -> bool:
+    """Whether a site is of the same rows and the same step."""
+    return (site.trace, site.step) == (trace, step) and (site.invoke == invoke or EVERYONE in (site.invoke, invoke))
 
 
 def _same_content(one: Tensor, other: Tensor) -> bool:

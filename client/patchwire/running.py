@@ -40,6 +40,7 @@ class Request:
         self.connection = connection
         self.progress = progress
         self.recorder = Recorder(self._catalogue, value_bytes=connection.limits.value_bytes or None)
+        self.failed = False
         self._models: dict[str, Model] = {}
         self._on_tokens: dict[int, Callable[[int, list[int]], None]] = {}
 
@@ -47,8 +48,9 @@ class Request:
         """Take in a model whose traces belong to it.
 
         Raises:
-            GraphError: it is on another server.
+            GraphError: it is on another server, or has been given up.
         """
+        self.check_open()
         if model.connection is not self.connection:
             raise GraphError(
                 f"{model.name} is on another connection than this session.",
@@ -88,15 +90,29 @@ class Request:
         """Send it and wait: the saved values and what it cost."""
         return self.connection.run(graph, Progress(self.progress, self._tell_tokens), cancellation)
 
+    def check_open(self) -> None:
+        """Raise if it has been given up."""
+        if self.failed:
+            raise GraphError(
+                "The session has ended: one of its traces raised an error, so nothing of it runs.",
+                hint="Correct that trace, or leave it out; what may fail on its own is a request of its own.",
+                lines=here(),
+            )
+
     def give_up(self, error: BaseException) -> None:
-        """The block raised: nothing is sent."""
+        """A block raised: nothing is sent."""
         self.recorder.open = False
+        self.failed = True
         if isinstance(error, PatchwireError):
             trim(error)
 
 
 class Stopped(Exception):
     """Ends a block early, as if it had ended there."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
 
 
 class Block(ABC):
@@ -125,7 +141,7 @@ class Block(ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        stopped = isinstance(error, Stopped)
+        stopped = isinstance(error, Stopped) and error.block is self
         graph = self._end(None if stopped else error)
         if graph is not None:
             try:
@@ -141,7 +157,7 @@ class Block(ABC):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        stopped = isinstance(error, Stopped)
+        stopped = isinstance(error, Stopped) and error.block is self
         graph = self._end(None if stopped else error)
         if graph is not None:
             try:

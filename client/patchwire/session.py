@@ -21,7 +21,8 @@ class Session(Block):
     """Many traces in one request, recorded by the block under it.
 
     A value of one trace may be used in every later one; it stays on the server. Traces of several models of the same
-    server may be mixed.
+    server may be mixed. A trace that has ended has ended: editing one of its values later changes the value, not what
+    ran. If a trace's block raises, the session is over and nothing is sent, even if the error is caught in between.
 
     Attributes:
         stats: What the run cost; None until it has ended and its values are here.
@@ -65,6 +66,7 @@ class Session(Block):
         if error is not None:
             self._request.give_up(error)
             return None
+        self._request.check_open()
         if not self._request.recorder.request.traces:
             self._request.recorder.open = False
             raise GraphError("The session has no trace.", hint="Write `with model.trace(…):` in it.", lines=here())

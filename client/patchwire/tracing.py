@@ -18,7 +18,7 @@ from torch import Tensor
 from patchwire import graph as g
 from patchwire import selecting
 from patchwire.cache import Cache
-from patchwire.errors import GraphError, PatchwireError, SiteError, here
+from patchwire.errors import GraphError, InputError, PatchwireError, SiteError, here
 from patchwire.proxy import Value
 from patchwire.recording import EVERYONE, Recorder
 from patchwire.running import Block, Request, Stopped
@@ -39,6 +39,7 @@ class Scope:
     invoke: int | None
     step: int = 0
     open: bool = False
+    stepping: bool = False
 
     def site(self, address: Address) -> g.Site:
         """The site of an address, for the rows of this scope.
@@ -135,9 +136,7 @@ class Trace(Block):
         try:
             invoke = None if self._given is None else self._add(self._given)
         except PatchwireError as error:
-            if self._own:
-                self._request.give_up(error)
-            self._recorder.request.traces.pop()
+            self._request.give_up(error)
             raise
         self._token = _CURRENT.set(Scope(self._model, self._recorder, self._index, invoke))
         return self
@@ -150,12 +149,23 @@ class Trace(Block):
                 lines=here(),
             )
         rows, embeddings = self._model._invoke(given)
+        options = self._trace.generation
+        if embeddings is not None and options is not None and options.repetition_penalty != 1:
+            raise InputError(
+                "A repetition_penalty is of tokens, and embeddings have none.",
+                hint="Give token ids, or leave `repetition_penalty` out.",
+                lines=here(),
+            )
         index = len(self._trace.invokes)
         self._trace.invokes.append(rows)
-        if embeddings is not None:
-            self._recorder.assign(g.Site(self._index, index, Address("embed.output")), embeddings)
-        for edit in self._model._edits:
-            edit.into(self._recorder, self._index, index)
+        try:
+            if embeddings is not None:
+                self._recorder.assign(g.Site(self._index, index, Address("embed.output")), embeddings)
+            for edit in self._model._edits:
+                edit.into(self._recorder, self._index, index)
+        except PatchwireError:
+            self._trace.invokes.pop()
+            raise
         return index
 
     @contextlib.contextmanager
@@ -174,7 +184,14 @@ class Trace(Block):
         if given is None and self._given is not None:
             yield self
             return
-        if self._given is not None or current("invoke", self._model).invoke is not None:
+        scope = current("invoke", self._model)
+        if scope.stepping:
+            raise GraphError(
+                "An invoke goes through all steps of a generation, and cannot be opened in one of them.",
+                hint="Write the loop over steps inside `with gen.invoke(prompt):`.",
+                lines=here(),
+            )
+        if self._given is not None or scope.invoke is not None:
             raise GraphError(
                 "An invoke stands directly inside a trace that has no prompt of its own.",
                 hint="Write `with model.trace() as trace:` and in it `with trace.invoke(prompt):`.",
@@ -194,7 +211,8 @@ class Trace(Block):
 
     def stop(self) -> NoReturn:
         """End the block here: what is written below is not recorded, and nothing later is run."""
-        raise Stopped
+        current("stop", self._model)
+        raise Stopped(self)
 
     def mask(self, invoke: int = 0) -> Tensor:
         """Which positions hold tokens, `[batch, seq]` bool.
@@ -264,17 +282,19 @@ class Trace(Block):
         assert self._token is not None
         _CURRENT.reset(self._token)
         if error is not None:
-            if self._own:
-                self._request.give_up(error)
+            # In a session too: half of a trace is not what was asked for, and cannot be told from the whole.
+            self._request.give_up(error)
             return None
         if not self._trace.invokes:
-            self._recorder.open = False
-            raise GraphError(
+            nothing = GraphError(
                 "The trace has no prompt.", hint='Write `model.trace("…")` or `trace.invoke("…")`.', lines=here()
             )
+            self._request.give_up(nothing)
+            raise nothing
         for cache in self._caches:
             cache.close()
         self._finish()
+        self._recorder.end(self._index)
         return self._graph() if self._own else None
 
     def _graph(self) -> g.Graph | None:
@@ -312,7 +332,7 @@ class Generation(Trace):
         A step that is named has to be reached; a slice without an end, such as `gen.iter[1:]`, goes as far as the
         generation does, and what was saved in a step that was not reached has no value.
         """
-        return _Steps(self._options.max_new_tokens)
+        return _Steps(self, self._options.max_new_tokens)
 
     def all(self) -> Iterator[int]:
         """All steps, as far as the generation goes."""
@@ -345,13 +365,19 @@ class Generation(Trace):
 class _Steps:
     """Steps of a generation, to be chosen by an index."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, generation: Generation, count: int) -> None:
+        self._generation = generation
         self._count = count
 
     def __getitem__(self, which: int | slice | Sequence[int]) -> Iterator[int]:
         """Go through the steps; sites in the loop's body are those of the step."""
-        scope = _CURRENT.get()
-        assert scope is not None
+        scope = current("iter", self._generation._model)
+        if scope.trace != self._generation._index or scope.stepping:
+            raise GraphError(
+                "The steps of a generation are gone through in its own block, one after the other.",
+                hint="Write `for step in gen.all():` directly in `with model.generate(…) as gen:`, or in an invoke.",
+                lines=here(),
+            )
         endless = isinstance(which, slice) and which.stop is None
         steps = self._chosen(which)
         for step in steps:
@@ -365,9 +391,10 @@ class _Steps:
 
     def _chosen(self, which: int | slice | Sequence[int]) -> list[int]:
         if isinstance(which, slice):
-            if which.stop is not None:
-                return list(range(which.start or 0, which.stop, which.step or 1))
-            return list(range(self._count))[which]
+            if which.stop is None or which.stop < 0 or (which.step or 1) < 0:
+                return list(range(self._count))[which]
+            start = which.start or 0
+            return list(range(start if start >= 0 else max(start + self._count, 0), which.stop, which.step or 1))
         return [which] if isinstance(which, int) else list(which)
 
     def _run(self, steps: list[int], endless: bool) -> Iterator[int]:
@@ -375,7 +402,7 @@ class _Steps:
         assert before is not None
         try:
             for step in steps:
-                _CURRENT.set(replace(before, step=step, open=endless and step > 0))
+                _CURRENT.set(replace(before, step=step, open=endless and step > 0, stepping=True))
                 yield step
         finally:
             _CURRENT.set(before)

@@ -17,7 +17,6 @@ from patchwire.checking import Checker, fake_of
 from patchwire.errors import GraphError, InputError, LimitError, ModelNotFoundError, PatchwireError, nearest
 from patchwire.sites import Catalogue, Leaf
 from patchwire.v1 import graph_pb2
-from patchwire_worker import generating
 from patchwire_worker.config import Limits
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.store import TensorStore
@@ -82,7 +81,7 @@ class Admission:
         self._look_up_constants(graph)
         for each in graph.traces:
             if each.generation is not None:
-                generating.check(each.generation)
+                each.generation.check()
         checker = Checker(graph, self._catalogue, value_bytes=self.limits.value_bytes)
         checker.all()
         nodes = graph.nodes
@@ -138,8 +137,6 @@ class Admission:
 
     def _check_generation(self, trace: graph_pb2.Trace, model: HostedModel, rows: Sequence[Sequence[int]]) -> None:
         new, longest = trace.generation.max_new_tokens, max(map(len, rows))
-        if not new:
-            raise InputError("A generation makes one token at least.")
         if any(len({len(row.ids) for row in invoke.rows}) > 1 for invoke in trace.invokes):
             raise InputError(
                 "The prompts of one generation have the same length.",

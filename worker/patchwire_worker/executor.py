@@ -226,7 +226,9 @@ class Execution:
             tensor = self._leaf(access, value)
             lent.append(tensor)
             # Contiguous, as its fake is, so that what a graph may do with it does not depend on who shares the pass.
-            self._set(access.node, access.rows.take(tensor, access.leaf).contiguous())
+            part = access.rows.take(tensor, access.leaf).contiguous()
+            # Autograd remembers what a loss was computed from, and the model may go on to change that in place.
+            self._set(access.node, part.clone() if self.plan.differentiated else part)
         self._evaluate_ready()
         for access in work.writes:
             value = self._written(access, value)
@@ -234,9 +236,13 @@ class Execution:
         return value
 
     def _make_leaf(self, access: Access, value: Any) -> Any:
-        """The value of a side, with the tensor there in the hands of autograd: its gradient can be asked for."""
+        """The value of a side, with the tensor there in the hands of autograd: its gradient can be asked for.
+
+        It is a tensor of its own even where the model holds the same one elsewhere (a residual stream that is also a
+        norm's input, say): the gradient is of what a write at this site would change, whatever else is differentiated.
+        """
         tensor = self._leaf(access, value)
-        origin = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+        origin = tensor.clone() if tensor.requires_grad else tensor.detach().requires_grad_()
         self._origins[access.node] = (origin, access)
         # A copy for the model and the graph, which may change it in place; the gradient is that of what was there.
         return containers.replaced(value, access.leaf.side, access.leaf.path, origin.clone())
@@ -340,8 +346,9 @@ class Execution:
                     constant = self.admitted.graph.constants[args[0]]  # type: ignore[index]
                     return constant.to(self.admitted.models[0].device)  # type: ignore[union-attr]
                 case target if target is g.parameter:
+                    # Another node of the same parameter may be the one that is differentiated: it is never detached.
                     parameter = self._model(node).parameter(args[1])  # type: ignore[arg-type]
-                    return parameter if node in self.plan.differentiated else parameter.detach().contiguous()
+                    return parameter if node in self.plan.differentiated else parameter.contiguous()
                 case target if target is g.apply:
                     model = self._model(node)
                     path = model.catalogue.module(args[1]).path  # type: ignore[arg-type]
@@ -382,12 +389,17 @@ class Execution:
             found = torch.autograd.grad(self._values[loss], inputs, weigh, retain_graph=True)  # type: ignore[index]
         except torch.OutOfMemoryError as error:
             raise at(node, LimitError("The device has no memory for this gradient.")) from error
-        except RuntimeError as error:
-            hint = (
-                "The gradient of a part, such as `h[:, -1]`, is a part of the gradient: `grad(loss, h)[:, -1]`. And "
-                "the loss must depend on the value itself, not on something that the value was computed from."
-            )
-            raise at(node, ExecutionError(f"There is no gradient here: {first_line(error)}", hint=hint)) from error
+        except Exception as error:
+            if "modified by an inplace operation" in str(error):
+                message = "There is no gradient here: the model changes in place what its gradient needs."
+                hint = "PyTorch gives none either. Take it of a value before, or with respect to one after."
+            else:
+                message = f"There is no gradient here: {first_line(error)}"
+                hint = (
+                    "The gradient of a part, such as `h[:, -1]`, is a part of the gradient: `grad(loss, h)[:, -1]`. "
+                    "And the loss must depend on the value itself, not on something that it was computed from."
+                )
+            raise at(node, ExecutionError(message, hint=hint)) from error
         taken = []
         for each, gradient in zip(values, found, strict=True):  # type: ignore[arg-type]
             if each in self._origins:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -24,7 +24,7 @@ import torch.fx
 from torch import Tensor
 
 from patchwire import graph as g
-from patchwire.errors import LimitError, OrderError
+from patchwire.errors import LimitError, OperationError, OrderError
 from patchwire.sites import Axis, Leaf, Location, Order
 from patchwire_worker.admission import Admitted, at
 from patchwire_worker.models.hosted import HostedModel
@@ -117,15 +117,39 @@ def plan(admitted: Admitted) -> Plan:
             accesses[node.args[0]][node.args[1]].append(node)
         elif node in needed and node.target is g.assign:
             weights[node.args[0]].append(node)
+    gradients = [node for node in needed if node.target is g.grad]
+    differentiated = {value for node in gradients for value in node.args[1]}  # type: ignore[union-attr]
+    for node in differentiated:
+        _check_stays(admitted, node)  # type: ignore[arg-type]
     behind = cache(lambda: _invokes_behind(admitted, needed))
     passes: list[Pass] = []
     for index, trace in enumerate(admitted.graph.traces):
-        for invokes in _groups(admitted, index, trace, accesses[index], behind):
+        for invokes in _groups(admitted, index, trace, accesses[index], differentiated, behind):  # type: ignore[arg-type]
             made = _pass(admitted, index, invokes, accesses[index], weights[index])
             if made.works or (made.generation and made.generation.results):
                 passes.append(made)
-    gradients = [node for node in needed if node.target is g.grad]
-    return Plan(passes, needed, {value for node in gradients for value in node.args[1]})  # type: ignore[union-attr, misc]
+    return Plan(passes, needed, differentiated)  # type: ignore[arg-type]
+
+
+def _check_stays(admitted: Admitted, node: torch.fx.Node) -> None:
+    """Refuse a gradient at a site whose tensor the model changes in place later.
+
+    To differentiate, the model is given a tensor of its own there; and where it expects to find the change in other
+    tensors that share its memory, its numbers would be others, only because a gradient was asked for.
+    """
+    if node.target is not g.read:
+        return
+    site = node.args[0]
+    assert isinstance(site, g.Site)
+    leaf = admitted.leaves[site]
+    if (leaf.location._replace(occurrence=0), leaf.path) in admitted.models[site.trace].overwritten:
+        raise at(
+            node,
+            OperationError(
+                f"There is no gradient with respect to `{site}`: the model changes this tensor in place afterwards.",
+                hint="Write a copy there (`x = site.clone()`, `site = x`), and take the gradient with respect to `x`.",
+            ),
+        )
 
 
 def _needed(admitted: Admitted) -> set[torch.fx.Node]:
@@ -184,6 +208,7 @@ def _groups(
     index: int,
     trace: g.Trace,
     accesses: Mapping[int, Sequence[torch.fx.Node]],
+    differentiated: Collection[torch.fx.Node],
     behind: Callable[[], Mapping[torch.fx.Node, frozenset[int]]],
 ) -> list[list[int]]:
     """The invokes of a trace, in groups that share a pass."""
@@ -194,7 +219,9 @@ def _groups(
     model = admitted.models[index]
     sites = [(node, admitted.leaves[node.args[0]]) for nodes in accesses.values() for node in nodes]  # type: ignore[index]
     splits = all(leaf.packs for _, leaf in sites)
-    shared_writes = any(node.target is g.write and not _writes_alone(model, leaf) for node, leaf in sites)
+    # A gradient with respect to what all rows share would be that of all of them.
+    replaced = [leaf for node, leaf in sites if node.target is g.write or node in differentiated]
+    shared_writes = not all(_writes_alone(model, leaf) for leaf in replaced)
     if len(everyone) == 1 or (splits and not shared_writes and (model.pads or len(lengths) == 1)):
         return [everyone]
     return [[invoke] for invoke in _ordered(index, everyone, accesses, behind())]
