@@ -73,7 +73,7 @@ class Module:
             assert child is not None
             return self._read(Address(child))
         if child is not None:
-            return Module(self._model, child)
+            return self._model._at(child)
         return self._parameter(name)
 
     def _parameter(self, name: str) -> Value | Parameter:
@@ -114,12 +114,12 @@ class Module:
                 lines=here(),
             )
         if not -len(keys) <= index < len(keys):
-            raise SiteError(
+            raise _NoSuchIndex(
                 f"`{spell(self._name)}[{index}]` does not exist.",
                 hint=f"`{spell(self._name)}` has the indices 0 to {len(keys) - 1}.",
                 lines=here(),
             )
-        return Module(self._model, f"{self._name}.{keys[index]}")
+        return self._model._at(f"{self._name}.{keys[index]}")
 
     def _indices(self) -> list[str]:
         keys = self._catalogue.prefixes.get(self._name, [])
@@ -136,7 +136,7 @@ class Module:
 
     def __iter__(self) -> Iterator[Module]:
         for key in self._indices():
-            yield Module(self._model, f"{self._name}.{key}")
+            yield self._model._at(f"{self._name}.{key}")
 
     def __dir__(self) -> list[str]:
         raw = self._catalogue.raw(self._name)
@@ -275,8 +275,15 @@ class _NoSuchName(SiteError, AttributeError):
         return SiteError(self.message, hint=self.hint, lines=self.lines).__reduce__()
 
 
-_NoSuchName.__name__ = _NoSuchName.__qualname__ = "SiteError"  # what the user sees
-_NoSuchName.__module__ = SiteError.__module__
+class _NoSuchIndex(SiteError, IndexError):
+    """A list of modules is shorter; also an IndexError, as of any list."""
+
+    __reduce__ = _NoSuchName.__reduce__
+
+
+for _class in (_NoSuchName, _NoSuchIndex):  # what the user sees
+    _class.__name__ = _class.__qualname__ = "SiteError"
+    _class.__module__ = SiteError.__module__
 
 
 class Model(Module):
@@ -402,7 +409,11 @@ class Model(Module):
             SiteError: there is none.
         """
         self.catalogue.module(path)
-        return Module(self, path)
+        return self._at(path)
+
+    def _at(self, name: str) -> Module:
+        """The proxy of a module, by a name that exists."""
+        return Module(self, name)
 
     def tokenize(self, given: Any) -> list[list[int]]:
         """The token ids of each row of a prompt, as `trace` would run it."""

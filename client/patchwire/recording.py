@@ -70,6 +70,10 @@ class Recorder(TracerBase):
         self._writes: dict[_Place, torch.fx.Node] = {}
         self._constants: dict[int, tuple[Tensor, Tensor, torch.fx.Node]] = {}
 
+    def new_value(self) -> Value:
+        """An empty value, which `Value` is about to fill: for recordings whose values are more than that."""
+        return object.__new__(Value)
+
     # --- nodes --------------------------------------------------------------------------------------------------------
 
     def _create(
@@ -378,7 +382,8 @@ class Recorder(TracerBase):
             whole[:] = value
             return
         place = self._place(site)
-        if isinstance(value, (Tensor, np.ndarray)) or (isinstance(value, Value) and value.ready):
+        known_here = isinstance(value, Value) and not value.ready
+        if not known_here and isinstance(value, (Value, Tensor, np.ndarray)):
             value = Value(self, self.argument(value))
         if not isinstance(value, Value):
             raise ShapeError(

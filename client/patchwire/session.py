@@ -29,10 +29,10 @@ class Request:
         connection: Where it will run.
     """
 
-    def __init__(self, connection: Connection, *, progress: bool) -> None:
+    def __init__(self, connection: Connection, *, progress: bool, recorder: type[Recorder] = Recorder) -> None:
         self.connection = connection
         self.progress = progress
-        self.recorder = Recorder(self._catalogue, value_bytes=connection.limits.value_bytes or None)
+        self.recorder = recorder(self._catalogue, value_bytes=connection.limits.value_bytes or None)
         self._models: dict[str, Model] = {}
         self._on_tokens: dict[int, Callable[[int, list[int]], None]] = {}
 
@@ -63,6 +63,7 @@ class Request:
 
     def run(self) -> Stats:
         """Send it, wait for the saved tensors, and hand each to its value."""
+        graph = self.recorder.finish()
         if not self.recorder.saved:
             frame = user_frame()
             warnings.warn_explicit(
@@ -71,7 +72,6 @@ class Request:
                 frame.f_code.co_filename if frame else "<block>",
                 frame.f_lineno if frame else 1,
             )
-        graph = self.recorder.finish()
         try:
             tensors, stats = self.connection.run(graph, Progress(self.progress), self._tell_tokens)
         except PatchwireError as found:
@@ -115,6 +115,8 @@ class Session:
         2
     """
 
+    _recorder_class: type[Recorder] = Recorder
+
     def __init__(self, connection: Connection, *, progress: bool = True) -> None:
         self._connection = connection
         self._progress = progress
@@ -127,7 +129,7 @@ class Session:
             raise GraphError(
                 "A session cannot be opened inside another.", hint="Write its traces into the outer one.", lines=here()
             )
-        self.request = Request(self._connection, progress=self._progress)
+        self.request = Request(self._connection, progress=self._progress, recorder=self._recorder_class)
         self.stats = None
         self._token = _CURRENT.set(self)
         return self

@@ -79,10 +79,32 @@ def current(what: str, model: Model) -> Scope:
     return scope
 
 
+def scope_now() -> Scope | None:
+    """The scope that user code is in, if it is inside a block."""
+    scope = _CURRENT.get()
+    return scope if scope is not None and scope.recorder.open else None
+
+
+@contextlib.contextmanager
+def within(scope: Scope) -> Iterator[None]:
+    """Have what is written under it belong to a scope."""
+    token = _CURRENT.set(scope)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def move(steps: int) -> None:
+    """Have what is written from here on, in this block or invoke, belong to so many steps later."""
+    scope = _CURRENT.get()
+    assert scope is not None
+    _CURRENT.set(replace(scope, step=scope.step + steps))
+
+
 def recording() -> bool:
     """Whether user code is inside a block."""
-    scope = _CURRENT.get()
-    return scope is not None and scope.recorder.open
+    return scope_now() is not None
 
 
 class Trace:
@@ -91,6 +113,8 @@ class Trace:
     Attributes:
         stats: What the run cost; None until the block has ended, and in a session, whose `stats` are of all its traces.
     """
+
+    _recorder_class: type[Recorder] = Recorder
 
     def __init__(self, model: Model, given: Any = None, generation: g.Generation | None = None) -> None:
         self._model = model
@@ -111,7 +135,7 @@ class Trace:
             raise GraphError("This trace has been used already.", hint="Write `with model.trace(…)`.", lines=here())
         session = current_session()
         self._own = session is None
-        request = session.request if session else Request(self._model.connection, progress=self._model.progress)
+        request = session.request if session else self._request_alone()
         assert request is not None
         request.add(self._model)
         self._request = request
@@ -127,6 +151,10 @@ class Trace:
             raise
         self._token = _CURRENT.set(Scope(self._model, self._recorder, self._index, invoke))
         return self
+
+    def _request_alone(self) -> Request:
+        """The request of a trace that is in no session."""
+        return Request(self._model.connection, progress=self._model.progress, recorder=self._recorder_class)
 
     def _add(self, given: Any) -> int:
         if self._closed:
@@ -170,11 +198,8 @@ class Trace:
             index, self._closed = EVERYONE, True
         else:
             index = self._add(given)
-        token = _CURRENT.set(Scope(self._model, self._recorder, self._index, index))
-        try:
+        with within(Scope(self._model, self._recorder, self._index, index)):
             yield self
-        finally:
-            _CURRENT.reset(token)
 
     def stop(self) -> NoReturn:
         """End the block here: what is written below is not recorded, and nothing later is run."""
@@ -234,13 +259,13 @@ class Generation(Trace):
         self._outputs: dict[int, Value] = {}
 
     @property
-    def iter(self) -> _Steps:
+    def iter(self) -> Steps:
         """The steps of the block under it: `for step in gen.iter[2:5]:`, or `gen.iter[3]` for one.
 
         A step that is named has to be reached; a slice without an end, such as `gen.iter[1:]`, goes as far as the
         generation does, and what was saved in a step that was not reached has no value.
         """
-        return _Steps(self._options.max_new_tokens)
+        return Steps(self._options.max_new_tokens)
 
     def all(self) -> Iterator[int]:
         """All steps, as far as the generation goes."""
@@ -270,10 +295,14 @@ class Generation(Trace):
         print(self._model.tokenizer.decode(ids[:1]), end="", flush=True)
 
 
-class _Steps:
+class Steps:
     """Steps of a generation, to be chosen by an index."""
 
     def __init__(self, count: int) -> None:
+        """
+        Args:
+            count: How many steps there are at most.
+        """
         self._count = count
 
     def __getitem__(self, which: int | slice | Sequence[int]) -> Iterator[int]:
@@ -290,6 +319,10 @@ class _Steps:
                     lines=here(),
                 )
         return self._run(steps, endless)
+
+    def count(self, which: int | slice | Sequence[int]) -> int:
+        """How many steps a choice has."""
+        return len(self._chosen(which))
 
     def _chosen(self, which: int | slice | Sequence[int]) -> list[int]:
         if isinstance(which, slice):
