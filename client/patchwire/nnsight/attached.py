@@ -77,5 +77,3 @@ class Attached:
 
     def __repr__(self) -> str:
         return repr(self._module)
-
-

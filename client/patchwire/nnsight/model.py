@@ -215,7 +215,7 @@ class Weight(Tensor):
         return f"<weight on the server, {list(self.shape)} {self.dtype}>"
 
 
-_KNOWN_OF_WEIGHTS = frozenset({"__get__", "size", "dim", "numel", "nelement", "element_size", "is_floating_point"})
+_KNOWN_OF_WEIGHTS = frozenset({"__get__", "size", "dim", "numel", "nelement", "element_size", "is_floating_point", "_parse_to"})
 
 
 class Config(dict[str, Any]):
@@ -317,9 +317,7 @@ class LanguageModel(Envoy, Model):
                 found = found.find(part) if found is not None else None
             if found is not None:
                 return found
-        raise SiteError(
-            f"`{path}` is not a module of {self.name}.", hint=self.catalogue.suggestion(path), lines=here()
-        )
+        raise SiteError(f"`{path}` is not a module of {self.name}.", hint=self.catalogue.suggestion(path), lines=here())
 
     # --- blocks -------------------------------------------------------------------------------------------------------
 
@@ -342,7 +340,9 @@ class LanguageModel(Envoy, Model):
         if kept.pop("max_new_tokens", None) is not None:
             frame = user_frame()
             warnings.warn_explicit(
-                PatchwireWarning("A trace is one forward pass: `max_new_tokens` means nothing. Write `model.generate(…)`."),
+                PatchwireWarning(
+                    "A trace is one forward pass: `max_new_tokens` means nothing. Write `model.generate(…)`."
+                ),
                 None,
                 frame.f_code.co_filename if frame else "<block>",
                 frame.f_lineno if frame else 1,
@@ -405,5 +405,3 @@ def _device(device_map: Any) -> str | None:
     if isinstance(device_map, Mapping):
         device_map = next(iter(device_map.values()), None)
     return None if device_map in (None, "auto") else str(device_map)
-
-

@@ -51,7 +51,12 @@ class Tokenizer(ModelTokenizer):
         )
 
     def __call__(  # type: ignore[override]
-        self, text: str | Sequence[str], *, return_tensors: str | None = None, padding: bool | str = False, **options: Any
+        self,
+        text: str | Sequence[str],
+        *,
+        return_tensors: str | None = None,
+        padding: bool | str = False,
+        **options: Any,
     ) -> Encoding:
         """The token ids and the attention mask of a text or several, as lists or as tensors `[batch, seq]`.
 
@@ -81,7 +86,9 @@ class Tokenizer(ModelTokenizer):
 
     def batch_decode(self, rows: Any, skip_special_tokens: bool = False) -> list[str]:
         """The text of each row of token ids; one text for a list of single ids."""
-        if not isinstance(rows, Tensor) and all(isinstance(each, int) or torch.as_tensor(each).ndim == 0 for each in rows):
+        if not isinstance(rows, Tensor) and all(
+            isinstance(each, int) or torch.as_tensor(each).ndim == 0 for each in rows
+        ):
             rows = [[int(each) for each in rows]]
         return [self.decode(row, skip_special_tokens=skip_special_tokens) for row in rows]
 

@@ -247,5 +247,3 @@ class _Streamer:
         step = current("model.generator.streamer.output", self._model).step
         ids: Value = self._model.input
         return ids if step == 0 else ids[:, -1]  # type: ignore[index]
-
-

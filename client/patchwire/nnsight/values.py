@@ -175,7 +175,11 @@ class TensorRecorder(Recorder):
     def _check_unedited(self, value: Value) -> None:
         assert self.served is not None
         for of, gradient in self.served:
-            if of is not value and of.node is not value.node and (gradient.memory.version or self._asked(of) in self._replaced):
+            if (
+                of is not value
+                and of.node is not value.node
+                and (gradient.memory.version or self._asked(of) in self._replaced)
+            ):
                 raise GraphError(
                     "A gradient was edited above, and the gradient of another value would have to follow from the edit.",
                     hint=(
