@@ -1,7 +1,7 @@
 """Modules of the user's own that are set on a model's: `model.transformer.h[0].sae = module`.
 
-They run where the block is written: applied to values, each of their operations becomes part of the graph, and their weights
-are sent with it. What their parts return is kept for as long as the block is recorded.
+They run where the block is written: applied to values, each of their operations becomes part of the graph, and their
+weights are sent with it. What their parts return is kept for as long as the block is recorded.
 """
 
 from __future__ import annotations

@@ -98,8 +98,8 @@ class Cache:
 class CacheView:
     """A cache, or the part of it under a module: `cache["model.transformer.h.0"].output`, `cache.model.lm_head.output`.
 
-    The paths are those of the modules, and of their other names. Under a module, `output`, `inputs` and `input` are what
-    it returned and took; a list with one for each step if there were several, `len` of them.
+    The paths are those of the modules, and of their other names. Under a module, `output`, `inputs` and `input` are
+    what it returned and took; a list with one for each step if there were several, `len` of them.
     """
 
     def __init__(self, cache: Cache, module: Envoy | None = None) -> None:

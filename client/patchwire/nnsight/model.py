@@ -40,7 +40,7 @@ class Envoy(Module):
     @property
     def output(self) -> Any:
         """What the module returns: a value, or a tuple or mapping of values."""
-        return plain(self._side(OUTPUT))
+        return plain(self._side(OUTPUT), self._catalogue.module(self._name).items)
 
     @output.setter
     def output(self, value: Any) -> None:
@@ -175,7 +175,10 @@ class Envoy(Module):
         return self
 
     def named_parameters(self) -> Iterator[tuple[str, Weight]]:
-        """The parameters and buffers of this module and all under it, shared ones under each name: their shapes and dtypes."""
+        """The parameters and buffers of this module and all under it, shared ones under each name.
+
+        They have shapes and dtypes, and no numbers.
+        """
         own = f"{self.path}." if self.path else ""
         for _, module in self.named_modules():
             for each in self._catalogue.modules[module.path].parameters:
@@ -194,7 +197,7 @@ class Weight(Tensor):
     @classmethod
     def of(cls, shape: Sequence[int], dtype: torch.dtype) -> Weight:
         """One of a shape and dtype."""
-        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device="cpu")  # type: ignore[no-any-return, attr-defined]
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -215,7 +218,9 @@ class Weight(Tensor):
         return f"<weight on the server, {list(self.shape)} {self.dtype}>"
 
 
-_KNOWN_OF_WEIGHTS = frozenset({"__get__", "size", "dim", "numel", "nelement", "element_size", "is_floating_point", "_parse_to"})
+_KNOWN_OF_WEIGHTS = frozenset(
+    {"__get__", "size", "dim", "numel", "nelement", "element_size", "is_floating_point", "_parse_to"}
+)
 
 
 class Config(dict[str, Any]):
@@ -258,8 +263,8 @@ class LanguageModel(Envoy, Model):
     ) -> None:
         """
         Args:
-            model: With a server, the model's name there; otherwise a hub id, a directory, a `.gguf` file or a loaded Hugging
-                Face model.
+            model: With a server, the model's name there; otherwise a hub id, a directory, a `.gguf` file or a loaded
+                Hugging Face model.
             server: "host:port"; left out to run the model on this machine.
             token: The server's token, if it asks for one.
             tls: As for `patchwire.connect`.
@@ -321,7 +326,7 @@ class LanguageModel(Envoy, Model):
 
     # --- blocks -------------------------------------------------------------------------------------------------------
 
-    def trace(self, *inputs: Any, **named: Any) -> Tracer:  # type: ignore[override]
+    def trace(self, *inputs: Any, **named: Any) -> Tracer:
         """A block that records one call of the model: `with model.trace("…") as tracer:`.
 
         Args:
@@ -349,7 +354,7 @@ class LanguageModel(Envoy, Model):
             )
         return kept
 
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         *inputs: Any,
         max_new_tokens: int = 20,

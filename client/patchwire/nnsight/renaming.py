@@ -1,8 +1,9 @@
 """Other names of modules, as `rename={...}` gives them.
 
-A key is a path of raw names, and is looked for under every module: "mlp" names the `mlp` of each layer, "transformer.h"
-the list of layers from the model itself. The new name stands where the key was looked for: `{"transformer.h": "layers"}`
-makes `model.layers`, `{"mlp": "feed_forward"}` makes `model.transformer.h[0].feed_forward`. A `*` stands for any one name.
+A key is a path of raw names, and is looked for under every module: "mlp" names the `mlp` of each layer,
+"transformer.h" the list of layers from the model itself. The new name stands where the key was looked for:
+`{"transformer.h": "layers"}` makes `model.layers`, `{"mlp": "feed_forward"}` makes
+`model.transformer.h[0].feed_forward`. A `*` stands for any one name.
 """
 
 from __future__ import annotations

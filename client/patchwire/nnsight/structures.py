@@ -24,17 +24,22 @@ class Output(dict[str, Any]):
         raise AttributeError(f"There is no `{name}` here; there is {', '.join(f'`{each}`' for each in self)}.")
 
 
-def plain(found: Value | Structure) -> Any:
-    """A value as it is; a structure as tuples, with None where there is no tensor, and mappings."""
+def plain(found: Value | Structure, items: int = 0) -> Any:
+    """A value as it is; a structure as tuples, with None where there is no tensor, and mappings.
+
+    Args:
+        found: What is at a side of a module.
+        items: How many items it has, if it is a tuple and that is known.
+    """
     if not isinstance(found, Structure):
         return found
     keys = found.keys()
     if set(keys) <= set(CALL):
-        args, kwargs = (plain(found[key]) if key in keys else empty for key, empty in zip(CALL, ((), {}), strict=True))
-        return args, kwargs
+        args, kwargs = CALL
+        return (plain(found[args]) if args in keys else ()), (plain(found[kwargs]) if kwargs in keys else {})
     if all(isinstance(key, int) for key in keys):
-        last = max(key for key in keys if isinstance(key, int))
-        return tuple(plain(found[index]) if index in keys else None for index in range(last + 1))
+        count = max(items, 1 + max(key for key in keys if isinstance(key, int)))
+        return tuple(plain(found[index]) if index in keys else None for index in range(count))
     return Output((str(key), plain(found[key])) for key in keys)
 
 

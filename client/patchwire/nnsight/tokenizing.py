@@ -46,8 +46,8 @@ class Tokenizer(ModelTokenizer):
             index = getattr(self, f"{name}_id")
             return None if index is None else self.decode(index)
         raise AttributeError(
-            f"The tokenizer has no `{name}` here: `tokenizer(texts)`, `encode`, `decode`, `batch_decode` and `tokenize` are, "
-            "and `transformers.AutoTokenizer` has the rest."
+            f"The tokenizer has no `{name}` here: `tokenizer(texts)`, `encode`, `decode`, `batch_decode` and "
+            "`tokenize` are, and `transformers.AutoTokenizer` has the rest."
         )
 
     def __call__(  # type: ignore[override]

@@ -78,7 +78,9 @@ class Tracer(Trace):
     _recorder_class = TensorRecorder
     _model: LanguageModel
 
-    def invoke(self, *inputs: Any, **named: Any) -> AbstractContextManager[Trace]:
+    def invoke(  # type: ignore[override]
+        self, *inputs: Any, **named: Any
+    ) -> AbstractContextManager[Trace]:
         """Rows of this trace with their own input; without one, those of all invokes above."""
         return super().invoke(prompt(inputs, named))
 
@@ -167,8 +169,12 @@ class Generator(Tracer, Generation):
 
     @property
     def iter(self) -> Iterations:  # type: ignore[override]
-        """The steps of the generation: `tracer.iter[2:5]`, `tracer.iter[3]`, `tracer.iter[[0, 2]]`, `tracer.iter[:]`."""
+        """The steps of the generation: `tracer.iter[2:5]`, `tracer.iter[3]`, `tracer.iter[[0, 2]]`."""
         return Iterations(super(Tracer, self).iter)
+
+    def all(self) -> Iterations:  # type: ignore[override]
+        """All steps, as far as the generation goes."""
+        return self.iter[:]
 
 
 class Scan(Tracer):

@@ -1,8 +1,8 @@
 """Values that are tensors: for `isinstance` while the block is recorded, and altogether after it.
 
-A `TensorValue` is a `Value` whose class is also a `torch.Tensor`: of an empty one on the meta device, which no operation
-ever reaches. When its numbers arrive, the object itself becomes the tensor that holds them, so that every name, list and
-attribute that referred to the value refers to a tensor.
+A `TensorValue` is a `Value` whose class is also a `torch.Tensor`: of an empty one on the meta device, which no
+operation ever reaches. When its numbers arrive, the object itself becomes the tensor that holds them, so that every
+name, list and attribute that referred to the value refers to a tensor.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from patchwire.graph import Graph
 from patchwire.proxy import Backward, Value, values_in
 from patchwire.recording import Recorder
 
+_AlsoTensor: Any = Tensor
+"""As `Any`, because a value and a tensor do not agree on the types of what they have in common."""
 
-class TensorValue(Value, Tensor):
+
+class TensorValue(Value, _AlsoTensor):  # type: ignore[misc]
     """A value that passes for a tensor, and becomes one."""
 
     def __getattribute__(self, name: str) -> Any:
@@ -148,9 +151,7 @@ class TensorRecorder(Recorder):
             return replaced
         if self.served is not None:
             self._check_unedited(value)
-        getter = Value.grad.fget
-        assert getter is not None
-        found = getter(value)
+        found = super(TensorValue, value).grad
         if self.served is not None:
             self.served.append((value, found))
         return found
@@ -175,16 +176,13 @@ class TensorRecorder(Recorder):
     def _check_unedited(self, value: Value) -> None:
         assert self.served is not None
         for of, gradient in self.served:
-            if (
-                of is not value
-                and of.node is not value.node
-                and (gradient.memory.version or self._asked(of) in self._replaced)
-            ):
+            edited = gradient.memory.version > 0 or self._asked(of) in self._replaced
+            if edited and of.node is not value.node:
                 raise GraphError(
-                    "A gradient was edited above, and the gradient of another value would have to follow from the edit.",
+                    "A gradient was edited above, and that of another value would have to follow from the edit.",
                     hint=(
-                        "Write `patchwire.grad(h, other, weights=edited)` for the gradient that flows on through `h`, whose "
-                        "gradient was edited; or read this one first, for the gradient without the edit."
+                        "Write `patchwire.grad(h, other, weights=edited)` for the gradient that flows on through `h`, "
+                        "whose gradient was edited; or read this one first, for the gradient without the edit."
                     ),
                     lines=here(),
                 )
@@ -237,4 +235,4 @@ def _become(value: TensorValue, tensor: Tensor) -> None:
         mine, its = object.__getattribute__(value, name), object.__getattribute__(other, name)
         object.__setattr__(value, name, its)
         object.__setattr__(other, name, mine)
-    torch._C._swap_tensor_impl(value, other)  # type: ignore[attr-defined]
+    torch._C._swap_tensor_impl(value, other)
