@@ -8,13 +8,13 @@ name, list and attribute that referred to the value refers to a tensor.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.fx
 from torch import Tensor
 
-from patchwire.errors import GraphError, here
+from patchwire.errors import BranchError, GraphError, here
 from patchwire.graph import Graph
 from patchwire.proxy import Backward, Value, values_in
 from patchwire.recording import Recorder
@@ -31,6 +31,14 @@ class TensorValue(Value, _AlsoTensor):  # type: ignore[misc]
         if name in _OF_TENSORS_ONLY:
             return Value.__getattr__(self, name)
         return super().__getattribute__(name)
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, *_: Any, **__: Any) -> NoReturn:
+        raise BranchError(
+            "The value exists only when the block has ended; a tensor cannot be made of it while it is recorded.",
+            hint="Use the value itself, or `.save()` it and make the tensor after the block.",
+            lines=here(),
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.__reduce__()
@@ -136,7 +144,8 @@ class TensorRecorder(Recorder):
 
     def new_value(self) -> Value:
         """An empty value that is also a tensor."""
-        return Tensor._make_subclass(TensorValue, torch.empty(0, device="meta"))
+        value: Value = Tensor._make_wrapper_subclass(TensorValue, (0,), device=torch.device("meta"))
+        return value
 
     # --- gradients ----------------------------------------------------------------------------------------------------
 
