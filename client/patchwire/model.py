@@ -182,11 +182,11 @@ class Module:
 
         Raises:
             ShapeError: it has another shape or dtype.
-            OrderError: it exists only later in the forward pass.
+            OrderError: it exists only later in the forward pass, or is made of what the module itself returns.
         """
         scope = current(f"{spell(self._name)}.skip(…)", self._model)
         self._assign(OUTPUT, value)
-        scope.recorder.skip(scope.site(self._address(OUTPUT)), self.path)
+        scope.recorder.skip(scope.site(self._address(OUTPUT)), self.path, value)
 
     def _address(self, side: str) -> Address:
         return Address(f"{self._name}.{side}" if self._name else side)

@@ -24,6 +24,7 @@ from patchwire.checking import Checker, fake_of
 from patchwire.errors import (
     GraphError,
     OperationError,
+    OrderError,
     PatchwireError,
     PatchwireWarning,
     ShapeError,
@@ -35,7 +36,7 @@ from patchwire.errors import (
 )
 from patchwire.graph import Graph, Site
 from patchwire.proxy import Memory, Structure, Value, values_in
-from patchwire.sites import Axis, Catalogue, Leaf, spell
+from patchwire.sites import OUTPUT, Axis, Catalogue, Leaf, spell
 
 _SETITEM = ops.OPERATIONS["operator.setitem"]
 _GETITEM = ops.OPERATIONS["operator.getitem"]
@@ -344,6 +345,12 @@ class Recorder(TracerBase):
                 self._check_not_inside(leaf, path, here())
         return (site.trace, site.invoke, site.step, leaf)
 
+    def _returns(self, read: Site, site: Site, path: str) -> bool:
+        """Whether a site that was read is what a module returns, in the rows and the step of another site."""
+        leaf = self.checker.leaf(read)
+        same = (read.trace, read.invoke, read.step) == (site.trace, site.invoke, site.step)
+        return same and leaf.location == (path, OUTPUT)
+
     @staticmethod
     def _check_not_inside(leaf: Leaf, skipped: str, lines: Sequence[SourceLine]) -> None:
         if leaf.module.startswith(f"{skipped}."):
@@ -449,12 +456,21 @@ class Recorder(TracerBase):
         padded: Value = torch.cat([part.new_full(shape, filler), part], seq)  # type: ignore[assignment, list-item]
         return padded
 
-    def skip(self, site: Site, path: str) -> None:
-        """Leave out what is inside a module, by its raw path, whose output has been assigned.
+    def skip(self, site: Site, path: str, value: Any) -> None:
+        """Leave out what is inside a module, by its raw path, whose output has been assigned a value, or several.
 
         Raises:
             SiteError: something in it was read or written.
+            OrderError: the value is made of what the module returns.
         """
+        for each in values_in(value):
+            after = None if each.ready else each.node.meta["after"]
+            if after is not None and isinstance(after.site, Site) and self._returns(after.site, site, path):
+                raise OrderError(
+                    f"`{spell(path)}` cannot be skipped: what it is to return is made of what it returns.",
+                    hint=f"Assign it instead of skipping: `{site} = …`; or skip with a value from before the module.",
+                    lines=here(after.line),
+                )
         for (trace, invoke, step, leaf), value in self._sites.items():
             if (trace, invoke, step) == (site.trace, site.invoke, site.step):
                 line = g.line_of(value._node)

@@ -320,7 +320,7 @@ def test_backward_runs_twice(gpt2: Any, reference: Any) -> None:
 
 def test_modules_and_tensors_of_the_program_are_used_in_the_block(gpt2: Any, reference: Any) -> None:
     linear = nn.Linear(tiny.WIDTH, tiny.WIDTH).to(next(gpt2.parameters()))
-    bias = torch.randn(tiny.WIDTH)
+    bias = torch.randn(tiny.WIDTH).to(next(gpt2.parameters()))
 
     def function(value: Any) -> Any:
         return nn.ReLU()(linear(value) - bias)
@@ -583,6 +583,14 @@ def test_a_write_of_what_comes_later_is_refused(gpt2: Any) -> None:
     assert len(caught.value.lines) == 2
 
 
+def test_a_layer_cannot_be_skipped_with_what_it_returns(gpt2: Any) -> None:
+    with pytest.raises(patchwire.OrderError) as caught, gpt2.trace("_"):
+        own = gpt2.transformer.h[0].output.save()
+        gpt2.transformer.h[1].skip(own)
+        gpt2.transformer.h[0].skip(own)
+    assert "Assign it instead of skipping" in refused(caught.value)
+
+
 # --- operations inside a forward ------------------------------------------------------------------------------------
 
 
@@ -709,6 +717,15 @@ def test_a_skip_wins_over_a_changed_input(gpt2: Any) -> None:
         after = gpt2.transformer.h[1].output.save()
     assert not changed.any()
     assert torch.equal(after, before)
+
+
+def test_one_argument_is_set_without_its_tuple(gpt2: Any, reference: Any) -> None:
+    layer = gpt2.transformer.h[1]
+    with gpt2.trace("_"):
+        layer.inputs = (layer.input * 2, *layer.inputs[1:])
+        logits = gpt2.lm_head.output.save()
+    changed = Pass(reference, ids(gpt2, "_"), **{"transformer.h.0": lambda value: value * 2})
+    same(logits, changed.logits)
 
 
 def test_several_layers_are_skipped(gpt2: Any) -> None:

@@ -17,7 +17,7 @@ from patchwire.nnsight.attached import Attached
 from patchwire.nnsight.cache import ROOT
 from patchwire.nnsight.renaming import Aliases, aliases
 from patchwire.nnsight.saving import save
-from patchwire.nnsight.structures import assign, plain
+from patchwire.nnsight.structures import arguments, assign, plain
 from patchwire.nnsight.tokenizing import Tokenizer
 from patchwire.nnsight.tracing import Generator, GeneratorOutput, Scan, TensorSession, Tracer, prompt
 from patchwire.proxy import Structure
@@ -62,7 +62,7 @@ class Envoy(Module):
 
     @inputs.setter
     def inputs(self, value: Any) -> None:
-        assign(Module.inputs.__get__(self), value)
+        assign(Module.inputs.__get__(self), arguments(value))
 
     def _set(self, side: str, value: Any) -> None:
         here_now = self._side(side)
@@ -204,6 +204,11 @@ class Weight(Tensor):
         if getattr(function, "__name__", "") in _KNOWN_OF_WEIGHTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
+        if function == _TO and not isinstance(args[0], Weight):  # `mine.to(weight)`: its dtype and device count
+            places = [
+                each for arg in args[1:] for each in ((arg.device, arg.dtype) if isinstance(arg, Weight) else (arg,))
+            ]
+            return function(args[0], *places, **(kwargs or {}))
         raise GraphError(
             "The weight's numbers are on the server.",
             hint="Read it inside a block, as a value: `model.lm_head.weight`.",
@@ -218,6 +223,7 @@ class Weight(Tensor):
         return f"<weight on the server, {list(self.shape)} {self.dtype}>"
 
 
+_TO: Any = Tensor.to
 _KNOWN_OF_WEIGHTS = frozenset(
     {"__get__", "size", "dim", "numel", "nelement", "element_size", "is_floating_point", "_parse_to"}
 )

@@ -43,6 +43,13 @@ def plain(found: Value | Structure, items: int = 0) -> Any:
     return Output((str(key), plain(found[key])) for key in keys)
 
 
+def arguments(value: Any) -> Any:
+    """`(args, kwargs)`, also of `(value, kwargs)`, where one positional argument stands without its tuple."""
+    if isinstance(value, tuple) and len(value) == len(CALL) and not isinstance(value[0], (tuple, list)):
+        return (value[0],), value[1]
+    return value
+
+
 def assign(structure: Structure, value: Any) -> None:
     """Make what is in `value` the tensors of a structure; where there is None, they stay.
 
