@@ -143,16 +143,16 @@ class Tracer(Trace):
         scope = current("cache", self._model)
         chosen = None if modules is None else [self._model.module_of(each) for each in modules]
         cache = Cache(self._model, chosen, dtype, include_output, include_inputs)
-        self._caches.append((scope, cache))
+        self._kept.append((scope, cache))
         return CacheView(cache)
 
     @property
-    def _caches(self) -> list[tuple[Scope, Cache]]:
-        caches: list[tuple[Scope, Cache]] = self.__dict__.setdefault("_cached", [])
+    def _kept(self) -> list[tuple[Scope, Cache]]:
+        caches: list[tuple[Scope, Cache]] = self.__dict__.setdefault("_kept_caches", [])
         return caches
 
     def _finish(self) -> None:
-        for scope, cache in self._caches:
+        for scope, cache in self._kept:
             with within(replace(scope, step=0, open=False)):
                 for _ in self.all():
                     cache.record()
