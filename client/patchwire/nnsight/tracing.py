@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -153,7 +152,7 @@ class Tracer(Trace):
 
     def _finish(self) -> None:
         for scope, cache in self._kept:
-            with within(replace(scope, step=0, open=False)):
+            with within(Scope(scope.model, scope.recorder, scope.trace, scope.invoke)):
                 for _ in self.all():
                     cache.record()
         super()._finish()
