@@ -23,7 +23,7 @@ from patchwire.inputs import ModelTokenizer, to_invoke
 from patchwire.proxy import Value
 from patchwire.scanning import Scan
 from patchwire.session import Session
-from patchwire.sided import NoSuchName, Sided
+from patchwire.sided import NoSuchIndex, NoSuchName, Sided
 from patchwire.sites import OUTPUT, SOURCE, Address, Catalogue, Inside, Leaf, Parameter, spell
 from patchwire.source import Source
 from patchwire.tracing import Generation, Trace, current, recording
@@ -84,7 +84,7 @@ class Module(Sided):
             assert child is not None
             return self._read(Address(child))
         if child is not None:
-            return Module(self._model, child)
+            return self._model._at(child)
         return self._parameter(name)
 
     def _parameter(self, name: str) -> Value | Parameter:
@@ -129,12 +129,12 @@ class Module(Sided):
                 lines=here(),
             )
         if not -len(keys) <= index < len(keys):
-            raise SiteError(
+            raise NoSuchIndex(
                 f"`{spell(self._name)}[{index}]` does not exist.",
                 hint=f"`{spell(self._name)}` has the indices 0 to {len(keys) - 1}.",
                 lines=here(),
             )
-        return Module(self._model, f"{self._name}.{keys[index]}")
+        return self._model._at(f"{self._name}.{keys[index]}")
 
     def _indices(self) -> list[str]:
         keys = self._catalogue.prefixes.get(self._name, [])
@@ -151,7 +151,7 @@ class Module(Sided):
 
     def __iter__(self) -> Iterator[Module]:
         for key in self._indices():
-            yield Module(self._model, f"{self._name}.{key}")
+            yield self._model._at(f"{self._name}.{key}")
 
     def __dir__(self) -> list[str]:
         raw = self._catalogue.raw(self._name)
@@ -182,7 +182,7 @@ class Module(Sided):
             OrderError: it exists only later in the forward pass.
         """
         scope = current(f"{spell(self._name)}.skip(…)", self._model)
-        scope.recorder.skip(scope.site(self._address(OUTPUT)), self.path, lambda: self._assign(OUTPUT, value))
+        scope.recorder.skip(scope.site(self._address(OUTPUT)), self.path, value, lambda: self._assign(OUTPUT, value))
 
     def _leaves(self, side: str) -> tuple[Leaf, ...]:
         try:
@@ -380,7 +380,7 @@ class Model(Module):
 
     def _with_edits(self) -> Model:
         """Another proxy of the same model, with the edits of this one."""
-        edited = object.__new__(Model)
+        edited = object.__new__(type(self))
         for name, value in self.__dict__.items():
             object.__setattr__(edited, name, value)
         object.__setattr__(edited, "_model", edited)
@@ -466,7 +466,11 @@ class Model(Module):
             SiteError: there is none.
         """
         self.catalogue.module(path)
-        return Module(self, path)
+        return self._at(path)
+
+    def _at(self, name: str) -> Module:
+        """The proxy of a module, by a name that exists."""
+        return Module(self, name)
 
     def tokenize(self, given: Any) -> list[list[int]]:
         """The token ids of each row of a prompt, as `trace` would run it."""

@@ -60,6 +60,9 @@ class Value(torch.fx.Proxy):
     `value.value`.
     """
 
+    def __new__(cls, recorder: Recorder, *_: Any, **__: Any) -> Value:
+        return recorder.new_value()
+
     def __init__(
         self,
         recorder: Recorder,
@@ -71,7 +74,7 @@ class Value(torch.fx.Proxy):
         self.memory = memory or Memory(node)
         self.views = views
         self.parent = parent
-        self._version = self.memory.version
+        self._seen = self.memory.version
         self._tensor: Tensor | None = None
         self._saved = False
         self._absent = False
@@ -80,9 +83,9 @@ class Value(torch.fx.Proxy):
     @property
     def node(self) -> torch.fx.Node:
         """The node of the newest version of this value."""
-        if self._version != self.memory.version:
+        if self._seen != self.memory.version:
             self._node = self.tracer.derived(self)  # type: ignore[attr-defined]
-            self._version = self.memory.version
+            self._seen = self.memory.version
         node: torch.fx.Node = self._node
         return node
 
@@ -578,6 +581,11 @@ class Structure:
     __add__ = __radd__ = __iadd__ = __sub__ = __rsub__ = __isub__ = __mul__ = __rmul__ = __imul__ = _operator
     __truediv__ = __rtruediv__ = __itruediv__ = __pow__ = __rpow__ = __matmul__ = __rmatmul__ = _operator
     __neg__ = __abs__ = __lt__ = __le__ = __gt__ = __ge__ = __float__ = __int__ = __array__ = _operator
+
+    def keys(self) -> list[Step]:
+        """What it can be indexed with: positions or names; of all inputs, "args" and "kwargs"."""
+        depth = len(self._site.address.path)
+        return list(dict.fromkeys(leaf.path[depth] for leaf in self._leaves))
 
     def save(self) -> Structure:
         """Ask for all tensors; after the block, index this to get them."""

@@ -26,6 +26,7 @@ from patchwire.checking import Checker, describe, fake_of
 from patchwire.errors import (
     GraphError,
     OperationError,
+    OrderError,
     PatchwireError,
     PatchwireWarning,
     ShapeError,
@@ -37,7 +38,7 @@ from patchwire.errors import (
 )
 from patchwire.graph import Graph, Site
 from patchwire.proxy import Memory, Structure, Value, values_in
-from patchwire.sites import Axis, Catalogue, Leaf, spell
+from patchwire.sites import OUTPUT, Axis, Catalogue, Leaf, Location, spell
 
 _SETITEM = ops.OPERATIONS["operator.setitem"]
 _GETITEM = ops.OPERATIONS["operator.getitem"]
@@ -79,6 +80,10 @@ class Recorder(TracerBase):
         self.scanned = False
         self._made = 0
         self._branch: int | None = None
+
+    def new_value(self) -> Value:
+        """An empty value, which `Value` is about to fill: for recordings whose values are more than that."""
+        return object.__new__(Value)
 
     # --- nodes --------------------------------------------------------------------------------------------------------
 
@@ -372,6 +377,12 @@ class Recorder(TracerBase):
                 self._check_not_inside(leaf, path, here())
         return (site.trace, site.invoke, site.step, leaf)
 
+    def _returns(self, read: Site, site: Site, path: str) -> bool:
+        """Whether a site that was read is what a module returns, in the rows and the step of another site."""
+        return _meets(site, read.trace, read.invoke, read.step) and self.checker.leaf(read).location == Location(
+            path, OUTPUT
+        )
+
     @staticmethod
     def _check_not_inside(leaf: Leaf, skipped: str, lines: Sequence[SourceLine]) -> None:
         if leaf.module.startswith(f"{skipped}."):
@@ -406,7 +417,8 @@ class Recorder(TracerBase):
             SiteError: there is no such site.
         """
         self.not_in_a_branch(f"write `{site}`")
-        if isinstance(value, (Tensor, np.ndarray)) or (isinstance(value, Value) and value.ready):
+        known_here = isinstance(value, Value) and not value.ready
+        if not known_here and isinstance(value, (Value, Tensor, np.ndarray)):
             value = Value(self, self.argument(value))
         if not isinstance(value, Value):
             raise ShapeError(
@@ -491,17 +503,27 @@ class Recorder(TracerBase):
         padded: Value = torch.cat([part.new_full(shape, filler), part], seq)  # type: ignore[assignment, list-item]
         return padded
 
-    def skip(self, site: Site, path: str, assign: Callable[[], None]) -> None:
+    def skip(self, site: Site, path: str, value: Any, assign: Callable[[], None]) -> None:
         """Leave out what is inside a module, by its raw path.
 
         Args:
             site: Its output, for the rows that are meant.
             path: The module.
+            value: What it is to return, or several values.
             assign: Assigns the output.
 
         Raises:
             SiteError: something in it was read or written.
+            OrderError: the value is made of what the module returns.
         """
+        for each in values_in(value):
+            after = None if each.ready else each.node.meta["after"]
+            if after is not None and isinstance(after.site, Site) and self._returns(after.site, site, path):
+                raise OrderError(
+                    f"`{spell(path)}` cannot be skipped: what it is to return is made of what it returns.",
+                    hint=f"Assign it instead of skipping: `{site} = …`; or skip with a value from before the module.",
+                    lines=here(after.line),
+                )
         for (trace, invoke, step, leaf), value in self._sites.items():
             if _meets(site, trace, invoke, step):
                 self._check_not_inside(leaf, path, here(g.line_of(value._node)))

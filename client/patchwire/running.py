@@ -36,10 +36,10 @@ class Request:
         connection: Where it will run.
     """
 
-    def __init__(self, connection: Connection, *, progress: bool) -> None:
+    def __init__(self, connection: Connection, *, progress: bool, recorder: type[Recorder] = Recorder) -> None:
         self.connection = connection
         self.progress = progress
-        self.recorder = Recorder(self._catalogue, value_bytes=connection.limits.value_bytes or None)
+        self.recorder = recorder(self._catalogue, value_bytes=connection.limits.value_bytes or None)
         self.failed = False
         self._models: dict[str, Model] = {}
         self._on_tokens: dict[int, Callable[[int, list[int]], None]] = {}
@@ -76,6 +76,7 @@ class Request:
         Warns:
             PatchwireWarning: nothing was saved.
         """
+        graph = self.recorder.finish()
         if not self.recorder.saved and not self.recorder.logs:
             frame = user_frame()
             warnings.warn_explicit(
@@ -84,7 +85,7 @@ class Request:
                 frame.f_code.co_filename if frame else "<block>",
                 frame.f_lineno if frame else 1,
             )
-        return self.recorder.finish()
+        return graph
 
     def run(self, graph: g.Graph, cancellation: Cancellation) -> tuple[list[Tensor | None], Stats]:
         """Send it and wait: the saved values and what it cost."""

@@ -7,6 +7,7 @@ from contextvars import ContextVar, Token
 from patchwire import graph as g
 from patchwire.connection import Connection
 from patchwire.errors import GraphError, here
+from patchwire.recording import Recorder
 from patchwire.running import Block, Request
 
 _CURRENT: ContextVar[Session | None] = ContextVar("patchwire_session", default=None)
@@ -39,6 +40,8 @@ class Session(Block):
         2
     """
 
+    _recorder_class: type[Recorder] = Recorder
+
     def __init__(self, connection: Connection, *, progress: bool = True, blocking: bool = True) -> None:
         super().__init__(blocking=blocking)
         self._connection = connection
@@ -55,7 +58,7 @@ class Session(Block):
             raise GraphError(
                 "A session cannot be opened inside another.", hint="Write its traces into the outer one.", lines=here()
             )
-        self._request = Request(self._connection, progress=self._progress)
+        self._request = Request(self._connection, progress=self._progress, recorder=self._recorder_class)
         self.stats = None
         self._token = _CURRENT.set(self)
         return self

@@ -110,5 +110,12 @@ class NoSuchName(SiteError, AttributeError):
         return SiteError(self.message, hint=self.hint, lines=self.lines).__reduce__()
 
 
-NoSuchName.__name__ = NoSuchName.__qualname__ = "SiteError"  # what the user sees
-NoSuchName.__module__ = SiteError.__module__
+class NoSuchIndex(SiteError, IndexError):
+    """A list of modules is shorter; also an IndexError, as of any list."""
+
+    __reduce__ = NoSuchName.__reduce__
+
+
+for _class in (NoSuchName, NoSuchIndex):  # what the user sees
+    _class.__name__ = _class.__qualname__ = "SiteError"
+    _class.__module__ = SiteError.__module__

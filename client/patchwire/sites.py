@@ -314,6 +314,8 @@ class Module:
     """The tensors that it is called with and returns; empty if a forward pass does not call it."""
     calls: int = 0
     """How often one forward pass calls it."""
+    items: int = 0
+    """How many items the tuple has that it returns, tensors and others; 0 if it returns no tuple."""
 
     @cached_property
     def _sides(self) -> dict[str, tuple[Leaf, ...]]:
@@ -772,6 +774,7 @@ class Catalogue:
                 ],
                 leaves=[leaf.to_proto() for leaf in module.leaves],
                 calls=module.calls,
+                items=module.items,
             )
             for module in self.modules.values()
         ]
@@ -801,6 +804,7 @@ class Catalogue:
                     ),
                     tuple(Leaf.from_proto(each.path, leaf) for leaf in each.leaves),
                     each.calls,
+                    each.items,
                 )
                 for each in modules
             },

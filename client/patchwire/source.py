@@ -75,7 +75,10 @@ class Source:
         if name not in self._known.operations:
             error = self._model.catalogue.no_operation(self._known, name, spell(self._name))
             raise NoSuchName(error.message, hint=error.hint, lines=here())
-        return Operation(self._model, f"{self._name}.{name}", self._known)
+        return self._operation(f"{self._name}.{name}")
+
+    def _operation(self, name: str) -> Operation:
+        return Operation(self._model, name, self._known)
 
     def __setattr__(self, name: str, value: Any) -> None:
         operation = getattr(self, name)
@@ -155,7 +158,10 @@ class Operation(Sided):
                 hint=f"Write `{plain}.{SOURCE}.…[n]`, where n counts every time that it runs in the pass.",
                 lines=here(),
             )
-        return Source(self._model, f"{self._name}.{SOURCE}")
+        return self._inside(f"{self._name}.{SOURCE}")
+
+    def _inside(self, name: str) -> Source:
+        return Source(self._model, name)
 
     def __getitem__(self, occurrence: int) -> Operation:
         if self._occurrence is not None or isinstance(occurrence, bool) or not isinstance(occurrence, int):
@@ -170,7 +176,7 @@ class Operation(Sided):
                 hint="The last is [n - 1] for one that runs n times, and there are n tokens if it runs for each.",
                 lines=here(),
             )
-        return Operation(self._model, self._name, self._source, occurrence)
+        return type(self)(self._model, self._name, self._source, occurrence)
 
     def __iter__(self) -> Iterator[Any]:
         raise TypeError(f"`{spell(self._name)}` cannot be iterated over: say how often, `for n in range(…)`.")

@@ -81,10 +81,33 @@ def current(what: str, model: Model) -> Scope:
     return scope
 
 
+def scope_now() -> Scope | None:
+    """The scope that user code is in, if it is inside a block."""
+    scope = _CURRENT.get()
+    return scope if scope is not None and scope.recorder.open else None
+
+
 def open_recorder() -> Recorder | None:
     """What records the block that user code is inside of; None if it is in none."""
+    scope = scope_now()
+    return None if scope is None else scope.recorder
+
+
+@contextlib.contextmanager
+def within(scope: Scope) -> Iterator[None]:
+    """Have what is written under it belong to a scope."""
+    token = _CURRENT.set(scope)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def move(steps: int) -> None:
+    """Have what is written from here on, in this block or invoke, belong to so many steps later."""
     scope = _CURRENT.get()
-    return scope.recorder if scope is not None and scope.recorder.open else None
+    assert scope is not None
+    _CURRENT.set(replace(scope, step=scope.step + steps))
 
 
 def recording() -> bool:
@@ -100,6 +123,8 @@ class Trace(Block):
             those of all its traces.
         job: The detached job, of a trace with `blocking=False`, once the block has ended.
     """
+
+    _recorder_class: type[Recorder] = Recorder
 
     def __init__(
         self, model: Model, given: Any = None, generation: g.Generation | None = None, *, blocking: bool = True
@@ -127,7 +152,7 @@ class Trace(Block):
                 "A trace inside a session runs with it.", hint="Write `model.session(blocking=False)`.", lines=here()
             )
         self._own = session is None
-        request = session.request if session else Request(self._model.connection, progress=self._model.progress)
+        request = session.request if session else self._request_alone()
         request.add(self._model)
         self._request = request
         self._recorder = request.recorder
@@ -140,6 +165,10 @@ class Trace(Block):
             raise
         self._token = _CURRENT.set(Scope(self._model, self._recorder, self._index, invoke))
         return self
+
+    def _request_alone(self) -> Request:
+        """The request of a trace that is in no session."""
+        return Request(self._model.connection, progress=self._model.progress, recorder=self._recorder_class)
 
     def _add(self, given: Any) -> int:
         if self._closed:
@@ -203,11 +232,8 @@ class Trace(Block):
             index, self._closed = EVERYONE, True
         else:
             index = self._add(given)
-        token = _CURRENT.set(Scope(self._model, self._recorder, self._index, index))
-        try:
+        with within(Scope(self._model, self._recorder, self._index, index)):
             yield self
-        finally:
-            _CURRENT.reset(token)
 
     def stop(self) -> NoReturn:
         """End the block here: what is written below is not recorded, and nothing later is run."""
@@ -326,13 +352,13 @@ class Generation(Trace):
         self._outputs: dict[int, Value] = {}
 
     @property
-    def iter(self) -> _Steps:
+    def iter(self) -> Steps:
         """The steps of the block under it: `for step in gen.iter[2:5]:`, or `gen.iter[3]` for one.
 
         A step that is named has to be reached; a slice without an end, such as `gen.iter[1:]`, goes as far as the
         generation does, and what was saved in a step that was not reached has no value.
         """
-        return _Steps(self, self._options.max_new_tokens)
+        return Steps(self, self._options.max_new_tokens)
 
     def all(self) -> Iterator[int]:
         """All steps, as far as the generation goes."""
@@ -362,10 +388,15 @@ class Generation(Trace):
         print(self._model.tokenizer.decode(ids[:1]), end="", flush=True)
 
 
-class _Steps:
+class Steps:
     """Steps of a generation, to be chosen by an index."""
 
-    def __init__(self, generation: Generation, count: int) -> None:
+    def __init__(self, generation: Trace, count: int) -> None:
+        """
+        Args:
+            generation: Whose steps they are.
+            count: How many there are at most.
+        """
         self._generation = generation
         self._count = count
 
@@ -388,6 +419,10 @@ class _Steps:
                     lines=here(),
                 )
         return self._run(steps, endless)
+
+    def count(self, which: int | slice | Sequence[int]) -> int:
+        """How many steps a choice has."""
+        return len(self._chosen(which))
 
     def _chosen(self, which: int | slice | Sequence[int]) -> list[int]:
         if isinstance(which, slice):

@@ -45,6 +45,7 @@ class _Seen:
     sides: Mapping[str, Location]
     order: dict[Location, int] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
+    items: dict[str, int] = field(default_factory=dict)
     leaves: dict[tuple[Location, Path], tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
     versions: dict[tuple[Location, Path], tuple[Tensor, int]] = field(default_factory=dict)
     values: dict[tuple[Location, Path], Tensor] = field(default_factory=dict)
@@ -58,6 +59,8 @@ class _Seen:
         if location in self.order:
             return
         self.order[location] = len(self.order)
+        if location[1] == OUTPUT and isinstance(value, tuple):
+            self.items[location[0]] = len(value)
         for path, tensor in containers.tensors(value, location[1]):
             self.leaves[location, path] = (tuple(tensor.shape), tensor.dtype)
             self.versions[location, path] = (tensor, tensor._version)
@@ -102,6 +105,7 @@ class Learner:
                 _parameters(module),
                 tuple(_leaves(path, runs, alone)),
                 _calls(path, runs),
+                alone.items.get(path, 0),
             )
             for path, module in self.module.named_modules()
         }
