@@ -440,6 +440,11 @@ class Recorder(TracerBase):
         self._bind(place, site, value)
 
     def _assign_everyone(self, site: Site, value: Value) -> None:
+        """Make a value that of a site for all rows of a trace: each invoke's part of it is a view of the value."""
+        sites = self._of_everyone(site)
+        if len(sites) == 1:
+            self.assign(sites[0], value)
+            return
         whole = self._read_everyone(site)
         if value.memory is whole.memory and repr(value.views) == repr(whole.views):
             return  # `site += 1` has edited the value and now assigns it
@@ -449,15 +454,25 @@ class Recorder(TracerBase):
                 hint="Assign a value of the same shape and dtype, or part of it: `value[:, -1] = ...`.",
                 lines=here(),
             )
-        whole[:] = value
+        views = self._parts(value, sites)
+        for each, view in zip(sites, views, strict=True):
+            place = self._place(each)
+            self._write(place, each, view)
+            memory = self._sites[place].memory
+            memory.sites = [bound for bound in memory.sites if self._place(bound[0]) != place]
+            self._bind(place, each, view)
+        self._everyone[(site.trace, EVERYONE, site.step, self._place(sites[0])[3])] = value
+
+    def _of_everyone(self, site: Site) -> list[Site]:
+        """The site in each invoke of its trace."""
+        return [replace(site, invoke=invoke) for invoke in range(len(self.request.traces[site.trace].invokes))]
 
     def _read_everyone(self, site: Site) -> Value:
         """The value of a site for all rows of a trace: those of one invoke after those of the other.
 
         It is one memory, of which every invoke's part is a view from now on. Rows of different lengths end together.
         """
-        invokes = range(len(self.request.traces[site.trace].invokes))
-        sites = [replace(site, invoke=invoke) for invoke in invokes]
+        sites = self._of_everyone(site)
         leaf = self._place(sites[0])[3]
         if len(sites) == 1:
             return self.read(sites[0])
@@ -473,25 +488,34 @@ class Recorder(TracerBase):
         if known is not None and all(self._sites[self._place(each)].memory is known.memory for each in sites):
             return Value(self, known.node, known.memory, known.views)
         parts = [self.read(each) for each in sites]
-        batch, seqs = axes.index(Axis.BATCH), [dim for dim, axis in enumerate(axes) if axis is Axis.SEQ]
+        seqs = [dim for dim, axis in enumerate(axes) if axis is Axis.SEQ]
         longest = {seq: max(part.shape[seq] for part in parts) for seq in seqs}
         padded = [
             functools.reduce(lambda each, seq: self._padded(each, seq, longest[seq]), seqs, part) for part in parts
         ]
-        whole: Value = self.call(ops.OPERATIONS["torch.cat"], (padded, batch), {})
-        start = 0
-        for each, part in zip(sites, parts, strict=True):
-            rows = part.shape[batch]
-            view = whole.narrow(batch, start, rows)
-            for seq in seqs:
-                if part.shape[seq] < longest[seq]:
-                    view = view.narrow(seq, longest[seq] - part.shape[seq], part.shape[seq])
-            start += rows
+        whole: Value = self.call(ops.OPERATIONS["torch.cat"], (padded, axes.index(Axis.BATCH)), {})
+        for each, part, view in zip(sites, parts, self._parts(whole, sites), strict=True):
             part.memory.sites = []
             part.memory.constant = f"`{each}` has been put together with the rows of all invokes."
             self._bind(self._place(each), each, view)
         self._everyone[place] = whole
         return whole
+
+    def _parts(self, whole: Value, sites: Sequence[Site]) -> list[Value]:
+        """Each invoke's part of a value that has the rows of all, as a view: its rows, and its tokens at their end."""
+        views, start = [], 0
+        for each in sites:
+            axes, fake = [dim.axis for dim in self.checker.leaf(each).shape], self.checker.fake_site(each)
+            assert fake is not None
+            batch = axes.index(Axis.BATCH)
+            view: Value = whole.narrow(batch, start, fake.shape[batch])
+            start += fake.shape[batch]
+            for dim, axis in enumerate(axes):
+                missing = whole.shape[dim] - fake.shape[dim]
+                if axis is Axis.SEQ and missing:
+                    view = view.narrow(dim, missing, fake.shape[dim])
+            views.append(view)
+        return views
 
     @staticmethod
     def _padded(part: Value, seq: int, longest: int) -> Value:

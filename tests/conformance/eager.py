@@ -26,7 +26,8 @@ class EagerModel:
     def __init__(self, name: str, module: nn.Module) -> None:
         self._module = module
         self._parts = PARTS[name]
-        self._run: _Run | None = None
+        self._run: _Run | _Everyone | None = None
+        self._held: list[_Run] | None = None
         self.num_layers = module.config.num_hidden_layers
 
     @property
@@ -51,17 +52,42 @@ class EagerModel:
         self.run.at("", "output")["logits",] = value
 
     @property
-    def run(self) -> _Run:
+    def run(self) -> Any:
         assert self._run is not None
         return self._run
 
     @contextlib.contextmanager
-    def trace(self, prompt: Sequence[int] | None = None) -> Iterator[EagerModel]:
-        with contextlib.nullcontext() if prompt is None else self.invoke(prompt):
-            yield self
+    def trace(self, prompt: Sequence[int] | None = None, *, together: bool = False) -> Iterator[EagerModel]:
+        """One call of the model.
+
+        Args:
+            prompt: What it is called with; left out if there are invokes.
+            together: Whether an invoke without a prompt follows them. Then each invoke's forward pass waits at the last
+                site that was asked for there, and the last invoke goes on with all of them.
+        """
+        with torch.no_grad(), contextlib.nullcontext() if prompt is None else self.invoke(prompt):
+            self._held = [] if together else None
+            try:
+                yield self
+                for run in self._held or ():
+                    run.finish()
+            finally:
+                for run in self._held or ():
+                    run.close()
+                self._held = None
 
     @contextlib.contextmanager
-    def invoke(self, prompt: Sequence[int]) -> Iterator[None]:
+    def invoke(self, prompt: Sequence[int] | None = None) -> Iterator[None]:
+        if self._held is not None:
+            everyone = _Everyone(self._held)
+            if prompt is not None:
+                self._held.append(_Run(self._module, prompt))
+            self._run = everyone if prompt is None else self._held[-1]
+            yield
+            everyone.give_back()
+            self._run = None
+            return
+        assert prompt is not None
         self._run = _Run(self._module, prompt)
         try:
             yield
@@ -144,7 +170,7 @@ class _Run:
             hooks.forward(self._module, self._prompt)
 
     def _visit(self, path: str, side: str, value: Any) -> Any:
-        if self._unseen or (path, side) != self._wanted:
+        if self._unseen or (path, side) != self._wanted or greenlet.getcurrent() is not self._forward:
             return None if side == "output" else value
         copies = {steps: tensor.clone() for steps, tensor in hooks.tensors_in(value, side)}
         tensors = self._found[path, side] = dict(copies)
@@ -181,6 +207,53 @@ class _Run:
         """Leave no hooks behind, whatever happened."""
         if not self._forward.dead:
             self._forward.throw()
+
+
+class _Everyone:
+    """The runs of several prompts, which go from site to site together; their rows end together."""
+
+    def __init__(self, runs: Sequence[_Run]) -> None:
+        self._runs = runs
+        self._site: tuple[str, str] | None = None
+        self._copies: dict[tuple[Any, ...], Tensor] = {}
+        self._tensors: dict[tuple[Any, ...], Tensor] = {}
+
+    def at(self, path: str, side: str) -> dict[tuple[Any, ...], Tensor]:
+        """The tensors of a site, rows and tokens first; the forward passes run until there."""
+        if len(self._runs) == 1:  # then it is that prompt's own scope
+            return self._runs[0].at(path, side)
+        if (path, side) != self._site:
+            self.give_back()
+            parts = [run.at(path, side) for run in self._runs]
+            self._site = (path, side)
+            self._copies = {steps: _together([part[steps] for part in parts]) for steps in parts[0]}
+            self._tensors = dict(self._copies)
+        return self._tensors
+
+    def give_back(self) -> None:
+        """Let every run go on with its part of what has become of the tensors."""
+        for steps, tensor in self._tensors.items():
+            if tensor is self._copies[steps] and not tensor._version:
+                continue
+            assert self._site is not None
+            start = 0
+            for run in self._runs:
+                own = run.at(*self._site)
+                rows, length = own[steps].shape[:2]
+                own[steps] = tensor[start : start + rows, tensor.shape[1] - length :].clone()
+                start += rows
+        self._tensors = {}
+
+
+def _together(parts: Sequence[Tensor]) -> Tensor:
+    longest = max(each.shape[1] for each in parts)
+    padded = []
+    for each in parts:
+        filler = float("nan") if each.is_floating_point() else 0
+        padded.append(
+            torch.cat([each.new_full((len(each), longest - each.shape[1], *each.shape[2:]), filler), each], 1)
+        )
+    return torch.cat(padded)
 
 
 Results = dict[str, Any]

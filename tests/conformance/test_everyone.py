@@ -121,6 +121,34 @@ def test_assigning_replaces_the_value_of_every_row(name: str, served: Any, refer
     assert_rows(logits.value, [changed_logits(reference, prompt, changes) for prompt in prompts], "logits")
 
 
+def test_what_was_read_before_an_assignment_stays_what_it_was(name: str, served: Any, references: Any) -> None:
+    """And what was assigned is the site's value from then on: an edit of it is seen there."""
+    model, reference = served[name], references[name]
+
+    with model.trace() as trace:
+        for prompt in PROMPTS:
+            with trace.invoke(prompt):
+                pass
+        with trace.invoke():
+            before = model.layers[1].output
+            new = before * 2
+            model.layers[1].output = new
+            new[:, -1] = 0.25
+            before.save()
+            after = model.layers[1].output.save()
+            logits = model.logits.save()
+
+    def change(value: Tensor) -> Tensor:
+        value = value * 2
+        value[:, -1] = 0.25
+        return value
+
+    changes = {layer(name): change}
+    assert_rows(before.value, [record(reference, prompt)[layer(name)] for prompt in PROMPTS], "before")
+    assert_rows(after.value, [record(reference, prompt, changes)[layer(name)] for prompt in PROMPTS], "after")
+    assert_rows(logits.value, [changed_logits(reference, prompt, changes) for prompt in PROMPTS], "logits")
+
+
 def test_edits_within_invokes_come_before_edits_of_all(name: str, served: Any, references: Any) -> None:
     model, reference = served[name], references[name]
     found = []

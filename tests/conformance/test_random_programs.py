@@ -1,13 +1,14 @@
 """Whatever a program does with sites, views and edits: a trace gives the numbers that PyTorch gives.
 
-Random small programs over one to three prompts. A step's numbers choose among the values and sites that there are, so
-that every list of steps is a program; what it chooses depends on shapes alone, and is the same for both. No step jumps
-where a value crosses a threshold, so that rounding stays rounding.
+Random small programs over one to three prompts, between which values flow, perhaps with an invoke for all rows after
+them; and sessions of two such traces, the second of which uses and edits values of the first. A step's numbers choose
+among the values and sites that there are, so that every list of steps is a program; what it chooses depends on shapes
+alone, and is the same for both. No step jumps where a value crosses a threshold, so that rounding stays rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -17,8 +18,9 @@ from hypothesis import strategies as st
 
 import tiny
 from conformance import places
-from conformance.eager import EagerModel, Results, assert_invokes_agree
+from conformance.eager import EagerModel, Results, assert_invokes_agree, compare
 from conformance.hooks import Place
+from patchwire.sites import Axis
 
 MAX_ELEMENTS = 4000
 TOLERANCE = 1e-4
@@ -43,6 +45,22 @@ VIEWS: list[Callable[[Any], Any]] = [
     lambda v: v.contiguous(),
     lambda v: v.unflatten(-1, (2, -1)) if v.shape[-1] % 2 == 0 and v.ndim < 5 else v,
     lambda v: v.float(),
+    lambda v: v[..., None, :] if v.ndim < 5 else v,
+    lambda v: v.permute(*reversed(range(v.ndim))),
+    lambda v: v.movedim(-1, 0),
+    lambda v: v.swapaxes(0, -1),
+    lambda v: v.mT if v.ndim > 1 else v,
+    lambda v: v.diagonal(0, -2, -1) if v.ndim > 1 else v,
+    lambda v: v.select(-1, -1) if v.ndim > 1 else v,
+    lambda v: v.unfold(-1, 2, 2) if v.shape[-1] > 1 and v.ndim < 5 else v,
+    lambda v: v.view_as(v),
+    lambda v: v.tensor_split(3, -1)[0],
+    lambda v: v.ravel(),
+    lambda v: v.squeeze(),
+    lambda v: v.detach(),
+    lambda v: v.to(v.dtype),
+    lambda v: v.type_as(v),
+    lambda v: v.T if v.ndim == 2 else v,
 ]
 
 
@@ -102,7 +120,37 @@ def edit_where(v: Any, w: Any) -> None:
     v[...] = torch.where(v > 0, v, 0.5 * v)
 
 
+def edit_lerp(v: Any, w: Any) -> None:
+    v.lerp_(v.flip(-1), 0.25)
+
+
+def edit_masked_fill(v: Any, w: Any) -> None:
+    v.masked_fill_(v > 0.7771, 0.7771)
+
+
+def edit_index_add(v: Any, w: Any) -> None:
+    v.index_add_(-1, torch.tensor([0]), v[..., -1:] * 0.5)
+
+
+def edit_positions(v: Any, w: Any) -> None:
+    v[..., torch.tensor([0, -1])] = 0.375
+
+
+def edit_every_other(v: Any, w: Any) -> None:
+    v[..., ::2] -= w.mean()
+
+
+def edit_twice(v: Any, w: Any) -> None:
+    v.mul_(0.5).add_(0.1)
+
+
 EDITS = [
+    edit_lerp,
+    edit_masked_fill,
+    edit_index_add,
+    edit_positions,
+    edit_every_other,
+    edit_twice,
     edit_set_from,
     edit_mask,
     edit_mask_scaled,
@@ -142,8 +190,11 @@ Step = tuple[str, int, int, int]
 Invoke = tuple[int, list[Step]]
 
 KINDS = ["site"] * 3 + ["view"] * 4 + ["edit"] * 5 + ["math"] * 2 + ["assign", "again"]
-steps = st.tuples(st.sampled_from(KINDS), st.integers(0, 30), st.integers(0, 30), st.integers(0, 30))
+steps = st.tuples(st.sampled_from(KINDS), st.integers(0, 60), st.integers(0, 60), st.integers(0, 60))
 programs = st.lists(st.tuples(st.integers(1, 9), st.lists(steps, min_size=1, max_size=14)), min_size=1, max_size=3)
+traces = st.tuples(programs, st.none() | st.lists(steps, min_size=1, max_size=10), st.booleans())
+sessions = st.lists(traces, min_size=1, max_size=2)
+"""Of each trace: its invokes, what the invoke for all rows does if there is one, whether all prompts are as long."""
 
 
 class _Value:
@@ -160,12 +211,13 @@ class _Value:
 class _Machine:
     """Runs the steps of one invoke."""
 
-    def __init__(self, model: Any, sites: list[Place], foreign: list[_Value]) -> None:
+    def __init__(self, model: Any, sites: list[Place], foreign: list[_Value], earlier: Sequence[_Value] = ()) -> None:
         self.model = model
         self.sites = sites
         self.foreign = foreign
         self.order = -1
-        self.values: list[_Value] = []
+        self.values: list[_Value] = [_Value(each.tensor, each.memory, -1) for each in earlier]
+        self._earlier = len(self.values)
         self.here: list[list[bool]] = []
         """The memories that the current site is bound to."""
 
@@ -173,6 +225,11 @@ class _Machine:
         self.site(0, 0, 0)
         for kind, *numbers in steps:
             getattr(self, kind)(*numbers)
+
+    @property
+    def own(self) -> list[_Value]:
+        """The values that it made."""
+        return self.values[self._earlier :]
 
     @property
     def module(self) -> Any:
@@ -248,6 +305,62 @@ def program_of(invokes: list[Invoke], sites: list[Place]) -> Callable[[Any, Any]
     return run
 
 
+def session_of(session: list[Any], sites: list[Place]) -> Callable[[Any, Callable[..., Any]], Results]:
+    """What the steps of the traces of a session do, for either model."""
+
+    def run(model: Any, open_trace: Callable[..., Any]) -> Results:
+        found: Results = {}
+        earlier: list[_Value] = []
+        for number, (invokes, everyone, alike) in enumerate(session):
+            foreign = [_Value(each.tensor, each.memory, -1) for each in earlier]
+            machines: list[_Machine] = []
+            with open_trace(together=everyone is not None) as trace:
+                for index, (length, steps) in enumerate(invokes):
+                    with trace.invoke(tiny.prompt(invokes[0][0] if alike else length, seed=index)):
+                        machine = _Machine(model, sites, foreign, earlier)
+                        machine.run(steps)
+                        if everyone is None:
+                            found[f"logits of invoke {index} of trace {number}"] = model.logits
+                    machines.append(machine)
+                    foreign = [*foreign, *machine.own]
+                if everyone is not None:
+                    with trace.invoke():
+                        machine = _Machine(model, sites, foreign)
+                        machine.order = max(each.order for each in machines) - 1
+                        machine.run(everyone)
+                        found[f"logits of trace {number}"] = model.logits
+                    machines.append(machine)
+            for index, machine in enumerate(machines):
+                for position, value in enumerate(machine.own[-4:]):
+                    found[f"value {position} of invoke {index} of trace {number}"] = value.tensor
+            # What was put together of all rows cannot be edited in its parts any more.
+            earlier = [value for each in machines for value in each.own] if everyone is None else machines[-1].own
+            earlier = earlier[-6:]
+            for value in earlier:
+                value.memory[0] = False  # the trace has ended: it is a tensor like any other
+        return found
+
+    return run
+
+
+def check_session(name: str, session: list[Any], served: Any, references: Any) -> None:
+    """Run a session both ways."""
+    model, reference = served[name], EagerModel(name, references[name])
+    leaves = {place: places.leaf_of(model, place) for place in sites_of(model)}
+    sites = [
+        place
+        for place, leaf in leaves.items()
+        if leaf.packs and [dim.axis for dim in leaf.shape] == [Axis.BATCH, Axis.SEQ, Axis.CONSTANT]
+    ]
+    program = session_of(session, sites)
+    expected = program(reference, reference.trace)
+    with model.session():
+        found = program(model, lambda together: model.trace())
+        for value in found.values():
+            value.save()
+    compare(found, expected, TOLERANCE)
+
+
 def sites_of(model: Any) -> list[Place]:
     """The floating-point outputs that are one tensor, and first arguments, in the order of a forward pass."""
     found = []
@@ -284,3 +397,22 @@ def test_a_random_program_gives_what_pytorch_gives(name: str, invokes: Any, serv
 @given(invokes=programs)
 def test_many_random_programs_give_what_pytorch_gives(name: str, invokes: Any, served: Any, references: Any) -> None:
     check(name, invokes, served, references)
+
+
+core = pytest.mark.parametrize("name", tiny.CORE)
+
+
+@core
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=quiet)
+@given(session=sessions)
+def test_a_random_session_gives_what_pytorch_gives(name: str, session: Any, served: Any, references: Any) -> None:
+    check_session(name, session, served, references)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@core
+@settings(max_examples=2000, deadline=None, suppress_health_check=quiet)
+@given(session=sessions)
+def test_many_random_sessions_give_what_pytorch_gives(name: str, session: Any, served: Any, references: Any) -> None:
+    check_session(name, session, served, references)
