@@ -136,13 +136,14 @@ class TestWrites:
             out = model.layers[1].mlp.output  # and this line
             model.layers[1].mlp.input = out  # this line
 
-    def test_of_a_weight(self, model):
-        with refused(GraphError, r"lm_head\.weight", hint="clone"), model.trace(IDS):
-            model.lm_head.weight[:] = 0  # this line
+    def test_of_another_shape_to_a_weight(self, model):
+        with refused(ShapeError, r"lm_head\.weight"), model.trace(IDS):
+            model.lm_head.weight = torch.zeros(61, 25)  # this line
 
-    def test_of_a_weight_by_assignment(self, model):
-        with refused(SiteError, r"lm_head\.weight", hint="output"), model.trace(IDS):
-            model.lm_head.weight = torch.zeros(61, 24)  # this line
+    def test_of_a_value_of_the_run_to_a_weight_that_it_runs_with(self, model):
+        with refused(OrderError, r"lm_head\.weight", hint="earlier trace"), model.trace(IDS):
+            total = model.layers[0].output.sum()  # and this line
+            model.lm_head.weight += total  # this line
 
     def test_of_a_module(self, model):
         with refused(SiteError, "mlp", hint=r"mlp\.output = "), model.trace(IDS):

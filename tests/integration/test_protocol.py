@@ -233,12 +233,16 @@ class TestCheck:
 
         assert type(refused(stub.Check, service_pb2.CheckRequest(graph=graph))) is kind
 
-    def test_refuses_a_graph_without_traces_and_one_of_two_models(self, stub):
-        mixed = messages.graph("gpt2", messages.read("logits"))
-        mixed.traces.extend(messages.graph("llama").traces)
+    def test_refuses_a_graph_without_traces(self, stub):
+        assert type(refused(stub.Check, service_pb2.CheckRequest())) is patchwire.GraphError
 
-        for graph in (service_pb2.CheckRequest().graph, mixed):
-            assert type(refused(stub.Check, service_pb2.CheckRequest(graph=graph))) is patchwire.GraphError
+    def test_refuses_a_graph_one_of_whose_models_is_not_there(self, stub):
+        mixed = messages.graph("gpt2", messages.read("logits"))
+        mixed.traces.extend(messages.graph("nobody").traces)
+
+        error = refused(stub.Check, service_pb2.CheckRequest(graph=mixed))
+
+        assert type(error) is patchwire.ModelNotFoundError
 
 
 def test_an_operation_that_the_server_does_not_know_is_named_with_the_server_s_version(stub):
