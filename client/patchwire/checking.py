@@ -394,7 +394,10 @@ class Checker:
         fake = fake_of(value)
         own = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
         if isinstance(fake, Tensor) and (fake.shape != own.shape or fake.dtype != own.dtype):
-            raise ShapeError(f"`{path}` is {describe(own)} and cannot become {describe(fake)}.")
+            hint = "Assign a value of the same shape, or change part of it in place: `weight[:, 0] = …`."
+            if fake.shape == own.shape:
+                hint = f"Convert it: `.to({own.dtype})`."
+            raise ShapeError(f"`{path}` is {describe(own)} and cannot become {describe(fake)}.", hint=hint)
 
     def _save(self, node: torch.fx.Node) -> None:
         if isinstance(fake_of(node.args[0]), tuple):  # type: ignore[arg-type]
