@@ -44,6 +44,7 @@ from patchwire.version import VERSION as __version__
 if TYPE_CHECKING:
     from patchwire.client import Client, connect, local
     from patchwire.connection import TLS
+    from patchwire.kept import Kept
     from patchwire.model import Model, Module
     from patchwire.proxy import Structure, Value, grad, save
     from patchwire.results import Stats
@@ -54,6 +55,7 @@ _HOMES = {
     "TLS": "connection",
     "Client": "client",
     "Generation": "tracing",
+    "Kept": "kept",
     "Model": "model",
     "Module": "model",
     "Session": "session",
@@ -94,6 +96,7 @@ __all__ = [
     "Generation",
     "GraphError",
     "InputError",
+    "Kept",
     "LimitError",
     "MissingTensorsError",
     "Model",

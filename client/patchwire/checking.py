@@ -106,6 +106,11 @@ class Checker:
             g.parameter: self._parameter,
             g.grad: self._grad,
             g.generated: self._generated,
+            g.token_ids: self._token_ids,
+            g.loop: self._loop,
+            g.outside: self._outside,
+            g.carry: self._carry,
+            g.keep: self._save,
             g.save: self._save,
         }
 
@@ -298,7 +303,9 @@ class Checker:
 
     def _constant(self, node: torch.fx.Node) -> Tensor:
         tensor = self.graph.constants[node.args[0]]  # type: ignore[index]
-        if isinstance(tensor, bytes):
+        if isinstance(tensor, g.KeptTensor) and tensor.fake is not None:
+            return tensor.fake
+        if not isinstance(tensor, Tensor):
             raise GraphError("A constant was not looked up.")
         return tensor.to("meta")
 
@@ -354,6 +361,37 @@ class Checker:
         # How many tokens there will be depends on what they are.
         node.meta["after"] = After((trace, math.inf), "the generated tokens", g.line_of(node))
         return None
+
+    def _token_ids(self, node: torch.fx.Node) -> Tensor:
+        trace, invoke = node.args
+        lengths = self.graph.traces[trace].invokes[invoke].lengths  # type: ignore[index]
+        return torch.empty((len(lengths), max(lengths)), dtype=torch.int64, device="meta")
+
+    def _loop(self, node: torch.fx.Node) -> tuple[Any, ...]:
+        trace, inputs = node.args
+        assert isinstance(trace, int)
+        before: After | None = node.meta["after"]
+        if before is not None and before.order[0] >= trace:
+            raise OrderError(f"A loop needs a value of `{before.site}`, which comes later.")
+        node.meta["after"] = After((trace, math.inf), "the loop", g.line_of(node))
+        loop = self.graph.traces[trace].loop
+        assert loop is not None
+        return tuple(fake_of(inputs[each.args[0]]) for each in loop.carries)  # type: ignore[index, arg-type]
+
+    def _outside(self, node: torch.fx.Node) -> Tensor | None:
+        found = self.graph.outside[node.args[0]]  # type: ignore[index]
+        return None if found is None else found.to("meta")
+
+    def _carry(self, node: torch.fx.Node) -> None:
+        index, value = node.args
+        before, after = self.graph.outside[index], fake_of(value)  # type: ignore[index, arg-type]
+        if isinstance(after, tuple):
+            raise ShapeError("A tuple cannot be carried as one value.")
+        if before is not None and after is not None and (before.shape, before.dtype) != (after.shape, after.dtype):
+            raise ShapeError(
+                f"The value that is carried is {describe(before)} and cannot become {describe(after)}.",
+                hint="It has the same shape and dtype in every iteration: start it as what it becomes.",
+            )
 
     def _save(self, node: torch.fx.Node) -> None:
         if isinstance(fake_of(node.args[0]), tuple):  # type: ignore[arg-type]

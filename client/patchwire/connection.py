@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import secrets
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +26,7 @@ from patchwire.errors import (
     MissingTensorsError,
     VersionError,
 )
-from patchwire.results import Progress, Stats
+from patchwire.results import Progress, Results, Stats
 from patchwire.status import error_from_call
 from patchwire.v1 import graph_pb2, model_pb2, service_pb2, service_pb2_grpc, tensor_pb2
 from patchwire.version import PROTOCOL_VERSION, VERSION
@@ -36,6 +38,7 @@ OnTokens = Callable[[int, int, list[int]], None]
 _CONNECT_SECONDS = 10.0
 _REMEMBERED_UPLOADS = 65536
 _LARGEST_RESULT = 1 << 36
+_LONGEST_HANDLE = 64
 
 
 @dataclass(frozen=True)
@@ -209,9 +212,7 @@ class Connection:
                 self._uploaded.clear()
             self._uploaded.update(wanted)
 
-    def run(
-        self, graph: g.Graph, progress: Progress, on_tokens: OnTokens = lambda *_: None
-    ) -> tuple[list[Tensor | None], Stats]:
+    def run(self, graph: g.Graph, progress: Progress, on_tokens: OnTokens = lambda *_: None) -> Results:
         """Run a graph.
 
         Args:
@@ -219,16 +220,19 @@ class Connection:
             progress: Told what happens.
             on_tokens: Told the new tokens of a generation: its trace, its invoke, an id for each row.
 
-        Returns:
-            The saved tensors, in the order of the graph's saves, and what it cost; None for one of a step that a
-            generation did not reach.
-
         Raises:
             PatchwireError: of the kind that the server says.
             ConnectionLostError: the server went away.
         """
-        expected = [_expected(node) for node in graph.fx.nodes if node.target is g.save]
-        return self._with_uploads(graph, lambda message: self._stream(message, expected, progress, on_tokens))
+        return self._with_uploads(graph, lambda message: self._stream(message, _Arriving(graph), progress, on_tokens))
+
+    def interrupt(self, request: bytes) -> bool:
+        """Have the loops of a running request end after the iteration that they are in; whether there is such a one."""
+        return self._call(self._stub.Interrupt, service_pb2.InterruptRequest(id=request)).found
+
+    def forget(self, handles: Sequence[bytes]) -> int:
+        """Have the server drop what it keeps; how many there were of these."""
+        return self._call(self._stub.Forget, service_pb2.ForgetRequest(handles=handles)).forgotten
 
     def check(self, graph: g.Graph) -> list[tensor_pb2.TensorHeader]:
         """Check a graph on the server without running it: the shape and dtype of each saved value."""
@@ -248,7 +252,7 @@ class Connection:
         try:
             return ask(self._message(graph))
         except MissingTensorsError:
-            large = [each for each in graph.constants if isinstance(each, Tensor) and each.nbytes > g.INLINE_BYTES]
+            large = self._large(graph)
             raise LimitError(
                 f"The server cannot keep the {len(large)} large tensors of this request together: they have "
                 f"{sum(each.nbytes for each in large):,} bytes.",
@@ -256,16 +260,9 @@ class Connection:
             ) from None
 
     def _message(self, graph: g.Graph) -> graph_pb2.Graph:
-        large = [
-            index
-            for index, each in enumerate(graph.constants)
-            if isinstance(each, Tensor) and each.nbytes > g.INLINE_BYTES
-        ]
-        constants = list(graph.constants)
-        hashes = self.upload([constants[index] for index in large])  # type: ignore[misc]
-        for index, name in zip(large, hashes, strict=True):
-            constants[index] = name
-        message = g.graph_to_proto(g.Graph(graph.traces, graph.fx, constants))
+        large = self._large(graph)
+        names = {id(each): name for each, name in zip(large, self.upload(large), strict=True)}
+        message = g.graph_to_proto(_with_names(graph, names))
         if self.limits.message_bytes and message.ByteSize() > self.limits.message_bytes:
             raise LimitError(
                 f"The request has {message.ByteSize():,} bytes; the server takes {self.limits.message_bytes:,}.",
@@ -273,17 +270,21 @@ class Connection:
             )
         return message
 
+    @staticmethod
+    def _large(graph: g.Graph) -> list[Tensor]:
+        """The constants that are uploaded apart."""
+        constants = [each for part in g.parts(graph) for each in part.constants]
+        return [each for each in constants if isinstance(each, Tensor) and each.nbytes > g.INLINE_BYTES]
+
     def _stream(
-        self, message: graph_pb2.Graph, expected: list[_Expected | None], progress: Progress, on_tokens: OnTokens
-    ) -> tuple[list[Tensor | None], Stats]:
-        saves = [index for index, node in enumerate(message.nodes) if node.HasField("save")]
-        announced = dict(zip(saves, expected, strict=True))
-        found: dict[int, Tensor | None] = {}
+        self, message: graph_pb2.Graph, arriving: _Arriving, progress: Progress, on_tokens: OnTokens
+    ) -> Results:
         assembly: tensors.Assembly | None = None
-        current = -1
+        current: _Key | None = None
         stats: Stats | None = None
         answers = self._answers  # a server that did so the last time, and is not there, went away
-        request = service_pb2.RunRequest(graph=message, compression=self.compression)
+        name = secrets.token_bytes(16) if arriving.loops else b""
+        request = service_pb2.RunRequest(graph=message, compression=self.compression, id=name)
         call = self._stub.Run(request, metadata=self._metadata, timeout=self.timeout)
         try:
             for event in _events(call):
@@ -294,10 +295,8 @@ class Connection:
                     case "running":
                         progress.running(event.running.number, event.running.passes)
                     case "saved":
-                        current = event.saved.node
-                        if current not in announced or current in found:
-                            raise GraphError("The server sent a value that was not asked for.")
-                        _check_header(event.saved.header, announced[current])
+                        current = arriving.key(event.saved)
+                        _check_header(event.saved.header, arriving.saves[current[:2]])
                         assembly = tensors.Assembly(event.saved.header, _LARGEST_RESULT)
                         progress.bytes(0, assembly.total)
                     case "chunk":
@@ -306,14 +305,20 @@ class Connection:
                         assembly.add(event.chunk)
                         progress.bytes(len(event.chunk), 0)
                     case "absent":
-                        found[event.absent.node] = None
+                        arriving.found[arriving.key(event.absent)] = None
+                    case "kept":
+                        arriving.keep(event.kept)
+                    case "iterated":
+                        arriving.iterated(event.iterated)
+                        progress.iterated(event.iterated.done, event.iterated.count)
                     case "tokens":
                         on_tokens(event.tokens.trace, event.tokens.invoke, list(event.tokens.ids))
                     case "done":
                         stats = Stats.from_proto(event.done)
                         break  # the status that follows says nothing new, and waiting for it takes a while
                 if assembly is not None and assembly.complete:
-                    found[current] = assembly.tensor()
+                    assert current is not None
+                    arriving.found[current] = assembly.tensor()
                     assembly = None
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE:
@@ -326,9 +331,7 @@ class Connection:
             progress.close()
         if stats is None:
             raise ConnectionLostError(f"The server at {self.address} ended the request early.")
-        if found.keys() != set(saves):
-            raise GraphError("The server ended the request without all saved values.")
-        return [found[index] for index in saves], stats
+        return arriving.results(stats)
 
 
 def _events(call: Iterable[service_pb2.RunResponse]) -> Iterator[service_pb2.Event]:
@@ -338,6 +341,89 @@ def _events(call: Iterable[service_pb2.RunResponse]) -> Iterator[service_pb2.Eve
 
 _Expected = tuple[list[int], torch.dtype]
 """The shape and dtype of a value that is to come."""
+_Key = tuple[int | None, int, int]
+"""A saved value: the loop in whose body the save is, the save's position, and the iteration."""
+
+
+class _Arriving:
+    """What of a request's results has come, and what is still to come."""
+
+    def __init__(self, graph: g.Graph) -> None:
+        self.loops = {index: loop.count for index, loop in graph.loops.items()}
+        self.done = dict.fromkeys(self.loops, 0)
+        self.saves: dict[tuple[int | None, int], _Expected | None] = {
+            (None, node): each for node, each in _saves(graph)
+        }
+        for index, loop in graph.loops.items():
+            known = not any(each.batches for trace in loop.body.traces for each in trace.invokes)
+            self.saves |= {(index, node): each if known else None for node, each in _saves(loop.body)}
+        self.keeps = [index for index, node in enumerate(graph.fx.nodes) if node.target is g.keep]
+        self.found: dict[_Key, Tensor | None] = {}
+        self.kept: dict[int, tuple[g.KeptTensor, float]] = {}
+
+    def key(self, message: service_pb2.Saved | service_pb2.Absent) -> _Key:
+        """Which value a message is of.
+
+        Raises:
+            GraphError: none that was asked for.
+        """
+        loop = message.iteration.loop if message.HasField("iteration") else None
+        number = message.iteration.number if loop is not None else 0
+        if (
+            (loop, message.node) not in self.saves
+            or (loop, message.node, number) in self.found
+            or (loop is not None and number >= self.loops[loop])
+        ):
+            raise GraphError("The server sent a value that was not asked for.")
+        return loop, message.node, number
+
+    def keep(self, message: service_pb2.Kept) -> None:
+        """The server keeps a value."""
+        if message.node not in self.keeps or message.node in self.kept or len(message.handle) > _LONGEST_HANDLE:
+            raise GraphError("The server kept a value that it was not asked to keep.")
+        tensors.size(message.header)
+        dtype = tensors.dtype_from_proto(message.header.dtype)
+        fake = torch.empty(tuple(message.header.shape), dtype=dtype, device="meta")
+        self.kept[message.node] = g.KeptTensor(message.handle, fake), message.seconds
+
+    def iterated(self, message: service_pb2.Iterated) -> None:
+        """A loop has come so far."""
+        if not self.done.get(message.loop, math.inf) <= message.done <= self.loops.get(message.loop, 0):
+            raise GraphError("The server runs another loop than it was asked to run.")
+        self.done[message.loop] = message.done
+
+    def results(self, stats: Stats) -> Results:
+        """All of it.
+
+        Raises:
+            GraphError: something is missing.
+        """
+        expected = {
+            (loop, node, number)
+            for loop, node in self.saves
+            for number in range(1 if loop is None else self.done[loop])
+        }
+        if self.found.keys() != expected or len(self.kept) != len(self.keeps):
+            raise GraphError("The server ended the request without all saved values.")
+
+        def saved(of: int | None, iteration: int = 0) -> list[Tensor | None]:
+            return [self.found[loop, node, iteration] for loop, node in self.saves if loop == of]
+
+        loops = {loop: [saved(loop, number) for number in range(done)] for loop, done in self.done.items()}
+        return Results(stats, saved(None), [self.kept[node] for node in self.keeps], loops)
+
+
+def _saves(graph: g.Graph) -> list[tuple[int, _Expected | None]]:
+    return [(index, _expected(node)) for index, node in enumerate(graph.fx.nodes) if node.target is g.save]
+
+
+def _with_names(graph: g.Graph, names: Mapping[int, bytes]) -> g.Graph:
+    """The same graph, with the hashes of those constants that are uploaded apart, given by their ids."""
+    traces = [
+        replace(each, loop=replace(each.loop, body=_with_names(each.loop.body, names))) if each.loop else each
+        for each in graph.traces
+    ]
+    return replace(graph, traces=traces, constants=[names.get(id(each), each) for each in graph.constants])
 
 
 def _expected(save: torch.fx.Node) -> _Expected | None:

@@ -32,6 +32,7 @@ from patchwire.errors import (
     nearest,
 )
 from patchwire.graph import Change, Site
+from patchwire.kept import Kept
 from patchwire.sites import Address, Leaf, Path, Step
 
 if TYPE_CHECKING:
@@ -114,6 +115,20 @@ class Value(torch.fx.Proxy):
         value = self if dtype is None else Value(self.recorder, self.node, self.memory, self.views, self)
         self.recorder.save(value, dtype)
         return value
+
+    def keep(self, *, seconds: float = 3600.0) -> Kept:
+        """Have the server keep the tensor beyond the request, so that later blocks can use it without sending it.
+
+        Args:
+            seconds: For how long.
+
+        Returns:
+            A handle, which in every later block on this server is a value.
+
+        Raises:
+            GraphError: the block has ended, or this is the body of a loop.
+        """
+        return self.recorder.active.keep(self, seconds)
 
     @property
     def value(self) -> Tensor:

@@ -6,11 +6,13 @@ that a wrong shape or an impossible order is an ordinary exception at the line t
 
 from __future__ import annotations
 
+import math
 import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,8 +36,13 @@ from patchwire.errors import (
     with_code,
 )
 from patchwire.graph import Graph, Site
+from patchwire.kept import Kept
 from patchwire.proxy import Memory, Structure, Value, values_in
 from patchwire.sites import Axis, Catalogue, Leaf, spell
+
+if TYPE_CHECKING:
+    from patchwire.connection import Connection
+    from patchwire.results import Results
 
 _SETITEM = ops.OPERATIONS["operator.setitem"]
 _GETITEM = ops.OPERATIONS["operator.getitem"]
@@ -63,6 +70,8 @@ class Recorder(TracerBase):
         self.saved: list[tuple[Value, torch.dtype | None, int, SourceLine | None]] = []
         self.losses: list[tuple[Value, Any]] = []
         """What `.grad` is the gradient of: values, and the vectors that their Jacobians are multiplied with."""
+        self.kept: list[tuple[Kept, float, SourceLine | None]] = []
+        self._of_kept: dict[bytes, Value] = {}
         self._gradients: dict[tuple[torch.fx.Node, ...], Value] = {}
         self._everyone: dict[_Place, Value] = {}
         self._skipped: list[tuple[Site, str]] = []
@@ -98,6 +107,8 @@ class Recorder(TracerBase):
         match value:
             case Value():
                 return self._value(value)
+            case Kept():
+                return self.of_kept(value).node
             case Tensor():
                 return self._constant(value)
             case int() if not -(2**63) <= value < 2**63:
@@ -150,6 +161,16 @@ class Recorder(TracerBase):
         node = self._create(g.constant, (len(self.request.constants) - 1,))
         self._constants[id(tensor)] = (tensor, copy, node)
         return node
+
+    def of_kept(self, kept: Kept) -> Value:
+        """The value that something kept is in this graph."""
+        if kept.source.recorder is self:
+            return kept.source
+        tensor = kept.tensor
+        if tensor.handle not in self._of_kept:
+            self.request.constants.append(tensor)
+            self._of_kept[tensor.handle] = Value(self, self._create(g.constant, (len(self.request.constants) - 1,)))
+        return self._of_kept[tensor.handle]
 
     # --- operations ---------------------------------------------------------------------------------------------------
 
@@ -378,6 +399,8 @@ class Recorder(TracerBase):
             whole[:] = value
             return
         place = self._place(site)
+        if isinstance(value, Kept):
+            value = self.of_kept(value)
         if isinstance(value, (Tensor, np.ndarray)) or (isinstance(value, Value) and value.ready):
             value = Value(self, self.argument(value))
         if not isinstance(value, Value):
@@ -526,6 +549,23 @@ class Recorder(TracerBase):
         value._saved = True
         self.saved.append((value, dtype, value.memory.version, user_line()))
 
+    def keep(self, value: Value, seconds: float) -> Kept:
+        """Ask that a value be kept beyond the request.
+
+        Raises:
+            GraphError: the block has ended, or the value belongs to another one.
+        """
+        if not self.open:
+            raise GraphError(
+                "The block has ended: nothing can be kept any more.", hint="Write `.keep()` inside it.", lines=here()
+            )
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
+            raise GraphError(f"A value cannot be kept for {seconds!r} seconds.", hint="Give a time.", lines=here())
+        self._value(value)
+        kept = Kept(value)
+        self.kept.append((kept, float(seconds), user_line()))
+        return kept
+
     def finish(self) -> Graph:
         """End the recording: the graph, without what nobody needs.
 
@@ -537,17 +577,32 @@ class Recorder(TracerBase):
                 node = self._create(g.save, (value.node, dtype))
                 node.meta["line"] = line
                 self._warn_if_edited(value, version, line)
+            for kept, seconds, line in self.kept:
+                self._create(g.keep, (self._value(kept.source), seconds)).meta["line"] = line
         finally:
             self.open = False
         self.graph.eliminate_dead_code()
         self._drop_unused_constants()
         return self.request
 
-    def resolve(self, tensors: Sequence[Tensor | None]) -> None:
-        """Give every saved value its tensor; None for one that never existed."""
-        for (value, *_), tensor in zip(self.saved, tensors, strict=True):
+    @property
+    def asked_for(self) -> bool:
+        """Whether anything is to come of it."""
+        return bool(self.saved or self.kept)
+
+    @property
+    def active(self) -> Recorder:
+        """The recorder that records what happens to its values now."""
+        return self
+
+    def resolve(self, results: Results, connection: Connection) -> None:
+        """Give every saved value its tensor, and every kept one its handle."""
+        for (value, *_), tensor in zip(self.saved, results.saved, strict=True):
             value._tensor = tensor
             value._absent = tensor is None
+        for (kept, *_), (there, seconds) in zip(self.kept, results.kept, strict=True):
+            assert there.fake is not None
+            kept.arrived(there.handle, there.fake, datetime.now() + timedelta(seconds=seconds), connection)
 
     def _warn_if_edited(self, value: Value, version: int, line: SourceLine | None) -> None:
         for editor, where in value.memory.edits[version:]:
@@ -567,7 +622,7 @@ class Recorder(TracerBase):
                 return
 
     def _drop_unused_constants(self) -> None:
-        kept: list[Tensor | bytes] = []
+        kept: list[Tensor | bytes | g.KeptTensor] = []
         for node in self.graph.find_nodes(op="call_function", target=g.constant):
             kept.append(self.request.constants[node.args[0]])
             node.args = (len(kept) - 1,)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from patchwire.connection import Connection
 from patchwire.errors import GraphError, PatchwireError, PatchwireWarning, here, trim, user_frame
+from patchwire.kept import RECORDER
 from patchwire.recording import Recorder
 from patchwire.results import Progress, Stats
 from patchwire.sites import Catalogue
@@ -63,7 +64,7 @@ class Request:
 
     def run(self) -> Stats:
         """Send it, wait for the saved tensors, and hand each to its value."""
-        if not self.recorder.saved:
+        if not self.recorder.asked_for:
             frame = user_frame()
             warnings.warn_explicit(
                 PatchwireWarning("The block saved nothing, so nothing comes back. Write `.save()` on what you want."),
@@ -73,12 +74,12 @@ class Request:
             )
         graph = self.recorder.finish()
         try:
-            tensors, stats = self.connection.run(graph, Progress(self.progress), self._tell_tokens)
+            results = self.connection.run(graph, Progress(self.progress), self._tell_tokens)
         except PatchwireError as found:
             # The way through gRPC is of no interest to whoever wrote the block.
             raise found.with_traceback(None) from None
-        self.recorder.resolve(tensors)
-        return stats
+        self.recorder.resolve(results, self.connection)
+        return results.stats
 
     def give_up(self, error: BaseException) -> None:
         """The block raised: nothing is sent."""
@@ -130,6 +131,7 @@ class Session:
         self.request = Request(self._connection, progress=self._progress)
         self.stats = None
         self._token = _CURRENT.set(self)
+        self._recorder_token = RECORDER.set(self.request.recorder)
         return self
 
     def __exit__(
@@ -138,6 +140,7 @@ class Session:
         assert self._token is not None
         assert self.request is not None
         _CURRENT.reset(self._token)
+        RECORDER.reset(self._recorder_token)
         if error is not None:
             self.request.give_up(error)
             return

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from patchwire import graph as g
 from patchwire.errors import GraphError, PatchwireError, here
+from patchwire.kept import RECORDER
 from patchwire.proxy import Value
 from patchwire.recording import EVERYONE, Recorder
 from patchwire.results import Stats
@@ -126,6 +127,7 @@ class Trace:
             self._recorder.request.traces.pop()
             raise
         self._token = _CURRENT.set(Scope(self._model, self._recorder, self._index, invoke))
+        self._recorder_token = RECORDER.set(request.recorder)
         return self
 
     def _add(self, given: Any) -> int:
@@ -200,6 +202,7 @@ class Trace:
     ) -> bool:
         assert self._token is not None
         _CURRENT.reset(self._token)
+        RECORDER.reset(self._recorder_token)
         stopped = isinstance(error, _Stopped)
         if error is not None and not stopped:
             if self._own:

@@ -19,6 +19,7 @@ from patchwire.sites import Catalogue, Leaf
 from patchwire.v1 import graph_pb2
 from patchwire_worker import generating
 from patchwire_worker.config import Limits
+from patchwire_worker.kept import KeptStore
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.store import TensorStore
 
@@ -42,10 +43,11 @@ class Admitted:
 class Admission:
     """Checks requests against the models and limits of a server."""
 
-    def __init__(self, models: Mapping[str, HostedModel], limits: Limits, store: TensorStore) -> None:
+    def __init__(self, models: Mapping[str, HostedModel], limits: Limits, store: TensorStore, kept: KeptStore) -> None:
         self.models = models
         self.limits = limits
         self.store = store
+        self.kept = kept
 
     def model(self, name: str) -> HostedModel:
         """The model of a name.
@@ -87,6 +89,7 @@ class Admission:
         checker.all()
         nodes = graph.nodes
         self._check_results(nodes)
+        self._check_kept(nodes)
         leaves = {node.args[0]: checker.leaf(node.args[0]) for node in nodes if node.target in (g.read, g.write)}  # type: ignore[arg-type]
         self._check_writes(nodes, leaves)  # type: ignore[arg-type]
         return Admitted(graph, models, checker, leaves, {node: index for index, node in enumerate(nodes)})  # type: ignore[arg-type]
@@ -159,6 +162,24 @@ class Admission:
         if names:
             found = dict(zip(names, self.store.get(names), strict=True))
             graph.constants = [found[each] if isinstance(each, bytes) else each for each in graph.constants]
+        for node in graph.fx.find_nodes(op="call_function", target=g.constant):
+            constant = graph.constants[node.args[0]]
+            if isinstance(constant, g.KeptTensor):
+                try:
+                    graph.constants[node.args[0]] = self.kept.get(constant.handle)
+                except GraphError as error:
+                    raise at(node, error) from None
+
+    def _check_kept(self, nodes: list[torch.fx.Node]) -> None:
+        for node in nodes:
+            seconds = node.args[1] if node.target is g.keep else 1.0
+            if not 0 < seconds <= self.limits.kept_seconds:  # type: ignore[operator]
+                error = LimitError(
+                    f"A value cannot be kept for {seconds:g} seconds; the server keeps it for "
+                    f"{self.limits.kept_seconds:g} at most.",
+                    hint="Ask for less: `value.keep(seconds=…)`.",
+                )
+                raise at(node, error)
 
     def _check_results(self, nodes: list[torch.fx.Node]) -> None:
         total = 0

@@ -33,6 +33,10 @@ class Limits:
     """Seconds that a request may run."""
     queued: int = 256
     """Requests of one model that may wait."""
+    kept_bytes: int = 4 * GIB
+    """Bytes of all values that are kept beyond their requests."""
+    kept_seconds: float = 86_400.0
+    """For how long a value may be kept."""
 
     def to_proto(self) -> service_pb2.Limits:
         """These limits as a message."""

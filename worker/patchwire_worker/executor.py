@@ -12,7 +12,7 @@ import contextlib
 import heapq
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -39,6 +39,7 @@ from patchwire.sites import spell
 from patchwire_worker import containers
 from patchwire_worker.admission import Admitted, at
 from patchwire_worker.interleaving import SiteMediator, StopPass, Stopping
+from patchwire_worker.kept import KeptStore
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.planner import Access, Pass, Plan, Work
 
@@ -51,6 +52,9 @@ class Listener(Protocol):
 
     def saved(self, node: int, tensor: Tensor) -> None:
         """A saved value exists: the save's position in the request, and a tensor on the CPU of its own."""
+
+    def kept(self, node: int, handle: bytes, tensor: Tensor, seconds: float) -> None:
+        """A value is kept beyond the request: the node's position, what it is called now, and for how long."""
 
     def absent(self, node: int) -> None:
         """A value will not exist that a save, by its position in the request, was for."""
@@ -81,6 +85,7 @@ class Execution:
         stopping: Stopping,
         *,
         result_bytes: int | None = None,
+        store: KeptStore | None = None,
     ) -> None:
         """
         Args:
@@ -89,12 +94,15 @@ class Execution:
             listener: Is told what happens.
             stopping: Says when to give up.
             result_bytes: How many bytes the saved values may have.
+            store: Where values are kept beyond the request.
         """
         self.admitted = admitted
         self.plan = plan
         self.listener = listener
         self.stopping = stopping
         self.result_bytes = result_bytes
+        self.store = store
+        self._handles: list[bytes] = []
         self.cost = Cost()
         self._values: dict[torch.fx.Node, Any] = {}
         self._missing: dict[torch.fx.Node, int] = {}
@@ -127,6 +135,10 @@ class Execution:
                     self.listener.running(number, len(self.plan.passes))
                     self._run_pass(each)
             self._check_all_done()
+        except BaseException:
+            if self.store is not None:
+                self.store.forget(self._handles)  # nobody will ever hear of them
+            raise
         finally:
             # An error's traceback would keep them alive.
             self._values.clear()
@@ -323,6 +335,11 @@ class Execution:
             match node.target:
                 case target if target is g.save:
                     return self._save(node, args[0], args[1])  # type: ignore[arg-type]
+                case target if target is g.keep:
+                    return self._keep(node, args[0], args[1])  # type: ignore[arg-type]
+                case target if target is g.token_ids:
+                    rows = self.admitted.graph.traces[args[0]].invokes[args[1]].rows  # type: ignore[index]
+                    return _ended_together(rows).to(self.admitted.models[0].device)
                 case target if target is g.constant:
                     constant = self.admitted.graph.constants[args[0]]  # type: ignore[index]
                     return constant.to(self.admitted.models[0].device)  # type: ignore[union-attr]
@@ -398,6 +415,16 @@ class Execution:
             raise LimitError(f"The saved values have more than {self.result_bytes:,} bytes.")
         self.listener.saved(self.admitted.positions[node], tensor)
 
+    def _keep(self, node: torch.fx.Node, value: Any, seconds: float) -> None:
+        if not isinstance(value, Tensor):
+            raise ExecutionError(f"A {type(value).__name__} cannot be kept: it is not a tensor.")
+        assert self.store is not None
+        # On the CPU: the device's memory is for models.
+        tensor = value.detach().to("cpu", copy=True).contiguous()
+        handle = self.store.put(tensor, seconds)
+        self._handles.append(handle)
+        self.listener.kept(self.admitted.positions[node], handle, tensor, seconds)
+
     # --- what can go wrong --------------------------------------------------------------------------------------------
 
     def _too_late(self, node: torch.fx.Node, source: torch.fx.Node) -> OrderError:
@@ -437,6 +464,8 @@ class Execution:
             site = each.args[0]
             if each.target is g.save:
                 self.listener.absent(self.admitted.positions[each])
+            elif each.target in g.SINKS:
+                raise at(each, ExecutionError("A value of a step that was not reached cannot be kept or carried."))
             elif each.target is g.write and isinstance(site, g.Site) and not site.open:
                 raise at(
                     each, ExecutionError(f"`{site}` was to be changed with a value of a step that was not reached.")
@@ -451,8 +480,14 @@ class Execution:
 
     def _check_all_done(self) -> None:
         for node, missing in self._missing.items():
-            if node.target is g.save and missing >= 0:
+            if node.target in g.SINKS and missing >= 0:
                 raise at(node, ExecutionError("A saved value never came into being."))
+
+
+def _ended_together(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows of token ids `[batch, seq]`, short ones after -1."""
+    longest = max(map(len, rows))
+    return torch.tensor([[-1] * (longest - len(row)) + list(row) for row in rows])
 
 
 def _copied(value: Any, lent: list[Tensor]) -> Any:

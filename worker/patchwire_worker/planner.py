@@ -137,7 +137,7 @@ def _needed(admitted: Admitted) -> set[torch.fx.Node]:
 
     accesses: dict[int, list[torch.fx.Node]] = defaultdict(list)
     for node in admitted.graph.fx.nodes:
-        if node.target is g.save:
+        if node.target in g.SINKS:
             need(node)
         elif node.target in (g.read, g.write):
             accesses[node.args[0].trace].append(node)

@@ -23,6 +23,7 @@ from patchwire_worker.admission import Admitted
 from patchwire_worker.config import Limits
 from patchwire_worker.executor import Cost, Execution
 from patchwire_worker.interleaving import Stopping
+from patchwire_worker.kept import KeptStore
 from patchwire_worker.planner import Plan
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,16 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """A value is kept beyond the request."""
+
+    node: int
+    handle: bytes
+    tensor: Tensor
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Absent:
     """A saved value will not exist."""
 
@@ -81,7 +92,7 @@ class Done:
     seconds_queued: float
 
 
-Event = Queued | Running | Saved | Absent | Tokens | Done
+Event = Queued | Running | Saved | Kept | Absent | Tokens | Done
 
 
 _LOOK_SECONDS = 0.02
@@ -142,6 +153,9 @@ class _Teller:
     def saved(self, node: int, tensor: Tensor) -> None:
         self._job.tell(Saved(node, tensor))
 
+    def kept(self, node: int, handle: bytes, tensor: Tensor, seconds: float) -> None:
+        self._job.tell(Kept(node, handle, tensor, seconds))
+
     def absent(self, node: int) -> None:
         self._job.tell(Absent(node))
 
@@ -152,8 +166,9 @@ class _Teller:
 class Scheduler:
     """The queue of one model. Belongs to one event loop."""
 
-    def __init__(self, name: str, limits: Limits) -> None:
+    def __init__(self, name: str, limits: Limits, kept: KeptStore | None = None) -> None:
         self.limits = limits
+        self._kept = kept
         self._jobs: set[_Job] = set()
         self._waiting: list[_Job] = []
         self._running: _Job | None = None
@@ -258,6 +273,7 @@ class Scheduler:
                 _Teller(job),
                 job.stopping,
                 result_bytes=self.limits.result_bytes,
+                store=self._kept,
             )
             return Done(execution.run(), queued)
         except PatchwireError as error:

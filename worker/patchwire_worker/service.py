@@ -40,6 +40,7 @@ from patchwire.version import PROTOCOL_VERSION, VERSION
 from patchwire_worker import scheduler
 from patchwire_worker.admission import Admission
 from patchwire_worker.config import ServerConfig
+from patchwire_worker.kept import KeptStore
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.planner import plan
 from patchwire_worker.scheduler import InternalError, Scheduler
@@ -120,8 +121,9 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         self.models = models
         self.config = config
         self.store = TensorStore(config.limits.stored_bytes)
-        self.admission = Admission(models, config.limits, self.store)
-        self.schedulers = {name: Scheduler(name, config.limits) for name in models}
+        self.kept = KeptStore(config.limits.kept_bytes)
+        self.admission = Admission(models, config.limits, self.store, self.kept)
+        self.schedulers = {name: Scheduler(name, config.limits, self.kept) for name in models}
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="requests")
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizers")  # these bear no two threads at a time
 
@@ -220,6 +222,10 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         return self.store.put(assembly.tensor())
 
     @_answering
+    async def Forget(self, request: service_pb2.ForgetRequest, context: Context) -> service_pb2.ForgetResponse:
+        return service_pb2.ForgetResponse(forgotten=self.kept.forget(request.handles))
+
+    @_answering
     async def Check(self, request: service_pb2.CheckRequest, context: Context) -> service_pb2.CheckResponse:
         admitted = (await self._admit(request.graph))[0]
         response = service_pb2.CheckResponse()
@@ -302,6 +308,10 @@ def _parts(event: scheduler.Event, compression: tensor_pb2.Compression) -> Itera
             yield service_pb2.Event(saved=service_pb2.Saved(node=event.node, header=header))
             for chunk in tensors.chunks(event.tensor, compression=compression):
                 yield service_pb2.Event(chunk=chunk)
+        case scheduler.Kept():
+            kept = service_pb2.Kept(node=event.node, handle=event.handle, seconds=event.seconds)
+            kept.header.CopyFrom(tensors.header(event.tensor))
+            yield service_pb2.Event(kept=kept)
         case scheduler.Absent():
             yield service_pb2.Event(absent=service_pb2.Absent(node=event.node))
         case scheduler.Tokens():
