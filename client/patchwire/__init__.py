@@ -42,20 +42,24 @@ from patchwire.errors import (
 from patchwire.version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from patchwire import optim
     from patchwire.client import Client, connect, local
     from patchwire.connection import TLS
     from patchwire.kept import Kept
+    from patchwire.loops import Batches, Loop
     from patchwire.model import Model, Module
-    from patchwire.proxy import Structure, Value, grad, save
+    from patchwire.proxy import Structure, Value, grad
     from patchwire.results import Stats
     from patchwire.session import Session
     from patchwire.tracing import Generation, Trace
 
 _HOMES = {
     "TLS": "connection",
+    "Batches": "loops",
     "Client": "client",
     "Generation": "tracing",
     "Kept": "kept",
+    "Loop": "loops",
     "Model": "model",
     "Module": "model",
     "Session": "session",
@@ -66,12 +70,25 @@ _HOMES = {
     "connect": "client",
     "grad": "proxy",
     "local": "client",
-    "save": "proxy",
 }
 """Where the names live that need torch, which takes seconds to import: they are looked up when they are first used."""
 
 
+def save(values: Any) -> Any:
+    """Save every value in a list, tuple or mapping of them: `patchwire.save(value.topk(3))`.
+
+    Returns:
+        The same containers; after the block, the values in them behave as their tensors.
+    """
+    # Not in the table of homes: nnsight gives every object a `save`, modules too, so it would not be looked up there.
+    from patchwire.proxy import save
+
+    return save(values)
+
+
 def __getattr__(name: str) -> Any:
+    if name == "optim":
+        return importlib.import_module("patchwire.optim")
     if name not in _HOMES:
         raise AttributeError(f"module 'patchwire' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"patchwire.{_HOMES[name]}"), name)
@@ -86,6 +103,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "TLS",
     "AuthenticationError",
+    "Batches",
     "BranchError",
     "BusyError",
     "CancelledError",
@@ -98,6 +116,7 @@ __all__ = [
     "InputError",
     "Kept",
     "LimitError",
+    "Loop",
     "MissingTensorsError",
     "Model",
     "ModelNotFoundError",
@@ -119,5 +138,6 @@ __all__ = [
     "connect",
     "grad",
     "local",
+    "optim",
     "save",
 ]

@@ -11,6 +11,7 @@ pass its value exists: the latest site it depends on.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -334,9 +335,23 @@ class Checker:
                 "There are no gradients through a generation.",
                 hint="Trace the generated tokens in a forward pass: `model.trace(ids)`.",
             )
+        self._refuse_loops_between(loss, values)  # type: ignore[arg-type]
         for each in values:  # type: ignore[union-attr]
             self._differentiable(each, node.meta["after"], loss)  # type: ignore[arg-type]
         return tuple(fake_of(each) for each in values)  # type: ignore[union-attr, arg-type]
+
+    def _refuse_loops_between(self, loss: torch.fx.Node, values: Sequence[torch.fx.Node]) -> None:
+        if not self.graph.loops:
+            return
+        writes: dict[int, list[torch.fx.Node]] = defaultdict(list)
+        for node in self.graph.fx.find_nodes(op="call_function", target=g.write):
+            writes[node.args[0].trace].append(node)
+        for each in behind(loss, writes):
+            if each.target is g.loop and not set(values).isdisjoint(behind(each, writes)):
+                raise OperationError(
+                    "There are no gradients through a loop: each iteration starts anew.",
+                    hint="Take the gradient in its body, or with respect to a value that comes after it.",
+                )
 
     def _differentiable(self, value: torch.fx.Node, after: After | None, loss: torch.fx.Node) -> None:
         fake, mine, its = fake_of(value), value.meta["after"], loss.meta["after"]
@@ -679,6 +694,22 @@ def _scratch(name: str, args: Any, kwargs: Any) -> int:
 def _positions(mask: Tensor) -> int:
     """How many bytes the positions of all elements have."""
     return mask.numel() * max(mask.ndim, 1) * 8
+
+
+def behind(node: torch.fx.Node, writes: Mapping[int, Sequence[torch.fx.Node]] | None = None) -> set[torch.fx.Node]:
+    """Everything that a node depends on through the graph, itself included.
+
+    With the writes of each trace, also what it may depend on through the model.
+    """
+    found, stack = {node}, [node]
+    while stack:
+        each = stack.pop()
+        site = each.args[0] if writes and each.target is g.read else None
+        through = writes.get(site.trace, ()) if writes and isinstance(site, g.Site) else ()
+        new = {*each.all_input_nodes, *through} - found
+        found |= new
+        stack += new
+    return found
 
 
 def _nodes(argument: Any) -> list[torch.fx.Node]:

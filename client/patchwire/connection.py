@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import secrets
+import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from patchwire.errors import (
     GraphError,
     LimitError,
     MissingTensorsError,
+    PatchwireError,
     VersionError,
 )
 from patchwire.results import Progress, Results, Stats
@@ -234,6 +236,31 @@ class Connection:
         """Have the server drop what it keeps; how many there were of these."""
         return self._call(self._stub.Forget, service_pb2.ForgetRequest(handles=handles)).forgotten
 
+    @contextlib.contextmanager
+    def _interruptible(self, request: bytes, progress: Progress) -> Iterator[None]:
+        """Have the first Ctrl-C end the loops of a request, if it has any, and the second the program's wait for it."""
+        before = signal.getsignal(signal.SIGINT)
+        on_main = threading.current_thread() is threading.main_thread()
+        if not request or not on_main or before is not signal.default_int_handler:
+            yield
+            return
+
+        def interrupt() -> None:
+            # If the server is gone, the request itself says so.
+            with contextlib.suppress(PatchwireError):
+                self.interrupt(request)
+
+        def first(*_: object) -> None:
+            signal.signal(signal.SIGINT, before)
+            progress.interrupted()
+            threading.Thread(target=interrupt, daemon=True).start()
+
+        signal.signal(signal.SIGINT, first)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
     def check(self, graph: g.Graph) -> list[tensor_pb2.TensorHeader]:
         """Check a graph on the server without running it: the shape and dtype of each saved value."""
 
@@ -286,7 +313,9 @@ class Connection:
         name = secrets.token_bytes(16) if arriving.loops else b""
         request = service_pb2.RunRequest(graph=message, compression=self.compression, id=name)
         call = self._stub.Run(request, metadata=self._metadata, timeout=self.timeout)
+        ending = contextlib.ExitStack()
         try:
+            ending.enter_context(self._interruptible(name, progress))
             for event in _events(call):
                 answers = self._answers = True
                 match event.WhichOneof("kind"):
@@ -328,6 +357,7 @@ class Connection:
             # Before the end this stops the pass at its next site.
             with contextlib.suppress(Exception):
                 call.cancel()
+            ending.close()
             progress.close()
         if stats is None:
             raise ConnectionLostError(f"The server at {self.address} ended the request early.")

@@ -248,6 +248,20 @@ class Loop:
     """How many iterations."""
 
     @property
+    def extremes(self) -> list[int]:
+        """Some iterations, of which one has the most rows, one the fewest, one the longest, and so on: what fits them
+        and does not depend on which of them it is fits all.
+        """
+        changing = [each.batches for trace in self.body.traces for each in trace.invokes if each.batches]
+        found = {0}
+        for batches in changing:
+            lengths = [[len(row) for row in rows] for rows in batches]
+            for measure in (len, max, lambda each: len(set(each)) > 1):
+                values = [measure(each) for each in lengths]
+                found |= {values.index(min(values)), values.index(max(values))}
+        return sorted(found)
+
+    @property
     def carries(self) -> list[torch.fx.Node]:
         """What changes from iteration to iteration, in the order of the loop's results."""
         return list(self.body.fx.find_nodes(op="call_function", target=carry))
@@ -280,6 +294,11 @@ class Graph:
     def nodes(self) -> list[torch.fx.Node]:
         """The operations, in order."""
         return list(self.fx.nodes)
+
+    def at(self, iteration: int) -> Graph:
+        """The body of a loop in one iteration."""
+        traces = [replace(each, invokes=[invoke.at(iteration) for invoke in each.invokes]) for each in self.traces]
+        return replace(self, traces=traces)
 
     @property
     def loops(self) -> dict[int, Loop]:

@@ -18,6 +18,7 @@ from patchwire import graph as g
 from patchwire.connection import Connection
 from patchwire.errors import InputError, SiteError, here
 from patchwire.inputs import ModelTokenizer, to_invoke
+from patchwire.loops import BatchPrompt
 from patchwire.proxy import Structure, Value
 from patchwire.session import Session
 from patchwire.sites import INPUT, OUTPUT, Address, Catalogue, Leaf, Parameter, spell
@@ -393,7 +394,7 @@ class Model(Module):
 
     def session(self) -> Session:
         """A block of many traces that are sent as one request, between which values stay on the server."""
-        return Session(self.connection, progress=self.progress)
+        return Session(self.connection, progress=self.progress, model=self)
 
     def module(self, path: str) -> Module:
         """The module of a path, for names that Python cannot spell or that this class uses itself.
@@ -411,6 +412,9 @@ class Model(Module):
     def _invoke(self, given: Any) -> tuple[g.Invoke, Any]:
         """The rows of a prompt, and their embeddings if it gives these instead of tokens."""
         embeddings = None
+        if isinstance(given, BatchPrompt):
+            batches = given.rows(self.name, lambda batch: self._rows(batch).rows)
+            return g.Invoke(batches[0], batches), None
         if isinstance(given, Mapping) and given.get("inputs_embeds") is not None:
             given, embeddings = self._embedded(given)
         return self._rows(given), embeddings

@@ -11,6 +11,7 @@ A `Structure` stands for a tuple or mapping of tensors, such as the output of an
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -131,8 +132,11 @@ class Value(torch.fx.Proxy):
         return self.recorder.active.keep(self, seconds)
 
     @property
-    def value(self) -> Tensor:
+    def value(self) -> Any:
         """The tensor, on the CPU.
+
+        What was saved in the body of a loop is one tensor, with a dimension for the iterations in front; a list of
+        tensors, if they differ in shape from iteration to iteration.
 
         Raises:
             BranchError: the block has not ended.
@@ -148,7 +152,7 @@ class Value(torch.fx.Proxy):
         return self._tensor is not None
 
     def _not_there(self, what: str) -> NoReturn:
-        if self.recorder.open:
+        if self.recorder.pending:
             raise BranchError(
                 f"The value exists only when the block has ended; {what} is not known while it is recorded.",
                 hint=(
@@ -198,14 +202,14 @@ class Value(torch.fx.Proxy):
         """
         if self._tensor is not None:
             return self._tensor.grad
-        losses = self.recorder.losses
+        losses = self.recorder.active.losses
         if not losses:
             raise GraphError(
                 "There is no gradient yet.",
                 hint="Write `loss.backward()` first, or `patchwire.grad(loss, value)`.",
                 lines=here(),
             )
-        return functools.reduce(operator.add, (self.recorder.grad(*each, [self])[0] for each in losses))
+        return functools.reduce(operator.add, (self.recorder.active.grad(*each, [self])[0] for each in losses))
 
     # --- what is known while recording -------------------------------------------------------------------------------
 
@@ -222,7 +226,7 @@ class Value(torch.fx.Proxy):
     @property
     def shape(self) -> torch.Size:
         """The lengths of its dimensions."""
-        return self.fake.shape
+        return self.recorder.shape(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -249,15 +253,17 @@ class Value(torch.fx.Proxy):
 
     def numel(self) -> int:
         """How many elements it has."""
-        return self.fake.numel()
+        return int(math.prod(self.shape))
 
     def __len__(self) -> int:
-        return len(self.fake)
+        if not self.ndim:
+            raise TypeError("len() of a 0-d tensor")
+        return int(self.shape[0])
 
     def __iter__(self) -> Iterator[Any]:
         if self._tensor is not None:
             return iter(self._tensor)
-        return iter([self[index] for index in range(len(self.fake))])  # type: ignore[index]
+        return iter([self[index] for index in range(len(self))])  # type: ignore[index]
 
     # --- operations --------------------------------------------------------------------------------------------------
 
@@ -317,13 +323,13 @@ class Value(torch.fx.Proxy):
         return int(self.value)
 
     def __index__(self) -> int:
-        return self.value.__index__()
+        return int(self.value.__index__())
 
     def __contains__(self, item: Any) -> bool:
         return item in self.value
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.value.__array__(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self.value.__array__(*args, **kwargs)
 
     def __format__(self, spec: str) -> str:
         if self._tensor is None and spec:

@@ -56,6 +56,11 @@ EVERYONE = -1
 class Recorder(TracerBase):
     """Turns what user code does with values into the nodes of one graph."""
 
+    inner: Recorder | None = None
+    """The recorder of the loop's body that user code is in, which records what happens meanwhile."""
+    parent: Recorder | None = None
+    """The recorder of the graph around this one, if this is of a loop's body."""
+
     def __init__(self, catalogue: Callable[[str], Catalogue], *, value_bytes: int | None = None) -> None:
         """
         Args:
@@ -70,6 +75,8 @@ class Recorder(TracerBase):
         self.saved: list[tuple[Value, torch.dtype | None, int, SourceLine | None]] = []
         self.losses: list[tuple[Value, Any]] = []
         """What `.grad` is the gradient of: values, and the vectors that their Jacobians are multiplied with."""
+        self.bodies: list[Recorder] = []
+        """Those of the loops."""
         self.kept: list[tuple[Kept, float, SourceLine | None]] = []
         self._of_kept: dict[bytes, Value] = {}
         self._gradients: dict[tuple[torch.fx.Node, ...], Value] = {}
@@ -141,6 +148,13 @@ class Recorder(TracerBase):
         if value.ready:
             return self._constant(value.value)
         if value.recorder is not self:
+            if value.recorder.parent is not None:
+                raise GraphError(
+                    "This value belongs to the body of a loop.",
+                    hint="Carry it: `x = loop.carry(start)`, `loop.update(x, value)`, and after the loop "
+                    "`loop.result(x)`.",
+                    lines=here(),
+                )
             raise GraphError(
                 "This value belongs to another trace, and was not saved there.",
                 hint="Write `.save()` in that trace and use it after its block, or record both in one trace.",
@@ -164,6 +178,8 @@ class Recorder(TracerBase):
 
     def of_kept(self, kept: Kept) -> Value:
         """The value that something kept is in this graph."""
+        if self.inner is not None:
+            return self.inner.of_kept(kept)
         if kept.source.recorder is self:
             return kept.source
         tensor = kept.tensor
@@ -232,6 +248,8 @@ class Recorder(TracerBase):
             ShapeError: it cannot be done with values of these shapes.
             OperationError: it is not possible in a graph.
         """
+        if self.inner is not None:
+            return self.inner.call(operation, args, kwargs, function)
         if not self.open:
             return (function or operation.function)(*_tensors(args), **_tensors(kwargs))
         if refused := ops.forbidden_argument(operation, args, kwargs):
@@ -481,6 +499,8 @@ class Recorder(TracerBase):
 
     def grad(self, loss: Value, weights: Any, values: Sequence[Value | Tensor]) -> list[Value]:
         """The gradients of a value with respect to others."""
+        if self.inner is not None:
+            return self.inner.grad(loss, weights, values)
         if not all(isinstance(each, (Value, Tensor)) for each in values):
             raise GraphError(
                 "A gradient is with respect to values, or tensors that were used in the block.", lines=here()
@@ -546,6 +566,7 @@ class Recorder(TracerBase):
             )
         if value._saved and dtype is None:
             return
+        self._value(value)
         value._saved = True
         self.saved.append((value, dtype, value.memory.version, user_line()))
 
@@ -588,12 +609,38 @@ class Recorder(TracerBase):
     @property
     def asked_for(self) -> bool:
         """Whether anything is to come of it."""
-        return bool(self.saved or self.kept)
+        return bool(self.saved or self.kept or any(each.asked_for for each in self.bodies))
 
     @property
     def active(self) -> Recorder:
         """The recorder that records what happens to its values now."""
-        return self
+        return self.inner or self
+
+    @property
+    def pending(self) -> bool:
+        """Whether what is saved has still to come."""
+        return self.open or (self.parent is not None and self.parent.open)
+
+    def shape(self, value: Value) -> torch.Size:
+        """The lengths of a value's dimensions."""
+        return value.fake.shape
+
+    def token_ids(self, trace: int, invoke: int) -> Value:
+        """The token ids of an invoke."""
+        return Value(self, self._create(g.token_ids, (trace, invoke)))
+
+    def loop(self, loop: g.Loop, model: str, inputs: Sequence[torch.fx.Node]) -> Value:
+        """The values that a loop ends with, a tuple; it becomes the next entry of the graph's traces."""
+        self.request.traces.append(g.Trace(model, loop=loop))
+        return Value(self, self._create(g.loop, (len(self.request.traces) - 1, tuple(inputs))))
+
+    def carry(self, index: int, node: torch.fx.Node, line: SourceLine | None) -> None:
+        """Say what a value from outside is in the next iteration."""
+        self._create(g.carry, (index, node)).meta["line"] = line
+
+    def item(self, values: Value, index: int) -> Value:
+        """One of several results."""
+        return Value(self, self._create(operator.getitem, (values.node, index), None, _GETITEM))
 
     def resolve(self, results: Results, connection: Connection) -> None:
         """Give every saved value its tensor, and every kept one its handle."""
@@ -603,6 +650,8 @@ class Recorder(TracerBase):
         for (kept, *_), (there, seconds) in zip(self.kept, results.kept, strict=True):
             assert there.fake is not None
             kept.arrived(there.handle, there.fake, datetime.now() + timedelta(seconds=seconds), connection)
+        for each in self.bodies:
+            each.resolve(results, connection)
 
     def _warn_if_edited(self, value: Value, version: int, line: SourceLine | None) -> None:
         for editor, where in value.memory.edits[version:]:

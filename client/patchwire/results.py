@@ -83,6 +83,11 @@ class Progress:
         if self.show:
             self._describe(f"iteration {done:,} of {count:,}")
 
+    def interrupted(self) -> None:
+        """Somebody has pressed Ctrl-C."""
+        if self.show:
+            self._describe("ending after this iteration; Ctrl-C again to give up")
+
     def bytes(self, arrived: int, announced: int) -> None:
         """Bytes have arrived, or have been announced."""
         self._done += arrived

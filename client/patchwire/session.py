@@ -9,11 +9,12 @@ import warnings
 from collections.abc import Callable
 from contextvars import ContextVar, Token
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from patchwire.connection import Connection
 from patchwire.errors import GraphError, PatchwireError, PatchwireWarning, here, trim, user_frame
 from patchwire.kept import RECORDER
+from patchwire.loops import Batches, Loop
 from patchwire.recording import Recorder
 from patchwire.results import Progress, Stats
 from patchwire.sites import Catalogue
@@ -34,6 +35,10 @@ class Request:
         self.connection = connection
         self.progress = progress
         self.recorder = Recorder(self._catalogue, value_bytes=connection.limits.value_bytes or None)
+        self.in_trace = False
+        """Whether user code is inside a trace."""
+        self.home = ""
+        """The name of a model that it is of."""
         self._models: dict[str, Model] = {}
         self._on_tokens: dict[int, Callable[[int, list[int]], None]] = {}
 
@@ -50,12 +55,25 @@ class Request:
                 lines=here(),
             )
         self._models[model.name] = model
+        self.home = self.home or model.name
+
+    @property
+    def active(self) -> Recorder:
+        """The recorder that new traces belong to: that of the loop's body, inside one."""
+        return self.recorder.active
 
     def _catalogue(self, name: str) -> Catalogue:
         return self._models[name].catalogue
 
     def on_tokens(self, trace: int, tell: Callable[[int, list[int]], None]) -> None:
-        """Have somebody told a generation's tokens as they are made: the invoke, and an id for each row."""
+        """Have somebody told a generation's tokens as they are made: the invoke, and an id for each row.
+
+        Raises:
+            GraphError: it is in a loop.
+        """
+        if self.active is not self.recorder:
+            hint = "Save the output of the generation instead."
+            raise GraphError("Tokens are not streamed out of a loop.", hint=hint, lines=here())
         self._on_tokens[trace] = tell
 
     def _tell_tokens(self, trace: int, invoke: int, ids: list[int]) -> None:
@@ -116,8 +134,9 @@ class Session:
         2
     """
 
-    def __init__(self, connection: Connection, *, progress: bool = True) -> None:
+    def __init__(self, connection: Connection, *, progress: bool = True, model: Model | None = None) -> None:
         self._connection = connection
+        self._model = model
         self._progress = progress
         self._token: Token[Session | None] | None = None
         self.request: Request | None = None
@@ -129,10 +148,42 @@ class Session:
                 "A session cannot be opened inside another.", hint="Write its traces into the outer one.", lines=here()
             )
         self.request = Request(self._connection, progress=self._progress)
+        if self._model is not None:
+            self.request.add(self._model)
         self.stats = None
         self._token = _CURRENT.set(self)
         self._recorder_token = RECORDER.set(self.request.recorder)
         return self
+
+    def repeat(self, count: int) -> Loop:
+        """A block that is recorded once and runs `count` times on the server.
+
+        Raises:
+            GraphError: `count` is not a number from 1 on, or a loop or trace is open.
+        """
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < 2**32:
+            hint = "Write for example `session.repeat(100)`."
+            raise GraphError(f"A loop cannot run {count!r} times.", hint=hint, lines=here())
+        return Loop(self._open_request(), count)
+
+    def over(self, dataset: Any, *, batch_size: int = 1) -> Batches:
+        """A block that is recorded once and runs on the server for each batch of a data set.
+
+        Args:
+            dataset: Texts, lists of token ids, or a tensor of token ids `[rows, seq]`; in the block, a trace of
+                `batches.prompt` runs on `batch_size` of them.
+            batch_size: How many rows an iteration has; the last may have fewer.
+
+        Raises:
+            GraphError: the data set is empty, `batch_size` is not a number from 1 on, or a loop or trace is open.
+        """
+        return Batches(self._open_request(), dataset, batch_size)
+
+    def _open_request(self) -> Request:
+        if self.request is None or current_session() is not self:
+            hint = "Write `with model.session() as session:` around it."
+            raise GraphError("A loop stands in its session's block.", hint=hint, lines=here())
+        return self.request
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

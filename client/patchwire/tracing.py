@@ -116,7 +116,7 @@ class Trace:
         assert request is not None
         request.add(self._model)
         self._request = request
-        self._recorder = request.recorder
+        self._recorder = request.active
         self._index = len(self._recorder.request.traces)
         self._recorder.request.traces.append(self._trace)
         try:
@@ -128,6 +128,7 @@ class Trace:
             raise
         self._token = _CURRENT.set(Scope(self._model, self._recorder, self._index, invoke))
         self._recorder_token = RECORDER.set(request.recorder)
+        request.in_trace = True
         return self
 
     def _add(self, given: Any) -> int:
@@ -182,19 +183,35 @@ class Trace:
         """End the block here: what is written below is not recorded, and nothing later is run."""
         raise _Stopped
 
-    def mask(self, invoke: int = 0) -> Tensor:
+    def token_ids(self, invoke: int = 0) -> Value:
+        """The token ids of an invoke as a value, `[batch, seq]` int64, with -1 before rows that are shorter.
+
+        In a loop over batches they are those of each iteration.
+        """
+        return self._recorder.token_ids(self._index, invoke)
+
+    def mask(self, invoke: int = 0) -> Tensor | Value:
         """Which positions hold tokens, `[batch, seq]` bool.
 
         Rows of different lengths end together; positions before a shorter row's first token hold NaN in every value,
-        so that they cannot go unnoticed into a result.
+        so that they cannot go unnoticed into a result. In a loop over batches this is a value: that of each iteration.
         """
+        if self._trace.invokes[invoke].batches:
+            return torch.ge(self.token_ids(invoke), 0)  # type: ignore[call-overload, no-any-return]
         lengths = torch.tensor(self._trace.invokes[invoke].lengths)
         longest = int(lengths.max())
         return torch.arange(longest)[None] >= (longest - lengths)[:, None]
 
     @property
     def tokens(self) -> list[list[int]]:
-        """The token ids of every row."""
+        """The token ids of every row.
+
+        Raises:
+            GraphError: they change, as this is in a loop over batches.
+        """
+        if any(invoke.batches for invoke in self._trace.invokes):
+            hint = "Write `trace.token_ids()` for a value, that of each iteration."
+            raise GraphError("In a loop over batches, the tokens change.", hint=hint, lines=here())
         return [list(row) for invoke in self._trace.invokes for row in invoke.rows]
 
     def __exit__(
@@ -203,6 +220,7 @@ class Trace:
         assert self._token is not None
         _CURRENT.reset(self._token)
         RECORDER.reset(self._recorder_token)
+        self._request.in_trace = False
         stopped = isinstance(error, _Stopped)
         if error is not None and not stopped:
             if self._own:

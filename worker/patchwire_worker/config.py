@@ -33,6 +33,10 @@ class Limits:
     """Seconds that a request may run."""
     queued: int = 256
     """Requests of one model that may wait."""
+    iterations: int = 100_000
+    """Iterations of a loop."""
+    loop_tokens: int = 1 << 26
+    """Tokens of all iterations of a loop, the padding of short rows included."""
     kept_bytes: int = 4 * GIB
     """Bytes of all values that are kept beyond their requests."""
     kept_seconds: float = 86_400.0

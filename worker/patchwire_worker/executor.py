@@ -40,8 +40,12 @@ from patchwire_worker import containers
 from patchwire_worker.admission import Admitted, at
 from patchwire_worker.interleaving import SiteMediator, StopPass, Stopping
 from patchwire_worker.kept import KeptStore
+from patchwire_worker.looping import Iterations
 from patchwire_worker.models.hosted import HostedModel
-from patchwire_worker.planner import Access, Pass, Plan, Work
+from patchwire_worker.planner import Access, Looping, Pass, Plan, Work
+
+Iteration = tuple[int, int]
+"""A loop, by its position in the request's traces, and the number of an iteration, from 0."""
 
 
 class Listener(Protocol):
@@ -50,14 +54,17 @@ class Listener(Protocol):
     def running(self, number: int, passes: int) -> None:
         """A pass begins: its number, from 1, and how many there are."""
 
-    def saved(self, node: int, tensor: Tensor) -> None:
-        """A saved value exists: the save's position in the request, and a tensor on the CPU of its own."""
+    def saved(self, node: int, tensor: Tensor, iteration: Iteration | None = None) -> None:
+        """A saved value exists: the save's position in the request, or in a loop's body; a CPU tensor of its own."""
 
     def kept(self, node: int, handle: bytes, tensor: Tensor, seconds: float) -> None:
         """A value is kept beyond the request: the node's position, what it is called now, and for how long."""
 
-    def absent(self, node: int) -> None:
-        """A value will not exist that a save, by its position in the request, was for."""
+    def absent(self, node: int, iteration: Iteration | None = None) -> None:
+        """A value will not exist that a save, by its position in the request or in a loop's body, was for."""
+
+    def iterated(self, loop: int, done: int, count: int) -> None:
+        """So many iterations of a loop, by its position in the request's traces, are done."""
 
     def tokens(self, trace: int, invoke: int, ids: list[int]) -> None:
         """A generation has a new token for each row."""
@@ -73,9 +80,46 @@ class Cost:
     seconds: float = 0.0
     result_bytes: int = 0
 
+    def add(self, part: Cost) -> None:
+        """Count what an iteration took; its seconds are in the whole's, and it counted its bytes with those before."""
+        self.passes += part.passes
+        self.rows += part.rows
+        self.modules_skipped += part.modules_skipped
+        self.result_bytes = part.result_bytes
+
+
+@dataclass(frozen=True)
+class _Within:
+    """Listens to an iteration, and tells the loop's own listener."""
+
+    listener: Listener
+    iteration: Iteration
+
+    def running(self, number: int, passes: int) -> None:
+        pass
+
+    def saved(self, node: int, tensor: Tensor, iteration: Iteration | None = None) -> None:
+        self.listener.saved(node, tensor, self.iteration)
+
+    def kept(self, node: int, handle: bytes, tensor: Tensor, seconds: float) -> None:
+        raise AssertionError("nothing is kept in the body of a loop")
+
+    def absent(self, node: int, iteration: Iteration | None = None) -> None:
+        self.listener.absent(node, self.iteration)
+
+    def iterated(self, loop: int, done: int, count: int) -> None:
+        raise AssertionError("there is no loop in a loop")
+
+    def tokens(self, trace: int, invoke: int, ids: list[int]) -> None:
+        pass
+
 
 class Execution:
-    """Runs one plan."""
+    """Runs one plan.
+
+    Attributes:
+        carried: In the body of a loop: what its values from outside are next, by their positions.
+    """
 
     def __init__(
         self,
@@ -102,6 +146,7 @@ class Execution:
         self.stopping = stopping
         self.result_bytes = result_bytes
         self.store = store
+        self.carried: dict[int, Tensor] = {}
         self._handles: list[bytes] = []
         self.cost = Cost()
         self._values: dict[torch.fx.Node, Any] = {}
@@ -114,7 +159,7 @@ class Execution:
             if node in plan.needed:
                 self._missing[node] = len(node.all_input_nodes)
                 self._uses[node] = sum(1 for user in node.users if user in plan.needed)
-                if not node.all_input_nodes and node.target not in (g.read, g.generated):
+                if not node.all_input_nodes and node.target not in _MADE_BY_PASSES:
                     self._push(node)
 
     def run(self) -> Cost:
@@ -127,13 +172,16 @@ class Execution:
         try:
             with contextlib.ExitStack() as stack:
                 # In one order everywhere, so that two requests never wait for each other.
-                for model in sorted(set(self.admitted.models), key=lambda each: each.name):
+                for model in sorted(self.admitted.all_models, key=lambda each: each.name):
                     stack.enter_context(model.lock)
                 stack.enter_context(self._differentiating())
                 self._evaluate_ready()
                 for number, each in enumerate(self.plan.passes, start=1):
                     self.listener.running(number, len(self.plan.passes))
-                    self._run_pass(each)
+                    if isinstance(each, Looping):
+                        self._run_loop(each)
+                    else:
+                        self._run_pass(each)
             self._check_all_done()
         except BaseException:
             if self.store is not None:
@@ -218,6 +266,32 @@ class Execution:
             for node in each.generation.results:
                 self._set(node, generated)
             self._evaluate_ready()
+
+    def _run_loop(self, each: Looping) -> None:
+        inputs, loop = each.node.args[1], self.admitted.graph.traces[each.trace].loop
+        assert loop is not None
+        if self._missing[each.node]:
+            raise at(each.node, ExecutionError("A loop needs a value of a step that was not reached."))
+        outside = [self._values[node] for node in inputs]  # type: ignore[union-attr, index]
+        if not all(isinstance(value, Tensor) for value in outside):
+            raise at(each.node, ExecutionError("A tuple cannot be given to a loop as one value."))
+        outside = [value.detach() for value in outside]
+        for node in each.node.all_input_nodes:
+            self._use(node)
+        iterations = Iterations(self.admitted.bodies[each.trace])
+        for number in range(loop.count):
+            body, planned = iterations.at(number, outside)
+            listener = _Within(self.listener, (each.trace, number))
+            iteration = Execution(body, planned, listener, self.stopping, result_bytes=self.result_bytes)
+            iteration.cost.result_bytes = self.cost.result_bytes
+            self.cost.add(iteration.run())
+            for index, value in iteration.carried.items():
+                outside[index] = value
+            self.listener.iterated(each.trace, number + 1, loop.count)
+            if self.stopping.interrupted:
+                break
+        self._set(each.node, tuple(outside[carry.args[0]] for carry in loop.carries))  # type: ignore[index]
+        self._evaluate_ready()
 
     def _at(self, work: Work, value: Any) -> Any:
         """What happens at a site: its value is taken, everything that became ready runs, and its new value is given."""
@@ -304,7 +378,7 @@ class Execution:
         for user in node.users:
             if user in self._missing:
                 self._missing[user] -= 1
-                if self._missing[user] == 0 and user.target is not g.write:
+                if self._missing[user] == 0 and user.target not in (g.write, g.loop):
                     self._push(user)
 
     def _use(self, node: torch.fx.Node) -> None:
@@ -335,6 +409,10 @@ class Execution:
             match node.target:
                 case target if target is g.save:
                     return self._save(node, args[0], args[1])  # type: ignore[arg-type]
+                case target if target is g.outside:
+                    return self.admitted.graph.outside[args[0]]  # type: ignore[index]
+                case target if target is g.carry:
+                    return self._carry(args[0], args[1])  # type: ignore[arg-type]
                 case target if target is g.keep:
                     return self._keep(node, args[0], args[1])  # type: ignore[arg-type]
                 case target if target is g.token_ids:
@@ -412,8 +490,17 @@ class Execution:
         tensor = tensor.to("cpu", dtype or tensor.dtype, copy=True).contiguous()
         self.cost.result_bytes += tensor.nbytes
         if self.result_bytes is not None and self.cost.result_bytes > self.result_bytes:
-            raise LimitError(f"The saved values have more than {self.result_bytes:,} bytes.")
+            raise LimitError(
+                f"The saved values have more than {self.result_bytes:,} bytes.", hint="Save less of each, or fewer."
+            )
         self.listener.saved(self.admitted.positions[node], tensor)
+
+    def _carry(self, index: int, value: Any) -> None:
+        before = self.admitted.graph.outside[index]
+        assert before is not None
+        if not isinstance(value, Tensor) or (value.shape, value.dtype) != (before.shape, before.dtype):
+            raise ShapeError(f"The value that is carried is {describe(before)} and cannot become {describe(value)}.")
+        self.carried[index] = value.detach().clone()
 
     def _keep(self, node: torch.fx.Node, value: Any, seconds: float) -> None:
         if not isinstance(value, Tensor):
@@ -482,6 +569,9 @@ class Execution:
         for node, missing in self._missing.items():
             if node.target in g.SINKS and missing >= 0:
                 raise at(node, ExecutionError("A saved value never came into being."))
+
+
+_MADE_BY_PASSES = (g.read, g.generated, g.loop)
 
 
 def _ended_together(rows: Sequence[Sequence[int]]) -> Tensor:

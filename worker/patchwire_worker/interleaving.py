@@ -88,6 +88,8 @@ class Stopping:
 
     def __init__(self) -> None:
         self.reason: PatchwireError | None = None
+        self.interrupted = False
+        """Whether loops end after the iteration that they are in."""
 
     def stop(self, reason: PatchwireError) -> None:
         """End the pass at its next site; the first reason counts."""

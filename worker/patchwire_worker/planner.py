@@ -84,10 +84,20 @@ class Generating:
 
 
 @dataclass(frozen=True)
+class Looping:
+    """A loop, which runs between the passes."""
+
+    trace: int
+    """The loop, as a position in the graph's traces."""
+    node: torch.fx.Node
+    """The node whose value are its results."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a request needs."""
 
-    passes: list[Pass]
+    passes: list[Pass | Looping]
     """In the order in which they run."""
     needed: set[torch.fx.Node]
     """The nodes that have to be evaluated."""
@@ -107,14 +117,20 @@ def plan(admitted: Admitted) -> Plan:
     """
     needed = _needed(admitted)
     accesses: _Accesses = defaultdict(lambda: defaultdict(list))
+    loops: dict[int, torch.fx.Node] = {}
     for node in admitted.graph.fx.nodes:
         if node in needed and node.target in (g.read, g.write):
             accesses[node.args[0].trace][node.args[0].invoke].append(node)
         elif node in needed and node.target is g.generated:
             accesses[node.args[0]][node.args[1]].append(node)
+        elif node in needed and node.target is g.loop:
+            loops[node.args[0]] = node
     behind = cache(lambda: _invokes_behind(admitted, needed))
-    passes: list[Pass] = []
+    passes: list[Pass | Looping] = []
     for index, trace in enumerate(admitted.graph.traces):
+        if trace.loop is not None:
+            passes += [Looping(index, loops[index])] if index in loops else []
+            continue
         for invokes in _groups(admitted, index, trace, accesses[index], behind):
             made = _pass(admitted, index, invokes, accesses[index])
             if made.works or (made.generation and made.generation.results):
@@ -137,7 +153,7 @@ def _needed(admitted: Admitted) -> set[torch.fx.Node]:
 
     accesses: dict[int, list[torch.fx.Node]] = defaultdict(list)
     for node in admitted.graph.fx.nodes:
-        if node.target in g.SINKS:
+        if node.target in g.SINKS or (node.target is g.loop and _saves(admitted, node)):
             need(node)
         elif node.target in (g.read, g.write):
             accesses[node.args[0].trace].append(node)
@@ -154,6 +170,13 @@ def _needed(admitted: Admitted) -> set[torch.fx.Node]:
             elif node in needed:
                 last_read = max(last_read, moment)
     return needed
+
+
+def _saves(admitted: Admitted, node: torch.fx.Node) -> bool:
+    """Whether a loop saves something in its body."""
+    loop = admitted.graph.traces[node.args[0]].loop  # type: ignore[index]
+    assert loop is not None
+    return any(each.target is g.save for each in loop.body.fx.nodes)
 
 
 _Moment = tuple[float, ...]

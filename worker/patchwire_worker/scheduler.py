@@ -21,7 +21,7 @@ from torch import Tensor
 from patchwire.errors import BusyError, CancelledError, ConnectionLostError, PatchwireError, TimeoutError
 from patchwire_worker.admission import Admitted
 from patchwire_worker.config import Limits
-from patchwire_worker.executor import Cost, Execution
+from patchwire_worker.executor import Cost, Execution, Iteration
 from patchwire_worker.interleaving import Stopping
 from patchwire_worker.kept import KeptStore
 from patchwire_worker.planner import Plan
@@ -56,6 +56,7 @@ class Saved:
 
     node: int
     tensor: Tensor
+    iteration: Iteration | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,16 @@ class Absent:
     """A saved value will not exist."""
 
     node: int
+    iteration: Iteration | None = None
+
+
+@dataclass(frozen=True)
+class Iterated:
+    """Iterations of a loop are done."""
+
+    loop: int
+    done: int
+    count: int
 
 
 @dataclass(frozen=True)
@@ -92,11 +103,12 @@ class Done:
     seconds_queued: float
 
 
-Event = Queued | Running | Saved | Kept | Absent | Tokens | Done
+Event = Queued | Running | Saved | Kept | Absent | Iterated | Tokens | Done
 
 
 _LOOK_SECONDS = 0.02
 _WAKE_BYTES = 64 * 1024
+_TELL_SECONDS = 0.05
 
 
 @dataclass(eq=False)
@@ -146,18 +158,25 @@ class _Teller:
 
     def __init__(self, job: _Job) -> None:
         self._job = job
+        self._told = 0.0
 
     def running(self, number: int, passes: int) -> None:
         self._job.tell(Running(number, passes))
 
-    def saved(self, node: int, tensor: Tensor) -> None:
-        self._job.tell(Saved(node, tensor))
+    def saved(self, node: int, tensor: Tensor, iteration: Iteration | None = None) -> None:
+        self._job.tell(Saved(node, tensor, iteration))
 
     def kept(self, node: int, handle: bytes, tensor: Tensor, seconds: float) -> None:
         self._job.tell(Kept(node, handle, tensor, seconds))
 
-    def absent(self, node: int) -> None:
-        self._job.tell(Absent(node))
+    def absent(self, node: int, iteration: Iteration | None = None) -> None:
+        self._job.tell(Absent(node, iteration))
+
+    def iterated(self, loop: int, done: int, count: int) -> None:
+        now = time.perf_counter()
+        if self._job.stopping.interrupted or done == count or now - self._told > _TELL_SECONDS:
+            self._told = now
+            self._job.tell(Iterated(loop, done, count))
 
     def tokens(self, trace: int, invoke: int, ids: list[int]) -> None:
         self._job.tell(Tokens(trace, invoke, ids))
@@ -187,8 +206,15 @@ class Scheduler:
             job.wake()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def run(self, admitted: Admitted, plan: Plan) -> AsyncGenerator[list[Event], None]:
+    async def run(
+        self, admitted: Admitted, plan: Plan, stopping: Stopping | None = None
+    ) -> AsyncGenerator[list[Event], None]:
         """Run a plan when its turn has come, and tell what happens, several events at a time.
+
+        Args:
+            admitted: The graph.
+            plan: Its passes.
+            stopping: By which somebody else may stop or interrupt it.
 
         Leaving the iteration early stops the pass at its next site.
 
@@ -203,7 +229,7 @@ class Scheduler:
         position = self._ahead()
         if position > self.limits.queued:
             raise BusyError("The server's queue is full.", hint="Try again in a while.")
-        job = _Job(admitted, plan, queued=position > 0)
+        job = _Job(admitted, plan, queued=position > 0, stopping=stopping or Stopping())
         try:
             self._jobs.add(job)
             self._waiting.append(job)

@@ -40,6 +40,8 @@ from patchwire.version import PROTOCOL_VERSION, VERSION
 from patchwire_worker import scheduler
 from patchwire_worker.admission import Admission
 from patchwire_worker.config import ServerConfig
+from patchwire_worker.executor import Iteration
+from patchwire_worker.interleaving import Stopping
 from patchwire_worker.kept import KeptStore
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.planner import plan
@@ -57,6 +59,7 @@ _LIBRARIES = ("torch", "transformers", "nnsight")
 _SMALL_GRAPH = 256
 _SMALL_BYTES = 64 * 1024
 _THREADS = 4
+_LONGEST_ID = 64
 
 
 Refusal = tuple[grpc.StatusCode, str, Any]
@@ -124,6 +127,7 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         self.kept = KeptStore(config.limits.kept_bytes)
         self.admission = Admission(models, config.limits, self.store, self.kept)
         self.schedulers = {name: Scheduler(name, config.limits, self.kept) for name in models}
+        self._stoppings: dict[bytes, Stopping] = {}
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="requests")
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizers")  # these bear no two threads at a time
 
@@ -221,6 +225,27 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
     def _keep(self, assembly: tensors.Assembly) -> bytes:
         return self.store.put(assembly.tensor())
 
+    @contextlib.contextmanager
+    def _interruptible(self, name: bytes) -> Iterator[Stopping]:
+        """What stops a request, which can be interrupted by its name if it has one."""
+        stopping = Stopping()
+        if len(name) > _LONGEST_ID or name in self._stoppings:
+            raise GraphError("The request's id is too long, or another's.")
+        if name:
+            self._stoppings[name] = stopping
+        try:
+            yield stopping
+        finally:
+            if name:
+                del self._stoppings[name]
+
+    @_answering
+    async def Interrupt(self, request: service_pb2.InterruptRequest, context: Context) -> service_pb2.InterruptResponse:
+        stopping = self._stoppings.get(request.id)
+        if stopping is not None:
+            stopping.interrupted = True
+        return service_pb2.InterruptResponse(found=stopping is not None)
+
     @_answering
     async def Forget(self, request: service_pb2.ForgetRequest, context: Context) -> service_pb2.ForgetResponse:
         return service_pb2.ForgetResponse(forgotten=self.kept.forget(request.handles))
@@ -274,12 +299,13 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
     async def _run(self, request: service_pb2.RunRequest) -> AsyncGenerator[service_pb2.RunResponse, None]:
         if request.compression not in tensors.COMPRESSIONS:
             raise GraphError(f"compression {request.compression} is not known to this version.")
-        admitted, planned = await self._admit(request.graph)
-        events = self.schedulers[admitted.models[0].name].run(admitted, planned)
-        async with contextlib.aclosing(events):
-            async for news in events:
-                for message in _messages(news, request.compression):
-                    yield message
+        with self._interruptible(request.id) as stopping:
+            admitted, planned = await self._admit(request.graph)
+            events = self.schedulers[admitted.models[0].name].run(admitted, planned, stopping)
+            async with contextlib.aclosing(events):
+                async for news in events:
+                    for message in _messages(news, request.compression):
+                        yield message
 
 
 _RESPONSE_BYTES = tensors.MIB
@@ -297,6 +323,10 @@ def _messages(news: list[scheduler.Event], compression: tensor_pb2.Compression) 
     yield message
 
 
+def _iteration(iteration: Iteration | None) -> service_pb2.Iteration | None:
+    return None if iteration is None else service_pb2.Iteration(loop=iteration[0], number=iteration[1])
+
+
 def _parts(event: scheduler.Event, compression: tensor_pb2.Compression) -> Iterator[service_pb2.Event]:
     match event:
         case scheduler.Queued():
@@ -305,7 +335,8 @@ def _parts(event: scheduler.Event, compression: tensor_pb2.Compression) -> Itera
             yield service_pb2.Event(running=service_pb2.Running(number=event.number, passes=event.passes))
         case scheduler.Saved():
             header = tensors.header(event.tensor, compression)
-            yield service_pb2.Event(saved=service_pb2.Saved(node=event.node, header=header))
+            saved = service_pb2.Saved(node=event.node, header=header, iteration=_iteration(event.iteration))
+            yield service_pb2.Event(saved=saved)
             for chunk in tensors.chunks(event.tensor, compression=compression):
                 yield service_pb2.Event(chunk=chunk)
         case scheduler.Kept():
@@ -313,7 +344,10 @@ def _parts(event: scheduler.Event, compression: tensor_pb2.Compression) -> Itera
             kept.header.CopyFrom(tensors.header(event.tensor))
             yield service_pb2.Event(kept=kept)
         case scheduler.Absent():
-            yield service_pb2.Event(absent=service_pb2.Absent(node=event.node))
+            absent = service_pb2.Absent(node=event.node, iteration=_iteration(event.iteration))
+            yield service_pb2.Event(absent=absent)
+        case scheduler.Iterated():
+            yield service_pb2.Event(iterated=service_pb2.Iterated(**vars(event)))
         case scheduler.Tokens():
             yield service_pb2.Event(tokens=service_pb2.Tokens(trace=event.trace, invoke=event.invoke, ids=event.ids))
         case scheduler.Done():
