@@ -382,7 +382,7 @@ class Checker:
         lengths = self.graph.traces[trace].invokes[invoke].lengths  # type: ignore[index]
         return torch.empty((len(lengths), max(lengths)), dtype=torch.int64, device="meta")
 
-    def _loop(self, node: torch.fx.Node) -> tuple[Any, ...]:
+    def _loop(self, node: torch.fx.Node) -> tuple[Any, ...] | None:
         trace, inputs = node.args
         assert isinstance(trace, int)
         before: After | None = node.meta["after"]
@@ -391,7 +391,8 @@ class Checker:
         node.meta["after"] = After((trace, math.inf), "the loop", g.line_of(node))
         loop = self.graph.traces[trace].loop
         assert loop is not None
-        return tuple(fake_of(inputs[each.args[0]]) for each in loop.carries)  # type: ignore[index, arg-type]
+        fakes = tuple(fake_of(inputs[each.args[0]]) for each in loop.carries)  # type: ignore[index, arg-type]
+        return None if None in fakes else fakes
 
     def _outside(self, node: torch.fx.Node) -> Tensor | None:
         found = self.graph.outside[node.args[0]]  # type: ignore[index]

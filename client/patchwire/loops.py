@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 Rows = tuple[Sequence[int], ...]
 
+_FROM_OUTSIDE = "This value comes from outside of the loop, and each iteration would start anew from it."
+
 
 class BodyRecorder(Recorder):
     """Records the body of a loop, as part of the recording around it."""
@@ -65,8 +67,7 @@ class BodyRecorder(Recorder):
         """What a value from outside is in the body."""
         memory = value.memory
         if memory not in self._captured:
-            why = "This value comes from outside of the loop, and each iteration would start anew from it."
-            self._captured[memory] = Memory(self.take(memory.node), constant=why)
+            self._captured[memory] = Memory(self.take(memory.node), constant=_FROM_OUTSIDE)
         if value not in self._inside_of:  # one for each, so that there are gradients with respect to it
             mine = Value(self, self._captured[memory].node, self._captured[memory], value.views)
             mine.node = self.derived(mine)
@@ -115,6 +116,18 @@ class BodyRecorder(Recorder):
         if self.open:
             args, kwargs = self._mine(args), {name: self._mine(each) for name, each in kwargs.items()}
         return super().call(operation, args, kwargs, function)
+
+    def assign(self, site: g.Site, value: Any) -> None:
+        """Make a value the value of a site, in every iteration."""
+        super().assign(site, self._mine(value))
+
+    def of_kept(self, kept: Kept) -> Value:
+        """The value that something kept is in the body."""
+        if kept.source.recorder is self.parent:
+            return self._inside(kept.source)
+        value = super().of_kept(kept)
+        value.memory.constant = _FROM_OUTSIDE
+        return value
 
     def grad(self, loss: Value, weights: Any, values: Sequence[Value | Tensor]) -> list[Value]:
         """The gradients of a value with respect to others, within one iteration."""

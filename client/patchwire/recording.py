@@ -566,7 +566,6 @@ class Recorder(TracerBase):
             )
         if value._saved and dtype is None:
             return
-        self._value(value)
         value._saved = True
         self.saved.append((value, dtype, value.memory.version, user_line()))
 

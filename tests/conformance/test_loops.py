@@ -235,6 +235,51 @@ class TestValuesFromOutside:
         torch.testing.assert_close(result.value, 5 * saved.value + 2 * large[-1], rtol=1e-5, atol=1e-2)
         assert torch.equal(back.value, result.value)
 
+    def test_are_written_to_sites(self, model):
+        with model.trace(PROMPT):
+            kept = model.layers[0].output.keep(seconds=60)
+        with model.session() as session:
+            with model.trace(PROMPT):
+                clean = model.layers[0].output
+            with session.repeat(2), model.trace(tiny.prompt(5, seed=2)):
+                model.layers[0].output = clean
+                one = model.logits.save()
+            with session.repeat(2), model.trace(tiny.prompt(5, seed=2)):
+                model.layers[0].output = kept
+                other = model.logits.save()
+        kept.forget()
+        with model.trace(PROMPT):
+            expected = model.logits.save()
+
+        assert torch.equal(one.value, expected.value.expand(2, 1, -1, -1))
+        assert torch.equal(other.value, one.value)
+
+    def test_of_its_own_session_may_be_kept_before_the_loop(self, model):
+        with model.session() as session:
+            with model.trace(PROMPT):
+                kept = model.layers[0].output.keep(seconds=60)
+            with session.repeat(3) as loop:
+                total = loop.carry(kept)
+                total += kept
+            result = loop.result(total).save()
+        with model.trace(PROMPT):
+            back = (kept * 4).save()
+        kept.forget()
+
+        torch.testing.assert_close(result.value, back.value)
+
+    def test_of_a_shape_that_depends_on_values(self, model):
+        with model.session() as session:
+            with model.trace(PROMPT):
+                positive = model.logits[model.logits > 0]
+                expected = positive.save()
+            with session.repeat(2) as loop:
+                total = loop.carry(positive)
+                total += positive
+            result = loop.result(total).save()
+
+        torch.testing.assert_close(result.value, 3 * expected.value)
+
     def test_have_gradients_in_the_body(self, model):
         with model.session() as session:
             with model.trace(PROMPT):
@@ -254,6 +299,44 @@ class TestValuesFromOutside:
                 found.append(patchwire.grad(model.logits[0, -1, 3], inner).save())
 
         torch.testing.assert_close(gradients.value, torch.stack([each.value for each in found]))
+
+
+def test_a_soft_prompt_is_optimised(model):
+    with model.session() as session:
+        with session.repeat(8) as loop:
+            soft = loop.carry(torch.zeros(4, WIDTH))
+            with model.trace({"inputs_embeds": soft}):
+                loss = -model.logits[0, -1].log_softmax(-1)[5]
+            losses = loss.save()
+            loop.step(patchwire.optim.SGD(lr=0.05), loss, [soft])
+        result = loop.result(soft).save()
+    with model.trace({"inputs_embeds": result.value}):
+        after = (-model.logits[0, -1].log_softmax(-1)[5]).save()
+
+    assert losses.value.diff().max() < 0
+    assert after.value < losses.value[-1]
+
+
+def test_gradients_before_and_after_a_loop_are_what_they_are_without_it(model):
+    def gradients(*, loop: bool):
+        with model.session() as session:
+            with model.trace(PROMPT):
+                h = model.layers[0].output
+                first = model.logits[0, -1, 3]
+            if loop:
+                with session.repeat(2) as repeated:
+                    n = repeated.carry(0.0)
+                    with model.trace(PROMPT):
+                        n += model.logits.sum()
+                repeated.result(n).save()
+            found = [patchwire.grad(first, h).save()]
+            with model.trace(PROMPT):
+                inner = model.layers[1].output
+                found.append(patchwire.grad(model.logits[0, -1, 4], inner).save())
+        return [each.value for each in found]
+
+    for with_loop, without in zip(gradients(loop=True), gradients(loop=False), strict=True):
+        assert torch.equal(with_loop, without)
 
 
 def test_loops_and_traces_run_in_the_order_in_which_they_are_written(model):
@@ -368,6 +451,12 @@ class TestIsRefused:
                 total = model.logits * 0
             with session.repeat(2):
                 total += 1  # this line
+
+    def test_an_edit_of_a_kept_value(self, model):
+        with model.trace(PROMPT):
+            kept = model.logits.keep(seconds=60)
+        with refused(patchwire.GraphError, "outside of the loop"), model.session() as session, session.repeat(2):
+            kept[:] = 1  # this line
 
     def test_a_value_of_the_body_after_the_loop(self, model):
         with refused(patchwire.GraphError, "body of a loop", hint="result"), model.session() as session:

@@ -63,8 +63,8 @@ class Listener(Protocol):
     def absent(self, node: int, iteration: Iteration | None = None) -> None:
         """A value will not exist that a save, by its position in the request or in a loop's body, was for."""
 
-    def iterated(self, loop: int, done: int, count: int) -> None:
-        """So many iterations of a loop, by its position in the request's traces, are done."""
+    def iterated(self, loop: int, done: int, count: int, *, last: bool) -> None:
+        """So many iterations of a loop, by its position in the request's traces, are done; whether it ends with them."""
 
     def tokens(self, trace: int, invoke: int, ids: list[int]) -> None:
         """A generation has a new token for each row."""
@@ -107,7 +107,7 @@ class _Within:
     def absent(self, node: int, iteration: Iteration | None = None) -> None:
         self.listener.absent(node, self.iteration)
 
-    def iterated(self, loop: int, done: int, count: int) -> None:
+    def iterated(self, loop: int, done: int, count: int, *, last: bool) -> None:
         raise AssertionError("there is no loop in a loop")
 
     def tokens(self, trace: int, invoke: int, ids: list[int]) -> None:
@@ -287,8 +287,9 @@ class Execution:
             self.cost.add(iteration.run())
             for index, value in iteration.carried.items():
                 outside[index] = value
-            self.listener.iterated(each.trace, number + 1, loop.count)
-            if self.stopping.interrupted:
+            last = self.stopping.interrupted or number + 1 == loop.count
+            self.listener.iterated(each.trace, number + 1, loop.count, last=last)
+            if last:
                 break
         self._set(each.node, tuple(outside[carry.args[0]] for carry in loop.carries))  # type: ignore[index]
         self._evaluate_ready()

@@ -172,9 +172,9 @@ class _Teller:
     def absent(self, node: int, iteration: Iteration | None = None) -> None:
         self._job.tell(Absent(node, iteration))
 
-    def iterated(self, loop: int, done: int, count: int) -> None:
+    def iterated(self, loop: int, done: int, count: int, *, last: bool) -> None:
         now = time.perf_counter()
-        if self._job.stopping.interrupted or done == count or now - self._told > _TELL_SECONDS:
+        if last or now - self._told > _TELL_SECONDS:
             self._told = now
             self._job.tell(Iterated(loop, done, count))
 
