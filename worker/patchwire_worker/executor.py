@@ -64,7 +64,7 @@ class Listener(Protocol):
         """A value will not exist that a save, by its position in the request or in a loop's body, was for."""
 
     def iterated(self, loop: int, done: int, count: int, *, last: bool) -> None:
-        """So many iterations of a loop, by its position in the request's traces, are done; whether it ends with them."""
+        """So many iterations of a loop, by its position in the request's traces, are done; these may be the last."""
 
     def tokens(self, trace: int, invoke: int, ids: list[int]) -> None:
         """A generation has a new token for each row."""

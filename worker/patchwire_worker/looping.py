@@ -1,7 +1,7 @@
 """Loops: each iteration is an ordinary graph, the body with this iteration's rows and values from outside.
 
-So it is checked, planned and executed as every other graph is. It is checked again only when its rows are of other
-lengths than those before, and planned again only when they are other rows.
+So it is checked, planned and executed as every other graph is. It is checked again only for shapes that no iteration
+before had, and planned again only when its rows change.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from patchwire import graph as g
 from patchwire.checking import Checker
 from patchwire_worker.admission import Admitted
 from patchwire_worker.planner import Plan, plan
+
+_Shape = tuple[int, int, bool]
+"""What the fakes of an invoke's sites depend on: its rows, the longest of them, and whether they differ in length."""
 
 
 class Iterations:
@@ -22,9 +24,7 @@ class Iterations:
 
     def __init__(self, body: Admitted) -> None:
         self._body = body
-        self._lengths: list[list[int]] | None = None
-        self._rows: list[g.Invoke] | None = None
-        self._checker = body.checker
+        self._checked: set[tuple[_Shape, ...]] = set()
         self._plan: Plan | None = None
 
     def at(self, number: int, outside: Sequence[Tensor]) -> tuple[Admitted, Plan]:
@@ -40,13 +40,12 @@ class Iterations:
         graph = self._body.graph.at(number)
         graph.outside = list(outside)
         rows = [each for trace in graph.traces for each in trace.invokes]
-        lengths = [each.lengths for each in rows]
-        if lengths != self._lengths:
-            before = self._checker
-            self._checker = Checker(graph, before.catalogue, value_bytes=before.value_bytes)
-            self._checker.all()
-            self._lengths = lengths
-        admitted = replace(self._body, graph=graph, checker=self._checker)
+        shapes = tuple((len(each.rows), max(each.lengths), len(set(each.lengths)) > 1) for each in rows)
+        checker = Checker(graph, self._body.checker.catalogue, value_bytes=self._body.checker.value_bytes)
+        if shapes not in self._checked:
+            checker.all()
+            self._checked.add(shapes)
+        admitted = replace(self._body, graph=graph, checker=checker)
         if self._plan is None or any(each.batches for each in rows):
             self._plan = plan(admitted)
         return admitted, self._plan
