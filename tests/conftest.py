@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from typing import Any
 
+import catalogue
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -11,6 +14,53 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import patchwire
 import tiny
 from serving import Server
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-error", action="store_true", help="fail if an error of docs/errors.md is never raised")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--every-error"):
+        config.pluginmanager.register(EveryError())
+
+
+class EveryError:
+    """Notes every error of Patchwire that a run of the tests meets, and compares with the catalogue at the end."""
+
+    def __init__(self) -> None:
+        self.met: dict[tuple[str, str], bool] = {}
+        """Whether the error of a kind and message named a line, once at least."""
+        original = patchwire.PatchwireError.__init__
+
+        def init(error: patchwire.PatchwireError, message: str, *, hint: str = "", lines: Any = ()) -> None:
+            original(error, message, hint=hint, lines=lines)
+            key = (type(error).__name__, message)
+            self.met[key] = self.met.get(key, False) or bool(error.lines)
+
+        patchwire.PatchwireError.__init__ = init  # type: ignore[method-assign]
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        for title, entries in self.missing().items():
+            if entries:
+                terminalreporter.section(title)
+            for each in entries:
+                terminalreporter.line(f"{each.kind} ({each.room}): {each.message}")
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if any(self.missing().values()) and session.exitstatus == 0:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    @functools.cache  # noqa: B019
+    def missing(self) -> dict[str, list[catalogue.Entry]]:
+        seen = {entry: [named for key, named in self.met.items() if key[0] == entry.kind and entry.matches(key[1])]
+                for entry in catalogue.entries()}  # fmt: skip
+        return {
+            "errors of docs/errors.md that no test raises": [each for each, found in seen.items() if not found],
+            "errors of a block that never name a line": [
+                each for each, found in seen.items() if found and each.in_a_block and not any(found)
+            ],
+        }
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,6 +1,7 @@
 """The program that `serving.Server` starts: serve the models that standard input names, until it is closed.
 
-The first line of standard input is JSON: `{"models": {name: {"path": …, "dtype": …}}, "token": …, "limits": {…}}`.
+The first line of standard input is JSON:
+`{"models": {name: {"path": …, "dtype": …}}, "token": …, "limits": {…}, "jobs": directory or ""}`.
 "LISTENING host:port" is printed when requests can come.
 """
 
@@ -13,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import torch
 
@@ -30,10 +32,11 @@ def main() -> None:
     threading.Thread(target=_end_with_standard_input, daemon=True).start()
     torch.set_num_threads(1)
     models = {
-        name: HostedModel(load(spec["path"], name=name, device="cpu", dtype=spec["dtype"]))
+        name: HostedModel(load(spec["path"], name=name, device="cpu", dtype=spec["dtype"], attention=spec["attention"]))
         for name, spec in told["models"].items()
     }
-    config = ServerConfig(token=told["token"], limits=Limits(**told["limits"]))
+    jobs = Path(told["jobs"]) if told["jobs"] else None
+    config = ServerConfig(token=told["token"], limits=Limits(**told["limits"]), jobs=jobs)
     asyncio.run(serve(models, config, _say))
 
 

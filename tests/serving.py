@@ -35,6 +35,8 @@ class Server:
         token: str | None = None,
         limits: Mapping[str, Any] | None = None,
         dtypes: Mapping[str, str] | None = None,
+        attention: str | None = None,
+        jobs: str | Path | None = None,
     ) -> None:
         """
         Args:
@@ -42,11 +44,14 @@ class Server:
             token: What clients have to present.
             limits: Fields of `patchwire_worker.config.Limits`.
             dtypes: The element type to load a model in, by its name; float32 for the others.
+            attention: How attention is computed, if not as transformers prefers.
+            jobs: The directory of detached jobs.
         """
         models = {
-            name: {"path": str(path), "dtype": (dtypes or {}).get(name, "float32")} for name, path in specs.items()
+            name: {"path": str(path), "dtype": (dtypes or {}).get(name, "float32"), "attention": attention}
+            for name, path in specs.items()
         }
-        self._told = {"models": models, "token": token, "limits": dict(limits or {})}
+        self._told = {"models": models, "token": token, "limits": dict(limits or {}), "jobs": str(jobs or "")}
         self._stderr = tempfile.NamedTemporaryFile(prefix="patchwire-server-", suffix=".log")  # noqa: SIM115
         self.process: subprocess.Popen[str]
         self.address = ""

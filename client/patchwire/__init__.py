@@ -27,6 +27,7 @@ from patchwire.errors import (
     ExecutionError,
     GraphError,
     InputError,
+    JobError,
     LimitError,
     MissingTensorsError,
     ModelNotFoundError,
@@ -36,20 +37,24 @@ from patchwire.errors import (
     PatchwireWarning,
     ShapeError,
     SiteError,
+    StoreError,
     TimeoutError,
     VersionError,
 )
 from patchwire.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from patchwire import optim
+    from patchwire import activations, optim, random
     from patchwire.client import Client, connect, local
+    from patchwire.conditions import cond
     from patchwire.connection import TLS
+    from patchwire.jobs import Job, JobStatus
     from patchwire.kept import Kept
     from patchwire.loops import Batches, Loop
     from patchwire.model import Model, Module
     from patchwire.proxy import Structure, Value, grad
     from patchwire.results import Stats
+    from patchwire.scanning import Scan
     from patchwire.session import Session
     from patchwire.tracing import Generation, Trace
 
@@ -58,20 +63,38 @@ _HOMES = {
     "Batches": "loops",
     "Client": "client",
     "Generation": "tracing",
+    "Job": "jobs",
+    "JobStatus": "jobs",
     "Kept": "kept",
     "Loop": "loops",
     "Model": "model",
     "Module": "model",
+    "Scan": "scanning",
     "Session": "session",
     "Stats": "results",
     "Structure": "proxy",
     "Trace": "tracing",
     "Value": "proxy",
+    "cond": "conditions",
     "connect": "client",
     "grad": "proxy",
     "local": "client",
 }
 """Where the names live that need torch, which takes seconds to import: they are looked up when they are first used."""
+
+
+_ROOMS = ("activations", "optim", "random")
+"""Modules that are looked up in the same way: `patchwire.random.normal(…)` needs no import of its own."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"patchwire.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'patchwire' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"patchwire.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
 
 
 def save(values: Any) -> Any:
@@ -80,20 +103,10 @@ def save(values: Any) -> Any:
     Returns:
         The same containers; after the block, the values in them behave as their tensors.
     """
-    # Not in the table of homes: nnsight gives every object a `save`, modules too, so it would not be looked up there.
-    from patchwire.proxy import save
+    # Not looked up as the others are: where nnsight is imported, every object has a `save`, modules too.
+    from patchwire.proxy import save_all
 
-    return save(values)
-
-
-def __getattr__(name: str) -> Any:
-    if name == "optim":
-        return importlib.import_module("patchwire.optim")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'patchwire' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"patchwire.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+    return save_all(values)
 
 
 def __dir__() -> list[str]:
@@ -114,6 +127,9 @@ __all__ = [
     "Generation",
     "GraphError",
     "InputError",
+    "Job",
+    "JobError",
+    "JobStatus",
     "Kept",
     "LimitError",
     "Loop",
@@ -125,19 +141,24 @@ __all__ = [
     "OrderError",
     "PatchwireError",
     "PatchwireWarning",
+    "Scan",
     "Session",
     "ShapeError",
     "SiteError",
     "Stats",
+    "StoreError",
     "Structure",
     "TimeoutError",
     "Trace",
     "Value",
     "VersionError",
     "__version__",
+    "activations",
+    "cond",
     "connect",
     "grad",
     "local",
     "optim",
+    "random",
     "save",
 ]

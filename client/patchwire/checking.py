@@ -38,7 +38,7 @@ from patchwire.errors import (
     first_line,
     with_code,
 )
-from patchwire.sites import Axis, Catalogue, Leaf, Module
+from patchwire.sites import Axis, Catalogue, Leaf, Module, Parameter
 
 _ELEMENTWISE = frozenset(name for name in ops.OPERATIONS if name.startswith("operator.")) - {"operator.matmul"}
 """Operations that make nothing but their result."""
@@ -49,6 +49,7 @@ _MAX_JOINED = 64
 _MAX_POWER = 1024
 _MAX_WORK = 8192**3
 _FEW = 1024
+_DRAWN_ITEMSIZE = 8
 _CUBIC = """
     cholesky cond det eig eigh eigvals eigvalsh inv inverse logdet matrix_exp matrix_power matrix_rank pinv pinverse qr
     slogdet solve svd svdvals
@@ -60,8 +61,8 @@ _CUBIC = """
 class After:
     """When a value exists."""
 
-    order: tuple[float, ...]
-    """The trace of the latest site it depends on, its step, and the site's position among all of a forward pass."""
+    order: tuple[Any, ...]
+    """The trace of the latest site it depends on, its step, and when in a pass the site exists at the earliest."""
     site: g.Site | str
     """That site, or what else of the trace."""
     line: SourceLine | None
@@ -105,6 +106,7 @@ class Checker:
             g.apply: self._apply,
             g.constant: self._constant,
             g.parameter: self._parameter,
+            g.assign: self._assign,
             g.grad: self._grad,
             g.generated: self._generated,
             g.token_ids: self._token_ids,
@@ -113,6 +115,7 @@ class Checker:
             g.carry: self._carry,
             g.keep: self._save,
             g.save: self._save,
+            g.log: self._log,
         }
 
     def all(self) -> None:
@@ -144,7 +147,7 @@ class Checker:
         trace = self.graph.traces[site.trace]
         return self.catalogue(trace.model).leaf(site.address).at_step(site.step)
 
-    def order(self, site: g.Site) -> tuple[float, ...]:
+    def order(self, site: g.Site) -> tuple[Any, ...]:
         """When a site's value exists, to be compared with `After.order`."""
         return (site.trace, site.step, self.leaf(site).order)
 
@@ -152,6 +155,12 @@ class Checker:
         """What the value of a site looks like."""
         lengths = self.graph.traces[site.trace].invokes[site.invoke].lengths
         leaf = self.leaf(site)
+        times = leaf.runs.length(len(lengths), max(lengths))
+        if times is not None and leaf.occurrence >= times:
+            raise SiteError(
+                f"`{site}` never exists: with this prompt the operation runs {times} times.",
+                hint=f"The first time is [0], the last [{times - 1}].",
+            )
         if not leaf.aligns and len(set(lengths)) > 1:
             raise SiteError(
                 f"`{site}` {leaf.symbolic} cannot be told apart for prompts of different lengths.",
@@ -172,6 +181,11 @@ class Checker:
         assert isinstance(site, g.Site)
         assert isinstance(value, torch.fx.Node)
         leaf = self.leaf(site)
+        if leaf.unused:
+            raise SiteError(
+                f"`{site}` cannot be changed: the model does nothing with what this call returns.",
+                hint="Change what it is given, or what it has changed where that is used next.",
+            )
         place = self.fake_site(site)
         fake = fake_of(value)
         if isinstance(fake, tuple):
@@ -184,7 +198,7 @@ class Checker:
                 f"`{site}` is {describe(place)} ({leaf.symbolic}) and cannot become {describe(fake)}.", hint=hint
             )
         after: After | None = node.meta["after"]
-        if after is not None and after.order > self.order(site):
+        if after is not None and after.order > (site.trace, site.step, leaf.latest):
             lines = [with_code(line) for line in (g.line_of(node), after.line) if line is not None]
             raise OrderError(
                 f"`{site}` cannot be changed with a value of `{after.site}`, which comes later in the forward pass.",
@@ -195,7 +209,7 @@ class Checker:
     def _call(self, node: torch.fx.Node) -> Any:
         operation = g.operation_of(node)
         assert operation is not None
-        if not node.all_input_nodes:
+        if operation.kind != "draw" and not node.all_input_nodes:
             # Without a tensor it would be Python that computes, at any length and size: `9 ** 10**9`.
             raise GraphError(f"`{operation.name}` is given no tensor.")
         return self.run(operation.name, operation.function, node.args, node.kwargs)
@@ -277,7 +291,8 @@ class Checker:
         try:
             self._check_bytes(name, _scratch(name, args, kwargs))
             with nullcontext() if name in _ELEMENTWISE or self.value_bytes is None else _Sizes(name, self._check_bytes):
-                result = function(*_any_places(name, args), **kwargs)
+                place = {"device": "meta"} if ops.OPERATIONS[name].kind == "draw" else {}
+                result = function(*_any_places(name, args), **kwargs, **place)
         except (NotImplementedError, PatchwireError):
             raise
         except Exception as error:  # PyTorch and Python raise what they like
@@ -295,8 +310,11 @@ class Checker:
         return result
 
     def _apply(self, node: torch.fx.Node) -> Any:
-        trace, name, args, kwargs = node.args
-        module = self.catalogue(self.graph.traces[trace].model).module(name)  # type: ignore[index, arg-type]
+        trace, name, args, kwargs, weights = node.args
+        catalogue = self.catalogue(self.graph.traces[trace].model)  # type: ignore[index]
+        module = catalogue.module(name)  # type: ignore[arg-type]
+        for path, weight in weights.items():  # type: ignore[union-attr]
+            self._fits(path, catalogue.parameter(path), weight)  # type: ignore[arg-type]
         values = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.fx.Node)]  # type: ignore[misc, union-attr]
         if not module.leaves or not values:
             return None
@@ -330,22 +348,20 @@ class Checker:
             weigh = fake if weights is None else fake_of(weights)  # type: ignore[arg-type]
             if isinstance(weigh, Tensor) and weigh.shape != fake.shape:
                 raise ShapeError(f"`weights` has the shape of the value, {list(fake.shape)}, not {list(weigh.shape)}.")
-        if self._generates(loss):
-            raise OperationError(
-                "There are no gradients through a generation.",
-                hint="Trace the generated tokens in a forward pass: `model.trace(ids)`.",
-            )
         self._refuse_loops_between(loss, values)  # type: ignore[arg-type]
         for each in values:  # type: ignore[union-attr]
-            self._differentiable(each, node.meta["after"], loss)  # type: ignore[arg-type]
+            self._differentiable(each, loss)  # type: ignore[arg-type]
         return tuple(fake_of(each) for each in values)  # type: ignore[union-attr, arg-type]
 
     def _refuse_loops_between(self, loss: torch.fx.Node, values: Sequence[torch.fx.Node]) -> None:
         if not self.graph.loops:
             return
         writes: dict[int, list[torch.fx.Node]] = defaultdict(list)
-        for node in self.graph.fx.find_nodes(op="call_function", target=g.write):
-            writes[node.args[0].trace].append(node)
+        for node in self.graph.fx.nodes:
+            if node.target is g.write:
+                writes[node.args[0].trace].append(node)
+            elif node.target is g.assign:
+                writes[node.args[0]].append(node)
         for each in behind(loss, writes):
             if each.target is g.loop and not set(values).isdisjoint(behind(each, writes)):
                 raise OperationError(
@@ -353,10 +369,13 @@ class Checker:
                     hint="Take the gradient in its body, or with respect to a value that comes after it.",
                 )
 
-    def _differentiable(self, value: torch.fx.Node, after: After | None, loss: torch.fx.Node) -> None:
+    def _differentiable(self, value: torch.fx.Node, loss: torch.fx.Node) -> None:
         fake, mine, its = fake_of(value), value.meta["after"], loss.meta["after"]
         if not isinstance(fake, Tensor) or not fake.dtype.is_floating_point:
-            raise ShapeError(f"A gradient is with respect to a floating-point value, not {describe(fake)}.")
+            raise ShapeError(
+                f"A gradient is with respect to a floating-point value, not {describe(fake)}.",
+                hint="Take it with respect to what is computed from that: `model.embed.output`, or `value.float()`.",
+            )
         if mine is not None and (its is None or mine.order > its.order):
             raise OrderError(
                 f"The value that is differentiated does not depend on `{mine.site}`, which comes later.",
@@ -364,9 +383,13 @@ class Checker:
                 lines=[line for line in (its and its.line, mine.line) if line is not None],
             )
 
-    def _generates(self, node: torch.fx.Node) -> bool:
-        after: After | None = node.meta["after"]
-        return after is not None and self.graph.traces[int(after.order[0])].generation is not None
+        first, last = (0 if each is None else int(each.order[0]) for each in (mine, its))
+        if its is not None and any(each.generation is not None for each in self.graph.traces[first : last + 1]):
+            # Hugging Face's loop remembers no way back: a part of the gradient would be missing without a word.
+            raise OperationError(
+                "There are no gradients through a generation, and one lies between the value and the loss.",
+                hint="Generate in a request of its own, and trace the generated tokens: `model.trace(ids)`.",
+            )
 
     def _generated(self, node: torch.fx.Node) -> Tensor | None:
         trace = node.args[0]
@@ -409,9 +432,36 @@ class Checker:
                 hint="It has the same shape and dtype in every iteration: start it as what it becomes.",
             )
 
+    def _assign(self, node: torch.fx.Node) -> None:
+        trace, path, value = node.args
+        assert isinstance(trace, int)
+        assert isinstance(path, str)
+        assert isinstance(value, torch.fx.Node)
+        self._fits(path, self.catalogue(self.graph.traces[trace].model).parameter(path), value)
+        after: After | None = value.meta["after"]
+        if after is not None and after.order >= (trace,):
+            raise OrderError(
+                f"`{path}` cannot become a value of `{after.site}`, which exists only when the model runs with it.",
+                hint="Read the value in an earlier trace of a session.",
+                lines=[with_code(line) for line in (g.line_of(node), after.line) if line is not None],
+            )
+
+    @staticmethod
+    def _fits(path: str, parameter: Parameter, value: torch.fx.Node) -> None:
+        fake = fake_of(value)
+        own = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        if isinstance(fake, Tensor) and (fake.shape != own.shape or fake.dtype != own.dtype):
+            raise ShapeError(f"`{path}` is {describe(own)} and cannot become {describe(fake)}.")
+
     def _save(self, node: torch.fx.Node) -> None:
         if isinstance(fake_of(node.args[0]), tuple):  # type: ignore[arg-type]
             raise GraphError("A tuple cannot be saved as one value.")
+
+    def _log(self, node: torch.fx.Node) -> None:
+        for part in node.args[0]:  # type: ignore[union-attr]
+            fine = not isinstance(fake_of(part), tuple) if isinstance(part, torch.fx.Node) else isinstance(part, str)
+            if not fine:
+                raise GraphError("A log is of texts and of values that are one tensor each.")
 
     def check_size(self, fake: Any) -> None:
         """Refuse a value that is too large."""
@@ -553,6 +603,10 @@ def _is_tensors(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and bool(value) and all(map(_is_tensor, value))
 
 
+def _has_tensor(value: Any) -> bool:
+    return _is_tensor(value) or (isinstance(value, (tuple, list)) and any(map(_has_tensor, value)))
+
+
 def _check_lengths(argument: Any) -> None:
     if isinstance(argument, (tuple, list)):
         if len(argument) > g.MAX_ITEMS:
@@ -571,6 +625,8 @@ def _check_arguments(name: str, args: Any, kwargs: Any) -> None:
         # An item of a tuple is how a graph takes one of several results.
         item = name == "operator.getitem" and isinstance(first, tuple) and isinstance(args[-1], (int, slice))
         fine = _is_tensor(first) or item
+    elif owner == ops.DRAWS:
+        fine = not any(map(_has_tensor, values))
     elif owner == "operator":
         odd = [each for each in values if not _is_tensor(each) and not isinstance(each, (bool, int, float))]
         fine, wrong = not odd, odd[0] if odd else None
@@ -580,6 +636,11 @@ def _check_arguments(name: str, args: Any, kwargs: Any) -> None:
         fine = any(_is_tensor(each) or _is_tensors(each) for each in values)
     else:
         fine = _is_tensor(first) or _is_tensors(first)
+    if not fine and owner == ops.DRAWS:
+        raise OperationError(
+            f"`{name}` takes numbers that are known inside the block, not a value.",
+            hint="Give a value's shape, and compute with what is drawn: `patchwire.random.uniform(p, seed=0) < p`.",
+        )
     if not fine:
         takes = "tensors and numbers" if owner == "operator" else "tensors"
         raise OperationError(
@@ -662,6 +723,10 @@ def _scratch(name: str, args: Any, kwargs: Any) -> int:
     """How many bytes an operation needs on its way that neither its result nor PyTorch's dispatcher show."""
     short, tensors = name.rsplit(".", 1)[-1], _tensors((args, kwargs))
     widest = max((each.itemsize for each in tensors), default=0)
+    if ops.OPERATIONS[name].kind == "draw":  # before it is converted
+        size = _given(args, kwargs, 0, "size", "n")
+        lengths = [each for each in (size if isinstance(size, (tuple, list)) else [size]) if isinstance(each, int)]
+        return math.prod(lengths) * _DRAWN_ITEMSIZE
     match short:
         case "dist" | "l1_loss" | "mse_loss" | "smooth_l1_loss" | "huber_loss":
             return _broadcast(tensors) * widest

@@ -1,4 +1,4 @@
-"""The command line: `patchwire serve`, `models`, `lens`, `demo`, `doctor`.
+"""The command line: `patchwire serve`, `models`, `jobs`, `lens`, `demo`, `doctor`.
 
 Every command works on what the library offers to any program. What takes long to import is imported by the command
 that needs it.
@@ -122,6 +122,14 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = DEFAULT_PORT,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            help="How attention is computed: eager, whose probabilities can be read, sdpa, …; if not given, as "
+            "transformers prefers.",
+            show_default=False,
+        ),
+    ] = None,
     token: Annotated[
         str | None,
         typer.Option(envvar="PATCHWIRE_TOKEN", help="What clients have to present.", show_default=False),
@@ -141,6 +149,12 @@ def serve(
     max_queued: Annotated[
         int | None, typer.Option(min=1, help="Requests of one model that may wait.", show_default=False)
     ] = None,
+    jobs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Keep detached jobs in this directory, past the end of the server.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Serve models, until Ctrl-C."""
     import asyncio
@@ -157,6 +171,11 @@ def serve(
             "Clients show certificates only on encrypted connections.", hint="Give --tls-cert and --tls-key too."
         )
     _check_port(host, port)
+    if jobs is not None:
+        try:
+            jobs.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise PatchwireError(f"Jobs cannot be kept in {jobs}: {error.strerror} (--jobs).") from error
     with _loading("the worker", remark=False):
         try:
             from patchwire_worker.config import Limits, ServerConfig
@@ -177,11 +196,12 @@ def serve(
             seconds=max_seconds or Limits.seconds,
             queued=max_queued or Limits.queued,
         ),
+        jobs=jobs,
     )
     hosted: dict[str, HostedModel] = {}
     for name, spec in specs:
         with _loading(spec):
-            model = HostedModel(load(spec, name=name, device=device, dtype=dtype))
+            model = HostedModel(load(spec, name=name, device=device, dtype=dtype, attention=attention))
         if model.name in hosted:
             raise PatchwireError(f"Two models are called `{model.name}`.", hint=f"Name one of them: `other={spec}`.")
         hosted[model.name] = model
@@ -298,6 +318,42 @@ def models(
             each.device,
         )
     out.print(table if found else "The server holds no models.")
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "patchwire jobs gpu-box:50051\n\n"
+    "patchwire jobs gpu-box:50051 --cancel 7JkTz…  [dim]# --forget removes its results too[/]"
+)
+def jobs(
+    address: Annotated[str, typer.Argument(metavar="ADDRESS", help="The server's address.")] = DEFAULT_ADDRESS,
+    cancel: Annotated[list[str], typer.Option(metavar="ID", help="Stop this job.", show_default=False)] = [],  # noqa: B006
+    forget: Annotated[
+        list[str], typer.Option(metavar="ID", help="Remove this job and its results.", show_default=False)
+    ] = [],  # noqa: B006
+    token: Token = None,
+    tls: Tls = False,
+    tls_ca: TlsCa = None,
+) -> None:
+    """List the detached jobs that a server keeps for you, the newest first."""
+    with patchwire.connect(address, token=token, tls=_tls(tls, tls_ca)) as client:
+        for each in cancel:
+            client.job(each).cancel()
+        for each in forget:
+            client.job(each).forget()
+        found = client.jobs()
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+        for name in ("job", "model", "status", "submitted", "bytes"):
+            table.add_column(
+                name, justify="right" if name == "bytes" else "left", overflow="fold", no_wrap=name == "job"
+            )
+        for job in found:
+            submitted = f"{job.submitted.astimezone():%Y-%m-%d %H:%M}"
+            table.add_row(job.id, job.model, Text(job.seen.text), submitted, f"{job.result_bytes:,}")
+    out.print(table if found else "The server keeps no jobs.")
 
 
 # --- lens -------------------------------------------------------------------------------------------------------------

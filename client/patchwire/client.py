@@ -6,6 +6,7 @@ from typing import Any
 
 from patchwire.connection import TLS, Connection
 from patchwire.errors import ModelNotFoundError, nearest
+from patchwire.jobs import Job
 from patchwire.model import Model
 from patchwire.session import Session
 from patchwire.v1 import model_pb2
@@ -45,9 +46,24 @@ class Client:
         assert name is not None
         return Model(self.connection, self.connection.describe(name), progress=self.progress)
 
-    def session(self) -> Session:
-        """A block of many traces, of one model or several, that are sent as one request."""
-        return Session(self.connection, progress=self.progress)
+    def session(self, *, blocking: bool = True) -> Session:
+        """A block of many traces, of one model or several, that are sent as one request (see `Session`)."""
+        return Session(self.connection, progress=self.progress, blocking=blocking)
+
+    def jobs(self) -> list[Job]:
+        """The detached jobs that the server keeps for you, the newest first."""
+        return [Job(self.connection, each, progress=self.progress) for each in self.connection.jobs()]
+
+    def job(self, id: str) -> Job:
+        """A detached job.
+
+        Args:
+            id: What `trace.job.id` was.
+
+        Raises:
+            JobError: the server has none of this id.
+        """
+        return Job(self.connection, self.connection.job(id), progress=self.progress)
 
     def close(self) -> None:
         """End the connection."""
@@ -97,7 +113,7 @@ def local(model: Any, *, progress: bool = True, **options: Any) -> Model:
     Args:
         model: A Hugging Face hub id, a local directory, a `.gguf` file, or a loaded Hugging Face model.
         progress: Whether to show progress bars.
-        options: `device`, `dtype`, `tokenizer` and `name`, as for `patchwire_worker.embedded.start`.
+        options: `device`, `dtype`, `tokenizer`, `attention` and `name`, as for `patchwire_worker.embedded.start`.
 
     Raises:
         ModelNotFoundError: the worker is not installed, or the model cannot be loaded.

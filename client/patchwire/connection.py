@@ -9,7 +9,8 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from patchwire import graph as g
 from patchwire import ops, tensors
+from patchwire.background import Cancellation
 from patchwire.errors import (
     ConnectionFailedError,
     ConnectionLostError,
@@ -26,16 +28,15 @@ from patchwire.errors import (
     LimitError,
     MissingTensorsError,
     PatchwireError,
+    SourceLine,
     VersionError,
 )
 from patchwire.results import Progress, Results, Stats
-from patchwire.status import error_from_call
-from patchwire.v1 import graph_pb2, model_pb2, service_pb2, service_pb2_grpc, tensor_pb2
+from patchwire.status import error_from_call, line_from_proto
+from patchwire.v1 import graph_pb2, job_pb2, job_pb2_grpc, model_pb2, service_pb2, service_pb2_grpc, tensor_pb2
 from patchwire.version import PROTOCOL_VERSION, VERSION
 
 T = TypeVar("T")
-OnTokens = Callable[[int, int, list[int]], None]
-"""Takes new tokens: a trace, an invoke, and an id for each row."""
 
 _CONNECT_SECONDS = 10.0
 _REMEMBERED_UPLOADS = 65536
@@ -110,6 +111,7 @@ class Connection:
             self._channel = grpc.insecure_channel(address, options=options)
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._stub = service_pb2_grpc.PatchwireServiceStub(self._channel)
+        self._jobs = job_pb2_grpc.JobServiceStub(self._channel)
         self._uploaded: set[bytes] = set()
         self._lock = threading.Lock()
         weakref.finalize(self, self._channel.close)
@@ -162,6 +164,15 @@ class Connection:
         """
         return self._call(self._stub.DescribeModel, service_pb2.DescribeModelRequest(model=model)).model
 
+    def describe_source(self, model: str, module: str, path: Sequence[str] = ()) -> model_pb2.Source:
+        """What is inside the forward of a module, or inside a function that operations in it lead to.
+
+        Raises:
+            SiteError: a forward pass does not call it, or its text is not to be had.
+        """
+        request = service_pb2.DescribeSourceRequest(model=model, module=module, path=path)
+        return self._call(self._stub.DescribeSource, request).source
+
     def tokenize(
         self, model: str, *, texts: Sequence[str] = (), messages: Sequence[dict[str, str]] = ()
     ) -> list[list[int]]:
@@ -177,7 +188,7 @@ class Connection:
         )
         return [list(row.ids) for row in self._call(self._stub.Tokenize, request).rows]
 
-    def upload(self, constants: Sequence[Tensor]) -> list[bytes]:
+    def upload(self, constants: Sequence[Tensor], cancellation: Cancellation | None = None) -> list[bytes]:
         """Store tensors on the server; those that it has are not sent again.
 
         Returns:
@@ -187,10 +198,10 @@ class Connection:
         with self._lock:
             wanted = {name: each for name, each in zip(hashes, constants, strict=True) if name not in self._uploaded}
         if wanted:
-            self._send(wanted)
+            self._send(wanted, cancellation or Cancellation())
         return hashes
 
-    def _send(self, wanted: dict[bytes, Tensor]) -> None:
+    def _send(self, wanted: dict[bytes, Tensor], cancellation: Cancellation) -> None:
         for each in wanted.values():
             if each.nbytes > self.limits.constant_bytes:
                 raise LimitError(
@@ -204,6 +215,8 @@ class Connection:
             for each in wanted.values():
                 yield service_pb2.UploadRequest(header=tensors.header(each))
                 for chunk in tensors.chunks(each, length=length):
+                    if cancellation.cancelled:
+                        return  # the server refuses half a tensor
                     yield service_pb2.UploadRequest(chunk=chunk)
 
         stored = self._call(self._stub.Upload, parts()).hashes
@@ -214,19 +227,28 @@ class Connection:
                 self._uploaded.clear()
             self._uploaded.update(wanted)
 
-    def run(self, graph: g.Graph, progress: Progress, on_tokens: OnTokens = lambda *_: None) -> Results:
+    def run(self, graph: g.Graph, progress: Progress, cancellation: Cancellation | None = None) -> Results:
         """Run a graph.
 
         Args:
             graph: What to run.
             progress: Told what happens.
-            on_tokens: Told the new tokens of a generation: its trace, its invoke, an id for each row.
+            cancellation: Says whether it is still wanted.
 
         Raises:
             PatchwireError: of the kind that the server says.
             ConnectionLostError: the server went away.
         """
-        return self._with_uploads(graph, lambda message: self._stream(message, _Arriving(graph), progress, on_tokens))
+        wanted = cancellation or Cancellation()
+
+        def ask(message: graph_pb2.Graph) -> Results:
+            arriving = _Arriving.of(graph, message)
+            name = secrets.token_bytes(16) if arriving.loops else b""
+            request = service_pb2.RunRequest(graph=message, compression=self.compression, id=name)
+            with self._interruptible(name, progress):
+                return self._receive(self._stub.Run, request, arriving, progress, wanted)
+
+        return self._with_uploads(graph, ask, wanted)
 
     def interrupt(self, request: bytes) -> bool:
         """Have the loops of a running request end after the iteration that they are in; whether there is such a one."""
@@ -261,23 +283,99 @@ class Connection:
         finally:
             signal.signal(signal.SIGINT, before)
 
+    def submit(
+        self, graph: g.Graph, cancellation: Cancellation | None = None
+    ) -> tuple[job_pb2.Job, Mapping[int, Expected | None]]:
+        """Submit a graph as a detached job.
+
+        Returns:
+            The job, and what each save brings as far as that is known, by its position in the graph.
+
+        Raises:
+            PatchwireError: of the kind that the server says.
+        """
+
+        def ask(message: graph_pb2.Graph) -> tuple[job_pb2.Job, Mapping[int, Expected | None]]:
+            request = job_pb2.SubmitJobRequest(graph=message, compression=self.compression)
+            return self._call(self._jobs.SubmitJob, request).job, _saves(graph)
+
+        return self._with_uploads(graph, ask, cancellation or Cancellation())
+
+    def jobs(self) -> list[job_pb2.Job]:
+        """The detached jobs of whoever has this connection's token, the newest first."""
+        return list(self._call(self._jobs.ListJobs, job_pb2.ListJobsRequest()).jobs)
+
+    def job(self, id: str, wait_seconds: float = 0.0) -> job_pb2.Job:
+        """A detached job, once it has ended or so many seconds have passed.
+
+        Raises:
+            JobError: there is none of this id.
+        """
+        request = job_pb2.GetJobRequest(id=id, wait_seconds=wait_seconds)
+        return self._call(self._jobs.GetJob, request, wait_seconds + (self.timeout or _CONNECT_SECONDS)).job
+
+    def fetch(
+        self,
+        id: str,
+        expected: Mapping[int, Expected | None] | None,
+        progress: Progress,
+        cancellation: Cancellation | None = None,
+    ) -> Results:
+        """The results of a detached job that has ended.
+
+        Args:
+            id: Which.
+            expected: What each save brings, by its position in the graph; None if that is not known here.
+            progress: Told what happens.
+            cancellation: Says whether they are still wanted.
+
+        Returns:
+            What came back.
+
+        Raises:
+            JobError: there is none of this id, or its results have expired.
+            PatchwireError: of the kind of what went wrong when it ran.
+        """
+        request = job_pb2.FetchJobRequest(id=id)
+        try:
+            arriving = _Arriving(expected)
+            return self._receive(self._jobs.FetchJob, request, arriving, progress, cancellation or Cancellation())
+        except ConnectionLostError as error:
+            raise ConnectionLostError(error.message, hint="The job is kept by the server: fetch it again.") from None
+
+    def cancel_job(self, id: str) -> job_pb2.Job:
+        """Stop a detached job; it, once it has ended.
+
+        Raises:
+            JobError: there is none of this id.
+        """
+        return self._call(self._jobs.CancelJob, job_pb2.CancelJobRequest(id=id)).job
+
+    def forget_job(self, id: str) -> None:
+        """Remove a detached job and its results.
+
+        Raises:
+            JobError: there is none of this id.
+        """
+        self._call(self._jobs.ForgetJob, job_pb2.ForgetJobRequest(id=id))
+
     def check(self, graph: g.Graph) -> list[tensor_pb2.TensorHeader]:
         """Check a graph on the server without running it: the shape and dtype of each saved value."""
 
         def ask(message: graph_pb2.Graph) -> service_pb2.CheckResponse:
             return self._call(self._stub.Check, service_pb2.CheckRequest(graph=message))
 
-        return list(self._with_uploads(graph, ask).saved)
+        return list(self._with_uploads(graph, ask, Cancellation()).saved)
 
-    def _with_uploads(self, graph: g.Graph, ask: Callable[[graph_pb2.Graph], T]) -> T:
+    def _with_uploads(self, graph: g.Graph, ask: Callable[[graph_pb2.Graph], T], cancellation: Cancellation) -> T:
         """What `ask` gets for a graph's message, with its large constants sent again if the server has dropped some."""
         try:
-            return ask(self._message(graph))
+            return ask(self._message(graph, cancellation))
         except MissingTensorsError:
             with self._lock:
                 self._uploaded.clear()  # the error names only some of what is missing
         try:
-            return ask(self._message(graph))
+            return ask(self._message(graph, cancellation))
         except MissingTensorsError:
             large = self._large(graph)
             raise LimitError(
@@ -286,9 +384,11 @@ class Connection:
                 hint="Use fewer of them in one trace, or smaller ones.",
             ) from None
 
-    def _message(self, graph: g.Graph) -> graph_pb2.Graph:
+    def _message(self, graph: g.Graph, cancellation: Cancellation) -> graph_pb2.Graph:
         large = self._large(graph)
-        names = {id(each): name for each, name in zip(large, self.upload(large), strict=True)}
+        hashes = self.upload(large, cancellation)
+        cancellation.check()
+        names = {id(each): name for each, name in zip(large, hashes, strict=True)}
         message = g.graph_to_proto(_with_names(graph, names))
         if self.limits.message_bytes and message.ByteSize() > self.limits.message_bytes:
             raise LimitError(
@@ -303,19 +403,22 @@ class Connection:
         constants = [each for part in g.parts(graph) for each in part.constants]
         return [each for each in constants if isinstance(each, Tensor) and each.nbytes > g.INLINE_BYTES]
 
-    def _stream(
-        self, message: graph_pb2.Graph, arriving: _Arriving, progress: Progress, on_tokens: OnTokens
+    def _receive(
+        self,
+        method: Callable[..., Any],
+        request: Any,
+        arriving: _Arriving,
+        progress: Progress,
+        cancellation: Cancellation,
     ) -> Results:
+        """What a stream brings."""
         assembly: tensors.Assembly | None = None
         current: _Key | None = None
         stats: Stats | None = None
         answers = self._answers  # a server that did so the last time, and is not there, went away
-        name = secrets.token_bytes(16) if arriving.loops else b""
-        request = service_pb2.RunRequest(graph=message, compression=self.compression, id=name)
-        call = self._stub.Run(request, metadata=self._metadata, timeout=self.timeout)
-        ending = contextlib.ExitStack()
+        call = method(request, metadata=self._metadata, timeout=self.timeout)
+        cancellation.watch(call)
         try:
-            ending.enter_context(self._interruptible(name, progress))
             for event in _events(call):
                 answers = self._answers = True
                 match event.WhichOneof("kind"):
@@ -325,7 +428,7 @@ class Connection:
                         progress.running(event.running.number, event.running.passes)
                     case "saved":
                         current = arriving.key(event.saved)
-                        _check_header(event.saved.header, arriving.saves[current[:2]])
+                        _check_header(event.saved.header, arriving.expected(current))
                         assembly = tensors.Assembly(event.saved.header, _LARGEST_RESULT)
                         progress.bytes(0, assembly.total)
                     case "chunk":
@@ -341,7 +444,9 @@ class Connection:
                         arriving.iterated(event.iterated)
                         progress.iterated(event.iterated.done, event.iterated.count)
                     case "tokens":
-                        on_tokens(event.tokens.trace, event.tokens.invoke, list(event.tokens.ids))
+                        progress.tokens(event.tokens.trace, event.tokens.invoke, list(event.tokens.ids))
+                    case "logged":
+                        progress.logged(event.logged.text, arriving.log(event.logged))
                     case "done":
                         stats = Stats.from_proto(event.done)
                         break  # the status that follows says nothing new, and waiting for it takes a while
@@ -357,39 +462,80 @@ class Connection:
             # Before the end this stops the pass at its next site.
             with contextlib.suppress(Exception):
                 call.cancel()
-            ending.close()
             progress.close()
         if stats is None:
             raise ConnectionLostError(f"The server at {self.address} ended the request early.")
         return arriving.results(stats)
 
 
-def _events(call: Iterable[service_pb2.RunResponse]) -> Iterator[service_pb2.Event]:
+def _events(call: Iterable[service_pb2.RunResponse | job_pb2.FetchJobResponse]) -> Iterator[service_pb2.Event]:
     for response in call:
         yield from response.events
 
 
-_Expected = tuple[list[int], torch.dtype]
+def _line(message: graph_pb2.Graph, node: int) -> SourceLine | None:
+    """The user's line that a node came from."""
+    line = message.lines[message.nodes[node].line]
+    return line_from_proto(line) if line.file else None
+
+
+Expected = tuple[list[int], torch.dtype]
 """The shape and dtype of a value that is to come."""
+_Place = tuple[int | None, int]
+"""A save or log: the loop in whose body it is, and its position."""
 _Key = tuple[int | None, int, int]
-"""A saved value: the loop in whose body the save is, the save's position, and the iteration."""
+"""What a save or log brings: the loop in whose body it is, its position, and the iteration."""
 
 
+@dataclass
 class _Arriving:
     """What of a request's results has come, and what is still to come."""
 
-    def __init__(self, graph: g.Graph) -> None:
-        self.loops = {index: loop.count for index, loop in graph.loops.items()}
+    announced: Mapping[int, Expected | None] | None
+    """What each save brings, by its position in the graph; None if that is not known here."""
+    in_loops: Mapping[_Place, Expected | None] = field(default_factory=dict)
+    """What each save in the body of a loop brings in an iteration."""
+    loops: Mapping[int, int] = field(default_factory=dict)
+    """How many iterations each loop has, by its position in the graph's traces."""
+    keeps: Sequence[int] = ()
+    """What is kept, by its position in the graph."""
+    logs: Mapping[_Place, SourceLine | None] | None = None
+    """The lines of the logs; None if they are not known here."""
+    done: dict[int, int] = field(init=False)
+    found: dict[_Key, Tensor | None] = field(init=False, default_factory=dict)
+    kept: dict[int, tuple[g.KeptTensor, float]] = field(init=False, default_factory=dict)
+    logged: set[_Key] = field(init=False, default_factory=set)
+
+    def __post_init__(self) -> None:
         self.done = dict.fromkeys(self.loops, 0)
-        self.saves: dict[tuple[int | None, int], _Expected | None] = {
-            (None, node): each for node, each in _saves(graph)
-        }
+
+    @classmethod
+    def of(cls, graph: g.Graph, message: graph_pb2.Graph) -> _Arriving:
+        """What a graph asks for."""
+        in_loops: dict[_Place, Expected | None] = {}
         for index, loop in graph.loops.items():
             known = not any(each.batches for trace in loop.body.traces for each in trace.invokes)
-            self.saves |= {(index, node): each if known else None for node, each in _saves(loop.body)}
-        self.keeps = [index for index, node in enumerate(graph.fx.nodes) if node.target is g.keep]
-        self.found: dict[_Key, Tensor | None] = {}
-        self.kept: dict[int, tuple[g.KeptTensor, float]] = {}
+            in_loops |= {(index, node): each if known else None for node, each in _saves(loop.body).items()}
+        bodies = [(None, message), *((index, message.traces[index].loop.body) for index in graph.loops)]
+        return cls(
+            _saves(graph),
+            in_loops,
+            {index: loop.count for index, loop in graph.loops.items()},
+            [index for index, node in enumerate(graph.fx.nodes) if node.target is g.keep],
+            {
+                (index, number): _line(part, number)
+                for index, part in bodies
+                for number, node in enumerate(part.nodes)
+                if node.HasField("log")
+            },
+        )
+
+    def _key(self, message: service_pb2.Saved | service_pb2.Absent | service_pb2.Logged) -> _Key:
+        loop = message.iteration.loop if message.HasField("iteration") else None
+        number = message.iteration.number if loop is not None else 0
+        if loop is not None and number >= self.loops.get(loop, 0):
+            raise GraphError("The server runs another loop than it was asked to run.")
+        return loop, message.node, number
 
     def key(self, message: service_pb2.Saved | service_pb2.Absent) -> _Key:
         """Which value a message is of.
@@ -397,15 +543,31 @@ class _Arriving:
         Raises:
             GraphError: none that was asked for.
         """
-        loop = message.iteration.loop if message.HasField("iteration") else None
-        number = message.iteration.number if loop is not None else 0
-        if (
-            (loop, message.node) not in self.saves
-            or (loop, message.node, number) in self.found
-            or (loop is not None and number >= self.loops[loop])
-        ):
+        loop, node, number = self._key(message)
+        asked = (self.announced is None or node in self.announced) if loop is None else (loop, node) in self.in_loops
+        if not asked or (loop, node, number) in self.found:
             raise GraphError("The server sent a value that was not asked for.")
-        return loop, message.node, number
+        return loop, node, number
+
+    def expected(self, key: _Key) -> Expected | None:
+        """What a value is like, if that is known."""
+        if key[0] is not None:
+            return self.in_loops[key[:2]]
+        return None if self.announced is None else self.announced[key[1]]
+
+    def log(self, message: service_pb2.Logged) -> SourceLine | None:
+        """The line that a log is of.
+
+        Raises:
+            GraphError: none that was asked for.
+        """
+        key = self._key(message)
+        if self.logs is None:
+            return None
+        if key[:2] not in self.logs or key in self.logged:
+            raise GraphError("The server sent a log that was not asked for.")
+        self.logged.add(key)
+        return self.logs[key[:2]]
 
     def keep(self, message: service_pb2.Kept) -> None:
         """The server keeps a value."""
@@ -428,23 +590,30 @@ class _Arriving:
         Raises:
             GraphError: something is missing.
         """
-        expected = {
-            (loop, node, number)
-            for loop, node in self.saves
-            for number in range(1 if loop is None else self.done[loop])
-        }
-        if self.found.keys() != expected or len(self.kept) != len(self.keeps):
+        expected = {(None, node, 0) for node in self.announced} if self.announced is not None else None
+        found = {key: each for key, each in self.found.items() if key[0] is None}
+        iterations = {(loop, node, number) for loop, node in self.in_loops for number in range(self.done[loop or 0])}
+        if (
+            (expected is not None and found.keys() != expected)
+            or self.found.keys() - found.keys() != iterations
+            or len(self.kept) != len(self.keeps)
+        ):
             raise GraphError("The server ended the request without all saved values.")
 
-        def saved(of: int | None, iteration: int = 0) -> list[Tensor | None]:
-            return [self.found[loop, node, iteration] for loop, node in self.saves if loop == of]
+        def saved(of: int, number: int) -> list[Tensor | None]:
+            return [self.found[loop, node, number] for loop, node in self.in_loops if loop == of]
 
-        loops = {loop: [saved(loop, number) for number in range(done)] for loop, done in self.done.items()}
-        return Results(stats, saved(None), [self.kept[node] for node in self.keeps], loops)
+        return Results(
+            stats,
+            [self.found[key] for key in sorted(found, key=itemgetter(1))],
+            [self.kept[node] for node in self.keeps],
+            {loop: [saved(loop, number) for number in range(done)] for loop, done in self.done.items()},
+        )
 
 
-def _saves(graph: g.Graph) -> list[tuple[int, _Expected | None]]:
-    return [(index, _expected(node)) for index, node in enumerate(graph.fx.nodes) if node.target is g.save]
+def _saves(graph: g.Graph) -> dict[int, Expected | None]:
+    """What each save of a graph brings, if that is known before it runs, by its position."""
+    return {index: _expected(node) for index, node in enumerate(graph.fx.nodes) if node.target is g.save}
 
 
 def _with_names(graph: g.Graph, names: Mapping[int, bytes]) -> g.Graph:
@@ -456,14 +625,14 @@ def _with_names(graph: g.Graph, names: Mapping[int, bytes]) -> g.Graph:
     return replace(graph, traces=traces, constants=[names.get(id(each), each) for each in graph.constants])
 
 
-def _expected(save: torch.fx.Node) -> _Expected | None:
+def _expected(save: torch.fx.Node) -> Expected | None:
     """What a save brings, if that is known before it runs."""
     value, dtype = save.args[0], save.args[1]
     fake = value.meta.get("fake") if isinstance(value, torch.fx.Node) else None
     return (list(fake.shape), dtype or fake.dtype) if isinstance(fake, Tensor) else None  # type: ignore[return-value]
 
 
-def _check_header(header: tensor_pb2.TensorHeader, expected: _Expected | None) -> None:
+def _check_header(header: tensor_pb2.TensorHeader, expected: Expected | None) -> None:
     """Check that a value is what was asked for.
 
     Raises:

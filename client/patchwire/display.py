@@ -1,4 +1,4 @@
-"""How a model looks: its module tree, in a terminal and in a notebook.
+"""How a model looks: its module tree, in a terminal and in a notebook, and the text of its forwards.
 
 Runs of alike modules (the layers) are shown once, with their count. Each module is shown with its class, the shape of
 what it returns, its parameters, and the canonical names that stand for it.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import html as escaping
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from patchwire.sites import Catalogue, Module, spell
+from patchwire.sites import Axis, Catalogue, Dim, Module, Operation, Source, spell
 
 
 @dataclass
@@ -40,6 +40,49 @@ def html(catalogue: Catalogue, name: str = "") -> str:
     """The tree under a name, for a notebook: foldable, the first levels open."""
     body = "".join(_details(row, depth=0) for row in _rows(catalogue, name))
     return f'<div style="font-family: monospace; line-height: 1.5">{body}</div>'
+
+
+def source(known: Source) -> str:
+    """The text of a function, with the operations beside the lines that they are on."""
+    width = max((len(_mark(each)) for each in known.operations.values()), default=0)
+    beside: dict[int, list[str]] = {}
+    for operation in known.operations.values():
+        beside.setdefault(operation.line, []).append(_mark(operation))
+    lines = []
+    for number, line in enumerate(known.text.rstrip().split("\n"), start=1):
+        first, *more = beside.get(number, [""])
+        lines.append(f"{first:<{width}} {'->' if first else '  '} {number:>3} {line}".rstrip())
+        lines += [f"{each:<{width}} ->   +" for each in more]
+    marks = [_mark(each) for each in known.operations.values()]
+    if any(mark.endswith("]") for mark in marks):
+        lines.append("name[n]: it may run several times, and [0] is the first")
+    if any(mark.startswith("(") for mark in marks):
+        lines.append("(name): a forward pass does not come by")
+    return "\n".join(lines)
+
+
+def operation(known: Source, name: str) -> str:
+    """The lines around an operation, and the tensors that it takes and returns."""
+    found, text = known.operations[name], known.text.rstrip().split("\n")
+    lines = [f"{_mark(found)}, in {known.function}"]
+    for number in range(max(found.line - 3, 1), min(found.line + 3, len(text)) + 1):
+        lines.append(f"{'-->' if number == found.line else '   '} {number:>3} {text[number - 1]}".rstrip())
+    for leaf in found.leaves:
+        way = "".join(f"[{step!r}]" for step in leaf.path)
+        lines.append(f"{leaf.side}{way} {leaf.symbolic}")
+    return "\n".join(lines)
+
+
+def _mark(operation: Operation) -> str:
+    if operation.runs == Dim(Axis.CONSTANT, 0):
+        return f"({operation.name})"
+    return f"{operation.name}[n]" if operation.repeated else operation.name
+
+
+def lines_html(lines: Iterable[str]) -> str:
+    """Lines of text, for a notebook."""
+    body = escaping.escape("\n".join(lines).strip())
+    return f'<pre style="font-family: monospace">{body}</pre>' if body else ""
 
 
 def _rows(catalogue: Catalogue, name: str) -> list[_Row]:

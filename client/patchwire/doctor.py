@@ -33,7 +33,16 @@ EXTRAS = {
 }
 """What each extra is for."""
 
-_STUBS = ("error_pb2", "graph_pb2", "model_pb2", "service_pb2", "service_pb2_grpc", "tensor_pb2")
+_STUBS = (
+    "error_pb2",
+    "graph_pb2",
+    "job_pb2",
+    "job_pb2_grpc",
+    "model_pb2",
+    "service_pb2",
+    "service_pb2_grpc",
+    "tensor_pb2",
+)
 _KERNELS = {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d"}
 _GIB = 1 << 30
 

@@ -23,6 +23,8 @@ come back with the same class, line and words as those found on the laptop.
 | `BusyError` | the server's queue is full |
 | `TimeoutError` | a request ran longer than the server or the deadline allows |
 | `CancelledError` | the request was cancelled |
+| `JobError` | the server has no such job, or no longer its results |
+| `StoreError` | a store of activations is damaged, or of something else |
 """
 
 from __future__ import annotations
@@ -161,6 +163,14 @@ class TimeoutError(PatchwireError):
 
 class CancelledError(PatchwireError):
     """The request was cancelled."""
+
+
+class JobError(PatchwireError):
+    """The server has no such job, or no longer its results."""
+
+
+class StoreError(PatchwireError):
+    """A store of activations is damaged, or of something else."""
 
 
 class PatchwireWarning(UserWarning):

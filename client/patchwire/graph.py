@@ -10,6 +10,7 @@ argument is plain data); whether its sites exist and its shapes fit is for `patc
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, fields, replace
@@ -20,7 +21,7 @@ import torch.fx
 from torch import Tensor
 
 from patchwire import ops, tensors
-from patchwire.errors import GraphError, LimitError, OperationError, PatchwireError, SourceLine, with_code
+from patchwire.errors import GraphError, InputError, LimitError, OperationError, PatchwireError, SourceLine, with_code
 from patchwire.sites import Address, path_from_proto, path_to_proto
 from patchwire.v1 import graph_pb2 as pb
 from patchwire.version import VERSION
@@ -34,6 +35,8 @@ MAX_ITEMS = 1 << 12
 _LONG_LISTS = "Put long lists of numbers into a tensor: `torch.tensor(...)`."
 _MAX_DEPTH = 16
 _MAX_TEXT = 256
+LONGEST_TEXT = _MAX_TEXT
+"""How many characters a text among the arguments of an operation or a log may have."""
 _MAX_NAME = 1024
 _MAX_ARGUMENTS = 1 << 18
 _MAX_ARGUMENTS_OF_NODE = 16
@@ -49,14 +52,21 @@ def write(site: Site, value: Tensor) -> None:
     raise AssertionError("a site has a value only inside a pass")
 
 
-def apply(trace: int, module: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Apply a module of the model."""
+def apply(
+    trace: int, module: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> Any:
+    """Apply a module of the model, with some of its weights replaced."""
     raise AssertionError("modules are on the worker")
 
 
 def parameter(trace: int, path: str) -> Tensor:
     """A parameter of the model."""
     raise AssertionError("parameters are on the worker")
+
+
+def assign(trace: int, path: str, value: Tensor) -> None:
+    """Have a trace run with another weight."""
+    raise AssertionError("weights are on the worker")
 
 
 def constant(index: int) -> Tensor:
@@ -102,6 +112,11 @@ def keep(value: Tensor, seconds: float) -> None:
 def save(value: Tensor, dtype: torch.dtype | None) -> None:
     """Send a value back."""
     raise AssertionError("saving is done by whoever evaluates the graph")
+
+
+def log(parts: tuple[str | Tensor, ...]) -> None:
+    """Send back what values look like."""
+    raise AssertionError("logging is done by whoever evaluates the graph")
 
 
 Change = tuple[str, tuple[Any, ...], Mapping[str, Any]]
@@ -157,10 +172,10 @@ def same_storage(one: Any, other: Any) -> bool:
     return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
-SINKS = (save, keep, carry)
+SINKS = (save, log, keep, carry)
 """What asks for a value and has none itself."""
 
-for _function in (write, loop, *SINKS):
+for _function in (write, assign, loop, *SINKS):
     torch.fx.node.has_side_effect(_function)
 
 
@@ -222,6 +237,33 @@ class Generation:
     """Divides the logits of tokens that occurred already; 1 for none."""
     seed: int = 0
     """Row i is drawn with a generator seeded with this plus i."""
+
+    def check(self) -> None:
+        """Refuse options that mean nothing.
+
+        Raises:
+            InputError: one of them.
+        """
+        counts = ("max_new_tokens", "min_new_tokens", "top_k", "seed")
+        numbers = ("temperature", "top_p", "repetition_penalty")
+        for name in (*counts, *numbers):
+            value, kind = getattr(self, name), int if name in counts else (int, float)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise InputError(f"A generation cannot have {name} {value!r}.", hint=f"`{name}` is a number.")
+        allowed = {
+            "max_new_tokens": ("1 or more", 0 < self.max_new_tokens < 2**32),
+            "min_new_tokens": ("from 0 to `max_new_tokens`", 0 <= self.min_new_tokens <= self.max_new_tokens),
+            "temperature": ("more than 0", 0 < self.temperature < math.inf),
+            "top_k": ("0 for all tokens, or how many", 0 <= self.top_k < 2**32),
+            "top_p": ("more than 0 and at most 1", 0 < self.top_p <= 1),
+            "repetition_penalty": ("more than 0", 0 < self.repetition_penalty < math.inf),
+            "seed": ("from 0 to 2**62", 0 <= self.seed < 2**62),
+        }
+        for name, (range_, is_allowed) in allowed.items():
+            if not is_allowed:
+                raise InputError(
+                    f"A generation cannot have {name} {getattr(self, name)}.", hint=f"`{name}` is {range_}."
+                )
 
 
 @dataclass
@@ -370,6 +412,11 @@ class _Encoder:
             case target if target is apply:
                 out.apply.trace, out.apply.module = args[0], args[1]  # type: ignore[assignment]
                 self.arguments(args[2], args[3], out.apply)
+                for path, weight in args[4].items():  # type: ignore[union-attr]
+                    out.apply.weights[path] = self.position(weight)
+            case target if target is assign:
+                out.assign.trace, out.assign.path = args[:2]  # type: ignore[assignment]
+                out.assign.value = self.position(args[2])
             case target if target is constant:
                 out.constant = args[0]  # type: ignore[assignment]
             case target if target is parameter:
@@ -396,6 +443,9 @@ class _Encoder:
                 out.save.value = self.position(args[0])
                 if isinstance(args[1], torch.dtype):
                     out.save.dtype = tensors.dtype_to_proto(args[1])
+            case target if target is log:
+                for each in args[0]:  # type: ignore[union-attr]
+                    self.argument(each, out.log.parts.add())
             case _:
                 operation = operation_of(node)
                 assert operation is not None, node.format_node()
@@ -586,7 +636,16 @@ class _Decoder:
                 self.trace(message.apply.trace)
                 self.name(message.apply.module)
                 args, kwargs = self.arguments(message.apply)
-                return create(apply, (message.apply.trace, message.apply.module, args, kwargs))
+                self.count(message.apply.weights)
+                for path in message.apply.weights:
+                    self.name(path)
+                changed = {path: self.value(each) for path, each in message.apply.weights.items()}
+                return create(apply, (message.apply.trace, message.apply.module, args, kwargs, changed))
+            case "assign":
+                self.trace(message.assign.trace)
+                self.name(message.assign.path)
+                value = self.value(message.assign.value)
+                return create(assign, (message.assign.trace, message.assign.path, value))
             case "constant":
                 if message.constant >= len(self.graph.constants):
                     raise self.error(f"There is no constant {message.constant}.")
@@ -597,6 +656,8 @@ class _Decoder:
                 return create(parameter, (message.parameter.trace, message.parameter.path))
             case "grad":
                 self.count(message.grad.values)
+                if not message.grad.values:
+                    raise self.error("A gradient is with respect to something.")
                 values = tuple(self.value(each) for each in message.grad.values)
                 weights = self.value(message.grad.weights) if message.grad.HasField("weights") else None
                 return create(grad, (self.value(message.grad.loss), values, weights))
@@ -633,6 +694,9 @@ class _Decoder:
             case "save":
                 dtype = tensors.dtype_from_proto(message.save.dtype) if message.save.dtype else None
                 return create(save, (self.value(message.save.value), dtype))
+            case "log":
+                self.count(message.log.parts)
+                return create(log, (tuple(self.argument(each) for each in message.log.parts),))
             case _:
                 raise self.error(f"Node {len(self.nodes)} is of a kind that this version does not know.")
 
@@ -649,7 +713,7 @@ class _Decoder:
         if index >= len(self.nodes):
             raise self.error(f"Node {len(self.nodes)} refers to node {index}, which is not before it.")
         node = self.nodes[index]
-        if node.target in (write, *SINKS):
+        if node.target in (write, assign, *SINKS):
             raise self.error(f"Node {index} has no value.")
         return node
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from patchwire import graph as g
 from patchwire import ops
 from patchwire.checking import Checker, behind, describe, fake_of
-from patchwire.errors import GraphError, ShapeError, SourceLine, here, user_line, with_code
+from patchwire.errors import GraphError, PatchwireError, ShapeError, SourceLine, here, user_line, with_code
 from patchwire.kept import Kept
 from patchwire.optim import Optimiser
 from patchwire.proxy import Memory, Value
@@ -29,7 +29,7 @@ from patchwire.recording import Recorder
 if TYPE_CHECKING:
     from patchwire.connection import Connection
     from patchwire.results import Results
-    from patchwire.session import Request
+    from patchwire.running import Request
 
 Rows = tuple[Sequence[int], ...]
 
@@ -120,6 +120,10 @@ class BodyRecorder(Recorder):
     def assign(self, site: g.Site, value: Any) -> None:
         """Make a value the value of a site, in every iteration."""
         super().assign(site, self._mine(value))
+
+    def assign_parameter(self, trace: int, path: str, value: Any) -> None:
+        """Have a trace run with another weight, in every iteration."""
+        super().assign_parameter(trace, path, self._mine(value))
 
     def of_kept(self, kept: Kept) -> Value:
         """The value that something kept is in the body."""
@@ -299,6 +303,7 @@ class Loop:
         return (self._recorder.iterations or None) if self._recorder else None
 
     def __enter__(self) -> Loop:
+        self._request.check_open()
         outer = self._request.recorder
         if outer.inner is not None:
             raise GraphError("A loop cannot stand in a loop.", hint="Write one after the other.", lines=here())
@@ -379,6 +384,7 @@ class Loop:
             ShapeError: the shape or dtype is another.
         """
         body = self._body("update")
+        body.not_in_a_branch("update a carried value")
         self._check_carried(carried)
         if carried in self._next:
             hint = "Put both into one value: `loop.update(x, …)` is written once."
@@ -448,17 +454,28 @@ class Loop:
     ) -> None:
         assert self._recorder is not None
         body, outer = self._recorder, self._recorder.parent
-        try:
-            if error is None:
-                self._finish(body)
-        finally:
-            body.open = False
-            outer.inner = None
         if error is None:
+            try:
+                self._request.check_open()
+                self._finish(body)
+            except PatchwireError as found:
+                error = found
+                raise
+            finally:
+                self._close(body, error)
             home = body.request.traces[0].model if body.request.traces else self._request.home
             results = outer.loop(body.loop_of_it, home, body.inputs)
             self._results = {each: outer.item(results, index) for index, each in enumerate(self._carried)}
             outer.bodies.append(body)
+        else:
+            self._close(body, error)
+
+    def _close(self, body: BodyRecorder, error: BaseException | None) -> None:
+        """Nothing more is recorded in the body."""
+        body.open = False
+        body.parent.inner = None
+        if error is not None:
+            self._request.give_up(error)
 
     def _finish(self, body: BodyRecorder) -> None:
         if not body.request.traces and not self._request.home:

@@ -8,25 +8,36 @@ and asked for names and shapes, inside a block its sites can be read and written
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from patchwire import display
+from patchwire import display, sites
 from patchwire import graph as g
 from patchwire.connection import Connection
-from patchwire.errors import InputError, SiteError, here
+from patchwire.errors import GraphError, InputError, SiteError, here
 from patchwire.inputs import ModelTokenizer, to_invoke
 from patchwire.loops import BatchPrompt
-from patchwire.proxy import Structure, Value
+from patchwire.proxy import Value
+from patchwire.scanning import Scan
 from patchwire.session import Session
-from patchwire.sites import INPUT, OUTPUT, Address, Catalogue, Leaf, Parameter, spell
+from patchwire.sided import NoSuchName, Sided
+from patchwire.sites import OUTPUT, SOURCE, Address, Catalogue, Inside, Leaf, Parameter, spell
+from patchwire.source import Source
 from patchwire.tracing import Generation, Trace, current, recording
 from patchwire.v1 import model_pb2
 
+if TYPE_CHECKING:
+    import torch
 
-class Module:
+    from patchwire.activations import Batch
+    from patchwire.editing import Edit, Editing
+
+
+class Module(Sided):
     """A module of the model: `model.layers[5].mixer`.
 
     Inside a block:
@@ -37,10 +48,10 @@ class Module:
     - `module.inputs`: all arguments, `inputs[0]` the positional and `inputs[1]` the named ones.
     - `module(value)`: the module, applied to a value.
     - `module.weight`: a parameter, as a value.
+    - `module.source`: the operations inside its forward.
     """
 
     _model: Model
-    _name: str
 
     def __init__(self, model: Model, name: str) -> None:
         object.__setattr__(self, "_model", model)
@@ -82,7 +93,7 @@ class Module:
         full = f"{self._name}.{name}" if self._name else name
         if raw is None or not any(each.name == name for each in self._catalogue.modules[raw].parameters):
             # An AttributeError, so that `hasattr` and tab completion work.
-            raise _NoSuchName(
+            raise NoSuchName(
                 f"`{spell(full)}` is not in {self._model.name}.", hint=self._catalogue.suggestion(full), lines=here()
             )
         if not recording():
@@ -96,13 +107,17 @@ class Module:
             return
         full = f"{self._name}.{name}" if self._name else name
         named = self._catalogue.names.get(full)
-        if named is None or named.value is None:
+        if named is not None and named.value is not None:
+            self._write(Address(full), value)
+        elif isinstance(self._child(name) or self._parameter(name), (Value, Parameter)):
+            scope = current(spell(full), self._model)
+            scope.recorder.assign_parameter(scope.trace, full, value)
+        else:
             raise SiteError(
-                f"`{spell(full)}` cannot be assigned: only values can, not modules or weights.",
+                f"`{spell(full)}` cannot be assigned: only values and weights can, not modules.",
                 hint=f"Write `{spell(full)}.output = …` inside a block.",
                 lines=here(),
             )
-        self._write(Address(full), value)
 
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
@@ -149,30 +164,12 @@ class Module:
     # --- values -------------------------------------------------------------------------------------------------------
 
     @property
-    def output(self) -> Any:
-        """What the module returns: a value, or a structure if that is a tuple or mapping."""
-        return self._side(OUTPUT)
+    def source(self) -> Source:
+        """What happens inside the module's forward: every call and every assignment is a site (see `source.Source`).
 
-    @output.setter
-    def output(self, value: Any) -> None:
-        self._assign(OUTPUT, value)
-
-    @property
-    def input(self) -> Any:
-        """The module's first argument."""
-        return self._side(INPUT)
-
-    @input.setter
-    def input(self, value: Any) -> None:
-        self._assign(INPUT, value)
-
-    @property
-    def inputs(self) -> Structure:
-        """All arguments of the module: `inputs[0]` the positional, `inputs[1]` the named ones."""
-        address = self._address(INPUT)
-        scope = current(address.spelled, self._model)
-        leaves = self._leaves(INPUT)
-        return Structure(scope.recorder, scope.site(Address(address.name)), leaves)
+        A child that is itself called "source" is at `model.module("….source")`.
+        """
+        return Source(self._model, f"{self._name}.{SOURCE}" if self._name else SOURCE)
 
     def skip(self, value: Any) -> None:
         """Leave the module out: `value` is what it returns instead, and nothing in it can be read.
@@ -186,11 +183,7 @@ class Module:
             OrderError: it exists only later in the forward pass.
         """
         scope = current(f"{spell(self._name)}.skip(…)", self._model)
-        self._assign(OUTPUT, value)
-        scope.recorder.skip(scope.site(self._address(OUTPUT)), self.path)
-
-    def _address(self, side: str) -> Address:
-        return Address(f"{self._name}.{side}" if self._name else side)
+        scope.recorder.skip(scope.site(self._address(OUTPUT)), self.path, lambda: self._assign(OUTPUT, value))
 
     def _leaves(self, side: str) -> tuple[Leaf, ...]:
         try:
@@ -213,45 +206,6 @@ class Module:
             lines=here(),
         )
 
-    def _side(self, side: str) -> Value | Structure:
-        address = self._address(side)
-        scope = current(address.spelled, self._model)
-        leaves = self._leaves(side)
-        if self._name in self._catalogue.names:
-            return self._read(address)
-        if side == INPUT:  # the first argument only
-            address = Address(address.name, leaves[0].path[:2])
-            leaves = tuple(leaf for leaf in leaves if leaf.path[:2] == address.path)
-        if len(leaves) == 1 and leaves[0].path == address.path:
-            return self._read(address)
-        return Structure(scope.recorder, scope.site(address), leaves)
-
-    def _assign(self, side: str, value: Any) -> None:
-        here_now = self._side(side)
-        if isinstance(here_now, Structure):
-            if isinstance(value, (tuple, list)):
-                for index, item in enumerate(value):
-                    if item is not None:
-                        here_now[index] = item
-                return
-            raise SiteError(
-                f"`{self._address(side).spelled}` is a tuple or mapping.",
-                hint="Assign its items one by one.",
-                lines=here(),
-            )
-        address = self._address(side)
-        if side == INPUT and self._name not in self._catalogue.names:
-            address = Address(address.name, self._leaves(side)[0].path)
-        self._write(address, value)
-
-    def _read(self, address: Address) -> Value:
-        scope = current(address.spelled, self._model)
-        return scope.recorder.read(scope.site(address))
-
-    def _write(self, address: Address, value: Any) -> None:
-        scope = current(address.spelled, self._model)
-        scope.recorder.assign(scope.site(address), value)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Value:
         scope = current(f"{spell(self._name)}(…)", self._model)
         self._leaves(OUTPUT)
@@ -264,20 +218,6 @@ class Module:
 
     def _repr_html_(self) -> str:
         return display.html(self._catalogue, self._name)
-
-
-class _NoSuchName(SiteError, AttributeError):
-    """A name that is not in the model; also an AttributeError, so that `hasattr` works.
-
-    `SiteError` itself is none: Python would hide one that a property raises.
-    """
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return SiteError(self.message, hint=self.hint, lines=self.lines).__reduce__()
-
-
-_NoSuchName.__name__ = _NoSuchName.__qualname__ = "SiteError"  # what the user sees
-_NoSuchName.__module__ = SiteError.__module__
 
 
 class Model(Module):
@@ -302,6 +242,8 @@ class Model(Module):
     summary: model_pb2.ModelSummary
     fingerprint: str
     progress: bool
+    _original: Model
+    _edits: list[Edit]
 
     def __init__(
         self, connection: Connection, description: model_pb2.ModelDescription, *, progress: bool = True
@@ -313,26 +255,44 @@ class Model(Module):
         put(self, "_name", "")
         put(self, "name", name)
         put(self, "connection", connection)
-        put(self, "catalogue", Catalogue.from_proto(name, description.modules, description.names))
+        catalogue = Catalogue.from_proto(name, description.modules, description.names)
+        sources: dict[Inside, sites.Source] = {}
+
+        def learn(inside: Inside) -> sites.Source:
+            found = sites.Source.from_proto(connection.describe_source(name, *inside))
+            if (found.module, found.path) != inside:
+                raise GraphError("The server described another function than was asked for.")
+            sources[inside] = found
+            return found
+
+        put(self, "catalogue", replace(catalogue, learn=learn, sources=sources))
         put(self, "tokenizer", ModelTokenizer(description.tokenizer_json, self._texts))
         put(self, "config", json.loads(description.config_json or "{}"))
         put(self, "summary", description.summary)
         put(self, "fingerprint", description.fingerprint.hex())
         put(self, "progress", progress)
         put(self, "_description", description)
+        put(self, "_original", self)
+        put(self, "_edits", [])
 
     @property
     def num_layers(self) -> int:
         """How many layers `model.layers` has."""
         return self.catalogue.num_layers
 
-    def trace(self, given: Any = None) -> Trace:
+    def trace(self, given: Any = None, *, blocking: bool = True) -> Trace:
         """A block that records one call of the model.
 
         Args:
             given: A text, a list of texts, a list of token ids or of such lists, a tensor of token ids `[seq]` or
                 `[batch, seq]`, chat messages (dicts with "role" and "content"), or a tokenizer's mapping with
-                "input_ids" and "attention_mask". Left out if the block opens `trace.invoke(…)`s.
+                "input_ids" and "attention_mask", or with "inputs_embeds", a tensor or value `[batch, seq, width]` that
+                goes on in the place of embedded tokens. Left out if the block opens `trace.invoke(…)`s.
+            blocking: Whether to wait for the saved values at the end of the block. If not, the block only submits its
+                request, and `trace.job` is the job: it runs on the server by itself, and can be fetched later, from
+                another program too.
+
+        `async with` does the same as `with`, and lets the event loop go on while it waits.
 
         Texts of different lengths end together, as in a batch padded on the left, so that `[:, -1]` is everyone's last
         token; positions before a shorter text hold NaN, and `trace.mask()` says which.
@@ -345,7 +305,7 @@ class Model(Module):
             >>> hidden.shape
             torch.Size([1, 10, 768])
         """
-        return Trace(self, given)
+        return Trace(self, given, blocking=blocking)
 
     def generate(
         self,
@@ -360,12 +320,13 @@ class Model(Module):
         repetition_penalty: float = 1.0,
         seed: int = 0,
         stream: bool | Callable[[list[int]], None] = False,
+        blocking: bool = True,
     ) -> Generation:
         """A block that records one generation: the model goes on after a prompt, and may be intervened in at each step.
 
         Args:
             given: A prompt, as for `trace`; several must have the same length. Left out if the block opens
-                `gen.invoke(…)`s.
+                `gen.invoke(…)`s. Embeddings show as tokens 0 in the output.
             max_new_tokens: How many tokens at most; it ends earlier after the model's token for the end of a text.
             min_new_tokens: No such token before so many.
             do_sample: Draw tokens at random; the likeliest is taken otherwise.
@@ -375,6 +336,7 @@ class Model(Module):
             repetition_penalty: Divides the logits of tokens that occurred already.
             seed: Row i of an invoke draws with a generator seeded with this plus i, whatever else runs.
             stream: Print the text as it is made, or give the new token ids (one for each row) to a function.
+            blocking: As for `trace`.
 
         Step 0 is the pass over the prompt; step n the pass over the n-th new token alone, what comes before it being
         cached.
@@ -390,11 +352,113 @@ class Model(Module):
         options = g.Generation(
             max_new_tokens, min_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty, seed
         )
-        return Generation(self, given, options, stream)
+        try:
+            options.check()
+        except InputError as error:
+            raise InputError(error.message, hint=error.hint, lines=here()) from None
+        return Generation(self, given, options, stream, blocking=blocking)
 
-    def session(self) -> Session:
-        """A block of many traces that are sent as one request, between which values stay on the server."""
-        return Session(self.connection, progress=self.progress, model=self)
+    def edit(self, given: Any = None, *, prompt_only: bool = False) -> Editing:
+        """A block whose interventions and changed weights stay with the model that it gives.
+
+        Args:
+            given: A prompt to record the block for, if it needs one of a certain length; its interventions are recorded
+                again for the prompts of every trace.
+            prompt_only: Whether they are left out of a generation's later passes, which have one token.
+
+        Nothing changes on the server: this proxy, and other people, see the model as it was.
+
+        Example:
+            >>> with model.edit() as steered:
+            ...     model.layers[5].output[:] += direction
+            ...     model.layers[7].mlp.output_projection.weight += torch.outer(u, v)
+            >>> with steered.trace("The Eiffel Tower is in"):
+            ...     logits = model.logits.save()
+        """
+        from patchwire.editing import Editing
+
+        return Editing(self, given, prompt_only=prompt_only)
+
+    def _with_edits(self) -> Model:
+        """Another proxy of the same model, with the edits of this one."""
+        edited = object.__new__(Model)
+        for name, value in self.__dict__.items():
+            object.__setattr__(edited, name, value)
+        object.__setattr__(edited, "_model", edited)
+        object.__setattr__(edited, "_edits", list(self._edits))
+        return edited
+
+    def _longest(self, length: int) -> int:
+        """A length, or the longest that a prompt may have."""
+        return min(length, self._description.max_positions or length)
+
+    def session(self, *, blocking: bool = True) -> Session:
+        """A block of many traces that are sent as one request, between which values stay on the server.
+
+        Args:
+            blocking: As for `trace`, of the whole session.
+        """
+        return Session(self.connection, progress=self.progress, blocking=blocking, model=self)
+
+    def scan(self, given: Any = None) -> Scan:
+        """A block that is recorded and checked as by `trace`, and not run: shapes and dtypes only.
+
+        Args:
+            given: A prompt, as for `trace`.
+
+        Example:
+            >>> with model.scan("The Eiffel Tower is in the city of") as scan:
+            ...     hidden = model.layers[5].output.save()
+            >>> hidden.shape
+            torch.Size([1, 10, 768])
+            >>> print(scan)
+        """
+        return Scan(self, given)
+
+    def activations(
+        self,
+        dataset: Iterable[Any],
+        sites: Sequence[str] | Callable[[Model], Mapping[str, Value]],
+        *,
+        batch_size: int = 16,
+        path: str | Path | None = None,
+        start: int = 0,
+        dtype: torch.dtype | None = None,
+        shard_bytes: int = 256 << 20,
+    ) -> Iterator[Batch]:
+        """Go through a data set, and bring the activations of every prompt, a batch at a time.
+
+        Args:
+            dataset: Prompts, each as for `trace`: texts, or token ids. Any iterable.
+            sites: Addresses, `["layers.5.output", "layers.*.mixer.output"]`, or a function of the model that reads
+                sites for one prompt, as in a block, edits included, and returns values by name.
+            batch_size: How many prompts a request has.
+            path: A directory to keep them in. If it has a store, it is gone on with where that stopped.
+            start: The first prompt to run, by its position.
+            dtype: Send, and keep, tensors in this element type.
+            shard_bytes: From how many bytes on a file of the store is written; a crash loses at most as much.
+
+        Returns:
+            An iterator of (indices, values): a range of positions, and by site a list with the tensor of each prompt,
+            as for that prompt alone: no padding, and at addresses no dimension for rows. While the program works with
+            one batch the next one runs; two are in memory at most, and what waits for its shard.
+
+        Raises:
+            SiteError, GraphError: a site is not there, or the function is wrong.
+            InputError: an item is not one prompt.
+            StoreError: the store is damaged, or of another model, other sites or other prompts.
+
+        Example:
+            >>> for indices, values in model.activations(texts, ["layers.5.output"], path="activations"):
+            ...     pass
+            >>> patchwire.activations.open("activations")["layers.5.output"][17].shape
+            torch.Size([10, 768])
+        """
+        # It needs safetensors, which nothing else here does.
+        from patchwire import activations
+
+        options: dict[str, Any] = {"path": path, "start": start, "dtype": dtype, "shard_bytes": shard_bytes}
+        return activations.stream(self, dataset, sites, batch_size=batch_size, **options)
 
     def module(self, path: str) -> Module:
         """The module of a path, for names that Python cannot spell or that this class uses itself.
@@ -424,6 +488,7 @@ class Model(Module):
         if len(given) > 1 or not isinstance(embeddings, (Tensor, Value)) or embeddings.ndim not in (2, 3):
             raise InputError(
                 "Embeddings are a tensor or value [seq, width] or [batch, seq, width], with nothing beside them.",
+                hint="Give rows of other lengths invokes of their own: `with trace.invoke({'inputs_embeds': …}):`.",
                 lines=here(),
             )
         if "embed" not in self.catalogue.names:

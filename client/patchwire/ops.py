@@ -2,11 +2,13 @@
 
 A worker evaluates what is listed here and nothing else. An operation is on the list if it is a pure function of tensors
 and plain numbers: it touches no file, no network, no memory that is not its arguments', runs no code given to it, draws
-no random numbers, and makes a result whose size follows from its arguments' (sizes are checked before anything runs).
+random numbers only from a seed given in the graph, and makes a result whose size follows from its arguments' (sizes are
+checked before anything runs).
 
-Three kinds: a *pure* operation makes a new tensor, a *view* may share memory with its first argument, an *in-place* one
-changes its first argument. Graphs have values, not memory: a client records an in-place operation as an edited copy
-(`patchwire.graph.edit`), and what is true of PyTorch's views stays true.
+Four kinds: a *pure* operation makes a new tensor, a *view* may share memory with its first argument, an *in-place* one
+changes its first argument, and a *draw* makes a new tensor from a seed and plain numbers alone. Graphs have values, not
+memory: a client records an in-place operation as an edited copy (`patchwire.graph.edit`), and what is true of PyTorch's
+views stays true.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional
 
-Kind = Literal["pure", "view", "inplace"]
+from patchwire import noise
+
+Kind = Literal["pure", "view", "inplace", "draw"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Operation:
     function: Callable[..., Any]
     """What computes it."""
     kind: Kind
-    """Whether its result is new, may share memory with its first argument, or is its first argument, changed."""
+    """Whether its result is new, may share memory with its first argument, is that argument, changed, or is drawn."""
 
 
 _OPERATORS = """
@@ -100,6 +104,27 @@ _FFT = "fft fft2 fftshift ifft ifft2 ifftshift irfft rfft"
 _SPECIAL = "entr erf erfc expit expm1 log_softmax logit logsumexp softmax xlog1py xlogy"
 
 
+DRAWS = "patchwire.random"
+"""What the names of draws begin with."""
+
+_SEEDED = "A graph draws random numbers only from a seed that is in it: write {}."
+_MASK = "`value * patchwire.random.bernoulli(value, 1 - p, seed=0) / (1 - p)`"
+_OTHERS = "what you need with `patchwire.random.normal` or `uniform`, or draw it before the block and use the tensor"
+INSTEAD: Mapping[str, str] = {
+    name: _SEEDED.format(written)
+    for names, written in (
+        ("randn_like normal normal_", "`patchwire.random.normal(value, seed=0)`"),
+        ("rand_like uniform_", "`patchwire.random.uniform(value, seed=0)`"),
+        ("bernoulli bernoulli_", "`patchwire.random.uniform(p, seed=0) < p`"),
+        ("randint_like random_", "`patchwire.random.randint(value, low, high, seed=0)`"),
+        ("dropout dropout_ dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout", _MASK),
+        ("multinomial poisson exponential_ cauchy_ geometric_ log_normal_ rrelu rrelu_ gumbel_softmax", _OTHERS),
+    )
+    for name in names.split()
+}
+"""What to write instead of functions and methods of PyTorch that draw from its global generator."""
+
+
 class Property:
     """A property of tensors as a function, for the table."""
 
@@ -136,6 +161,8 @@ def _table() -> dict[str, Operation]:
     add("torch.special", torch.special, _SPECIAL, "pure")
     for name in _PROPERTIES_VIEW.split():
         table[f"torch.Tensor.{name}"] = Operation(f"torch.Tensor.{name}", Property(name), "view")
+    for each in noise.FUNCTIONS:
+        table[f"{DRAWS}.{each.__name__}"] = Operation(f"{DRAWS}.{each.__name__}", each, "draw")
     return table
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,6 +26,7 @@ from patchwire.errors import (
     BranchError,
     GraphError,
     OperationError,
+    ShapeError,
     SiteError,
     SourceLine,
     here,
@@ -41,13 +41,15 @@ if TYPE_CHECKING:
 
 
 class Memory:
-    """What the aliases of one tensor share: its newest version, and the sites whose value it is."""
+    """What the aliases of one tensor share: its newest version, and the sites and weights whose value it is."""
 
     def __init__(self, node: torch.fx.Node, *, constant: str = "") -> None:
         self.node = node
         self.version = 0
         self.sites: list[tuple[Site, Value]] = []
+        self.weights: list[tuple[int, str, Value]] = []
         self.edits: list[tuple[Value, SourceLine | None]] = []
+        self.born: int = node.meta.get("number", 0)
         self.constant = constant
         """Why it must not be edited, if it must not."""
 
@@ -140,7 +142,7 @@ class Value(torch.fx.Proxy):
 
         Raises:
             BranchError: the block has not ended.
-            GraphError: the value was not saved, or the run failed.
+            GraphError: the value was not saved, the run failed, or it was detached and has not been fetched.
         """
         if self._tensor is None:
             self._not_there("its tensor")
@@ -156,7 +158,8 @@ class Value(torch.fx.Proxy):
             raise BranchError(
                 f"The value exists only when the block has ended; {what} is not known while it is recorded.",
                 hint=(
-                    "Write `torch.where(condition, a, b)` for a choice between values; for anything else, "
+                    "Write `torch.where(condition, a, b)` for a choice between values, or "
+                    "`patchwire.cond(condition, f, g)` for one between computations; for anything else, "
                     "`.save()` the value and go on after the block."
                 ),
                 lines=here(),
@@ -165,6 +168,18 @@ class Value(torch.fx.Proxy):
             raise GraphError(
                 "The generation ended before this value's step.",
                 hint="Look at the generated tokens: `gen.output`.",
+                lines=here(),
+            )
+        if self._saved and self.recorder.detached:
+            raise GraphError(
+                "The value is not here yet: its trace was detached.",
+                hint="Write `trace.job.fetch()`, which waits until the job is done.",
+                lines=here(),
+            )
+        if self.recorder.scanned:
+            raise GraphError(
+                "This was a scan: nothing ran, so the value has a shape and a dtype and no numbers.",
+                hint="Write `with model.trace(…)` in the place of `model.scan(…)` to run it.",
                 lines=here(),
             )
         if self._saved:
@@ -202,14 +217,15 @@ class Value(torch.fx.Proxy):
         """
         if self._tensor is not None:
             return self._tensor.grad
-        losses = self.recorder.active.losses
-        if not losses:
+        recorder = self.recorder.active
+        loss = recorder.loss
+        if loss is None:
             raise GraphError(
                 "There is no gradient yet.",
                 hint="Write `loss.backward()` first, or `patchwire.grad(loss, value)`.",
                 lines=here(),
             )
-        return functools.reduce(operator.add, (self.recorder.active.grad(*each, [self])[0] for each in losses))
+        return recorder.grad(loss, None, [self])[0]
 
     # --- what is known while recording -------------------------------------------------------------------------------
 
@@ -218,7 +234,7 @@ class Value(torch.fx.Proxy):
         """A tensor without memory of this value's shape and dtype."""
         if self._tensor is not None:
             return self._tensor
-        fake = self.node.meta.get("fake")
+        fake = (self.node if self.recorder.open else self._node).meta.get("fake")
         if not isinstance(fake, Tensor):
             self._not_there("its shape (it depends on data)")
         return fake
@@ -296,9 +312,10 @@ class Value(torch.fx.Proxy):
             near = nearest(
                 name, [each.rsplit(".", 1)[-1] for each in ops.OPERATIONS if each.startswith("torch.Tensor")]
             )
+            meant = f"Did you mean {' or '.join(f'`.{each}`' for each in near)}?" if near else ""
             raise OperationError(
                 f"`.{name}` is not an operation that a graph may contain.",
-                hint=f"Did you mean {' or '.join(f'`.{each}`' for each in near)}?" if near else "",
+                hint=ops.INSTEAD.get(name, meant),
                 lines=here(),
             )
         if isinstance(operation.function, ops.Property):
@@ -344,6 +361,8 @@ class Value(torch.fx.Proxy):
             return repr(self._tensor)
         if not self.recorder.open:
             state = "its run did not end well" if self._saved else "not saved: it stayed on the server"
+            state = "not fetched yet" if self._saved and self.recorder.detached else state
+            state = "scanned: it has no numbers" if self.recorder.scanned else state
             return f"<value, {describe(self._node.meta.get('fake'))}, {state}>"
         return f"<value, {describe(self.node.meta.get('fake'))}>"
 
@@ -416,17 +435,39 @@ class Backward:
     """What `loss.backward()` returns: `with loss.backward():` limits what follows to gradients of `loss`."""
 
     def __init__(self, loss: Value, weights: Any) -> None:
-        self._recorder = loss.recorder
-        self._before = self._recorder.losses
-        self._mine = [(loss, weights)]
-        self._recorder.losses = [*self._before, *self._mine]
+        self._recorder = loss.recorder.active
+        self._before = self._recorder.loss
+        self._mine = _scalar(loss, weights)
+        # One loss that is the sum of all: what does not depend on some of them still has its part of the others.
+        self._recorder.loss = self._mine if self._before is None else self._before + self._mine
 
     def __enter__(self) -> Backward:
-        self._recorder.losses = self._mine
+        self._recorder.loss = self._mine
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._recorder.losses = self._before
+        self._recorder.loss = self._before
+
+
+def _scalar(loss: Any, weights: Any) -> Any:
+    """The number whose gradient is the product of the weights and the Jacobian of a value."""
+    if loss.ready:
+        raise GraphError(
+            "A gradient is of a value inside the block.",
+            hint="After the block there are only tensors, and the way to them has stayed on the server.",
+            lines=here(),
+        )
+    if weights is None:
+        if loss.numel() != 1:
+            raise ShapeError(
+                f"A gradient is of one number, and this is {describe(loss.fake)}.",
+                hint="Write `.sum()` or `.mean()`, or take one element; or give `gradient`, of its shape.",
+                lines=here(),
+            )
+        return loss.sum() if loss.ndim else loss
+    if not isinstance(weights, (Value, Tensor)) or weights.shape != loss.shape:
+        raise ShapeError(f"`gradient` is a tensor or value of the loss's shape, {list(loss.shape)}.", lines=here())
+    return (loss * weights).sum()
 
 
 def grad(loss: Value, values: Any, weights: Any = None) -> Any:
@@ -441,9 +482,15 @@ def grad(loss: Value, values: Any, weights: Any = None) -> Any:
     Returns:
         A value of the shape and dtype of `values`; for a list or tuple, one of each.
 
+    With respect to a site's value it is the effect of what a write at this site would change, and of nothing else: a
+    model that holds the same tensor elsewhere, as a residual stream that is also a norm's input, goes on with its own.
+    Rows of different lengths have NaN before their first token here too. A gradient is a constant: a second gradient
+    does not go through it.
+
     Raises:
         ShapeError: `loss` has more than one element, or something is not of a floating-point type.
         OrderError: a value comes later in the forward pass than `loss`.
+        OperationError: there is a generation on the way from a value to `loss`.
     """
     if not isinstance(loss, Value) or loss.ready:
         raise GraphError(
@@ -456,12 +503,8 @@ def grad(loss: Value, values: Any, weights: Any = None) -> Any:
     return type(values)(found) if several else found[0]
 
 
-def save(values: Any) -> Any:
-    """Save every value in a list, tuple or mapping of them: `patchwire.save(value.topk(3))`.
-
-    Returns:
-        The same containers; after the block, the values in them behave as their tensors.
-    """
+def save_all(values: Any) -> Any:
+    """What `patchwire.save` does."""
     for each in values_in(values):
         each.save()
     return values

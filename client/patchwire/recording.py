@@ -6,10 +6,12 @@ that a wrong shape or an impossible order is an ordinary exception at the line t
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,7 @@ from torch.fx.proxy import TracerBase
 
 from patchwire import graph as g
 from patchwire import ops, tensors
-from patchwire.checking import Checker, fake_of
+from patchwire.checking import Checker, describe, fake_of
 from patchwire.errors import (
     GraphError,
     OperationError,
@@ -35,7 +37,7 @@ from patchwire.errors import (
     user_line,
     with_code,
 )
-from patchwire.graph import Graph, Site
+from patchwire.graph import Graph, KeptTensor, Site
 from patchwire.kept import Kept
 from patchwire.proxy import Memory, Structure, Value, values_in
 from patchwire.sites import Axis, Catalogue, Leaf, spell
@@ -72,19 +74,29 @@ class Recorder(TracerBase):
         self.graph = self.request.fx
         self.checker = Checker(self.request, catalogue, value_bytes=value_bytes)
         self.open = True
+        self.detached = False
+        """Whether its run is a job that has not been fetched."""
         self.saved: list[tuple[Value, torch.dtype | None, int, SourceLine | None]] = []
-        self.losses: list[tuple[Value, Any]] = []
-        """What `.grad` is the gradient of: values, and the vectors that their Jacobians are multiplied with."""
         self.bodies: list[Recorder] = []
         """Those of the loops."""
         self.kept: list[tuple[Kept, float, SourceLine | None]] = []
+        self.keeps = True
+        """Whether values can be kept beyond its run: not by a detached job."""
         self._of_kept: dict[bytes, Value] = {}
+        self.loss: Value | None = None
+        """What `.grad` is the gradient of: the sum of everything that `backward()` was called on."""
         self._gradients: dict[tuple[torch.fx.Node, ...], Value] = {}
         self._everyone: dict[_Place, Value] = {}
         self._skipped: list[tuple[Site, str]] = []
+        self._parameters: dict[tuple[int, str, str], Value] = {}
+        self._assigned: dict[tuple[int, str, str], torch.fx.Node] = {}
         self._sites: dict[_Place, Value] = {}
         self._writes: dict[_Place, torch.fx.Node] = {}
         self._constants: dict[int, tuple[Tensor, Tensor, torch.fx.Node]] = {}
+        self.logs = False
+        self.scanned = False
+        self._made = 0
+        self._branch: int | None = None
 
     # --- nodes --------------------------------------------------------------------------------------------------------
 
@@ -98,12 +110,29 @@ class Recorder(TracerBase):
         node = self.graph.call_function(target, args, dict(kwargs or {}))
         node.meta["line"] = user_line()
         node.meta["operation"] = operation
+        node.meta["number"] = self._made = self._made + 1
         try:
             self.checker.node(node)
         except Exception:
             self.graph.erase_node(node)
             raise
         return node
+
+    def again(self, node: torch.fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.fx.Node:
+        """Record what a node of another graph does, with other arguments.
+
+        Raises:
+            PatchwireError: it does not fit these; at the line that the node came from.
+        """
+        assert not isinstance(node.target, str)
+        try:
+            made = self._create(node.target, args, kwargs, g.operation_of(node))
+        except PatchwireError as error:
+            line = g.line_of(node)
+            lines = [with_code(line)] if line else []
+            raise type(error)(error.message, hint=error.hint, lines=[*lines, *error.lines]) from None
+        made.meta["line"] = g.line_of(node)
+        return made
 
     def argument(self, value: Any) -> Any:
         """What stands in a graph for an argument: nodes for values and tensors, plain data as it is.
@@ -182,7 +211,10 @@ class Recorder(TracerBase):
             return self.inner.of_kept(kept)
         if kept.source.recorder is self:
             return kept.source
-        tensor = kept.tensor
+        return self.on_server(kept.tensor)
+
+    def on_server(self, tensor: KeptTensor) -> Value:
+        """The value that a tensor which the server keeps is in this graph."""
         if tensor.handle not in self._of_kept:
             self.request.constants.append(tensor)
             self._of_kept[tensor.handle] = Value(self, self._create(g.constant, (len(self.request.constants) - 1,)))
@@ -217,7 +249,8 @@ class Recorder(TracerBase):
     def _refused(self, name: str) -> OperationError:
         return OperationError(
             f"`{name}` is not an operation that a graph may contain.",
-            hint="`patchwire.ops` lists those that are; save the value and compute the rest after the block.",
+            hint=ops.INSTEAD.get(name)
+            or "`patchwire.ops` lists those that are; save the value and compute the rest after the block.",
             lines=here(),
         )
 
@@ -259,8 +292,6 @@ class Recorder(TracerBase):
                 lines=here(),
             )
         kwargs = {name: each for name, each in kwargs.items() if name not in ops.FORBIDDEN_ARGUMENTS}
-        if not args and "input" in kwargs:  # whose memory a view shares
-            args = (kwargs.pop("input"),)
         if not args and "input" in kwargs:  # `torch.softmax(input=value)`
             args = (kwargs.pop("input"),)
         if operation.kind == "inplace":
@@ -338,6 +369,8 @@ class Recorder(TracerBase):
             raise GraphError(memory.constant, hint="Edit a `.clone()` of it.", lines=here())
         if operation is _SETITEM and self._is_itself(value, *args):
             return value
+        if memory.sites or memory.born <= (self._branch or 0):
+            self.not_in_a_branch("edit a value that it has not made itself")
         self._value(value)
         change = (operation.name, self.argument(args), {name: self.argument(each) for name, each in kwargs.items()})
         former = memory.node
@@ -345,6 +378,8 @@ class Recorder(TracerBase):
         try:
             for site, alias in memory.sites:
                 self._write(self._place(site), site, alias)
+            for trace, path, alias in memory.weights:
+                self._assign(trace, path, alias)
         except PatchwireError:
             # The program may go on after a refused edit: then nothing of it must remain.
             self._advance(memory, former, value, None)
@@ -375,7 +410,7 @@ class Recorder(TracerBase):
         except SiteError as error:
             raise SiteError(error.message, hint=error.hint, lines=here()) from None
         for skipped, path in self._skipped:
-            if (site.trace, site.invoke, site.step) == (skipped.trace, skipped.invoke, skipped.step):
+            if _meets(skipped, site.trace, site.invoke, site.step):
                 self._check_not_inside(leaf, path, here())
         return (site.trace, site.invoke, site.step, leaf)
 
@@ -412,11 +447,7 @@ class Recorder(TracerBase):
             OrderError: it exists only later in the forward pass.
             SiteError: there is no such site.
         """
-        if site.invoke == EVERYONE:
-            whole = self._read_everyone(site)
-            whole[:] = value
-            return
-        place = self._place(site)
+        self.not_in_a_branch(f"write `{site}`")
         if isinstance(value, Kept):
             value = self.of_kept(value)
         if isinstance(value, (Tensor, np.ndarray)) or (isinstance(value, Value) and value.ready):
@@ -428,6 +459,10 @@ class Recorder(TracerBase):
                 lines=here(),
             )
         self._value(value)
+        if site.invoke == EVERYONE:
+            self._assign_everyone(site, value)
+            return
+        place = self._place(site)
         known = self._sites.get(place)
         if known is not None and known.memory is value.memory and repr(known.views) == repr(value.views):
             return  # `site += 1` has edited the value and now assigns it
@@ -435,6 +470,18 @@ class Recorder(TracerBase):
         if known is not None:
             known.memory.sites = [each for each in known.memory.sites if self._place(each[0]) != place]
         self._bind(place, site, value)
+
+    def _assign_everyone(self, site: Site, value: Value) -> None:
+        whole = self._read_everyone(site)
+        if value.memory is whole.memory and repr(value.views) == repr(whole.views):
+            return  # `site += 1` has edited the value and now assigns it
+        if (value.shape, value.dtype) != (whole.shape, whole.dtype):
+            raise ShapeError(
+                f"`{site}` of all invokes is {describe(whole.fake)} and cannot become {describe(value.fake)}.",
+                hint="Assign a value of the same shape and dtype, or part of it: `value[:, -1] = ...`.",
+                lines=here(),
+            )
+        whole[:] = value
 
     def _read_everyone(self, site: Site) -> Value:
         """The value of a site for all rows of a trace: those of one invoke after those of the other.
@@ -458,16 +505,19 @@ class Recorder(TracerBase):
         if known is not None and all(self._sites[self._place(each)].memory is known.memory for each in sites):
             return Value(self, known.node, known.memory, known.views)
         parts = [self.read(each) for each in sites]
-        batch, seq = axes.index(Axis.BATCH), axes.index(Axis.SEQ) if Axis.SEQ in axes else None
-        longest = max(part.shape[seq] for part in parts) if seq is not None else 0
-        padded = [part if seq is None else self._padded(part, seq, longest) for part in parts]
+        batch, seqs = axes.index(Axis.BATCH), [dim for dim, axis in enumerate(axes) if axis is Axis.SEQ]
+        longest = {seq: max(part.shape[seq] for part in parts) for seq in seqs}
+        padded = [
+            functools.reduce(lambda each, seq: self._padded(each, seq, longest[seq]), seqs, part) for part in parts
+        ]
         whole: Value = self.call(ops.OPERATIONS["torch.cat"], (padded, batch), {})
         start = 0
         for each, part in zip(sites, parts, strict=True):
             rows = part.shape[batch]
             view = whole.narrow(batch, start, rows)
-            if seq is not None and part.shape[seq] < longest:
-                view = view.narrow(seq, longest - part.shape[seq], part.shape[seq])
+            for seq in seqs:
+                if part.shape[seq] < longest[seq]:
+                    view = view.narrow(seq, longest[seq] - part.shape[seq], part.shape[seq])
             start += rows
             part.memory.sites = []
             part.memory.constant = f"`{each}` has been put together with the rows of all invokes."
@@ -485,26 +535,37 @@ class Recorder(TracerBase):
         padded: Value = torch.cat([part.new_full(shape, filler), part], seq)  # type: ignore[assignment, list-item]
         return padded
 
-    def skip(self, site: Site, path: str) -> None:
-        """Leave out what is inside a module, by its raw path, whose output has been assigned.
+    def skip(self, site: Site, path: str, assign: Callable[[], None]) -> None:
+        """Leave out what is inside a module, by its raw path.
+
+        Args:
+            site: Its output, for the rows that are meant.
+            path: The module.
+            assign: Assigns the output.
 
         Raises:
             SiteError: something in it was read or written.
         """
         for (trace, invoke, step, leaf), value in self._sites.items():
-            if (trace, invoke, step) == (site.trace, site.invoke, site.step):
-                line = g.line_of(value._node)
-                self._check_not_inside(leaf, path, [line] if line else here())
+            if _meets(site, trace, invoke, step):
+                self._check_not_inside(leaf, path, here(g.line_of(value._node)))
+        assign()
         self._skipped.append((site, path))
 
     def grad(self, loss: Value, weights: Any, values: Sequence[Value | Tensor]) -> list[Value]:
         """The gradients of a value with respect to others."""
         if self.inner is not None:
             return self.inner.grad(loss, weights, values)
+        if not values:
+            raise GraphError("A gradient is with respect to something.", hint="Name a value.", lines=here())
+        if weights is not None and not isinstance(weights, (Value, Tensor)):
+            raise GraphError("The weights of a gradient are a tensor or value of the loss's shape.", lines=here())
         if not all(isinstance(each, (Value, Tensor)) for each in values):
             raise GraphError(
                 "A gradient is with respect to values, or tensors that were used in the block.", lines=here()
             )
+        for each in values:
+            self._differentiate_everyone(each)
         nodes = [self.argument(each) for each in values]
         weigh = None if weights is None else self.argument(weights)
         node = self._value(loss)
@@ -518,6 +579,13 @@ class Recorder(TracerBase):
         if len(nodes) == 1:
             self._gradients[asked] = found[0]
         return found
+
+    def _differentiate_everyone(self, value: Value | Tensor) -> None:
+        """Write what was put together of all invokes to their sites, so that the model depends on it."""
+        if isinstance(value, Value) and any(value.memory is each.memory for each in self._everyone.values()):
+            for site, alias in value.memory.sites:
+                if self._place(site) not in self._writes:
+                    self._write(self._place(site), site, alias)
 
     def generated(self, trace: int, invoke: int) -> Value:
         """The token ids that a generation ends with."""
@@ -535,9 +603,53 @@ class Recorder(TracerBase):
         self._writes[place] = node
 
     def parameter(self, trace: int, path: str) -> Value:
-        """A parameter of a model."""
-        node = self._create(g.parameter, (trace, path))
-        return Value(self, node, Memory(node, constant=f"`{path}` is a weight, which a trace does not change."))
+        """A parameter of a model, as a trace runs with it so far."""
+        known = self._parameters.get(self._weight(trace, path))
+        if known is not None:
+            return Value(self, known.node, known.memory, known.views)
+        value = Value(self, self._create(g.parameter, (trace, path)))
+        self._parameters[self._weight(trace, path)] = value
+        value.memory.weights.append((trace, path, value))
+        return value
+
+    def assign_parameter(self, trace: int, path: str, value: Any) -> None:
+        """Have a trace run with another weight.
+
+        Raises:
+            ShapeError: it has another shape or dtype.
+            OrderError: it exists only when the trace has run.
+        """
+        weight = self._weight(trace, path)
+        known = self._parameters.get(weight)
+        if not isinstance(value, Value) or value.ready:
+            value = Value(self, self.argument(value))
+        if known is not None and known.memory is value.memory and repr(known.views) == repr(value.views):
+            return  # `weight += 1` has edited the value and now assigns it
+        self._assign(trace, path, value)
+        if known is not None:
+            known.memory.weights = [each for each in known.memory.weights if self._weight(*each[:2]) != weight]
+        self._parameters[weight] = value
+        value.memory.weights.append((trace, path, value))
+
+    def _weight(self, trace: int, path: str) -> tuple[int, str, str]:
+        owner, _, name = path.rpartition(".")
+        return (trace, self.checker.catalogue(self.request.traces[trace].model).module(owner).path, name)
+
+    def _assign(self, trace: int, path: str, value: Value) -> None:
+        node = self._create(g.assign, (trace, path, value.node))
+        former = self._assigned.pop(self._weight(trace, path), None)
+        if former is not None:
+            self.graph.erase_node(former)
+        self._assigned[self._weight(trace, path)] = node
+
+    def _weights_of(self, trace: int, module: str) -> dict[str, torch.fx.Node]:
+        """The weights of a module, by their paths, that the trace has changed so far."""
+        own = self.checker.catalogue(self.request.traces[trace].model).module(module).path
+        return {
+            str(node.args[1]): self._parameters[weight].node
+            for weight, node in self._assigned.items()
+            if weight[0] == trace and f"{weight[1]}.".startswith(f"{own}." if own else "")
+        }
 
     def apply(self, trace: int, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
         """Apply a module of a model to values."""
@@ -550,7 +662,33 @@ class Recorder(TracerBase):
                 hint="Give a prompt to a trace of its own.",
                 lines=here(),
             )
-        return Value(self, self._create(g.apply, (trace, module, arguments, keywords)))
+        weights = self._weights_of(trace, module)
+        return Value(self, self._create(g.apply, (trace, module, arguments, keywords, weights)))
+
+    # --- branches -----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def branch(self) -> Iterator[None]:
+        """What is recorded meanwhile is a branch of `patchwire.cond`: it is computed whatever the predicate says."""
+        outer, self._branch = self._branch, self._made
+        try:
+            yield
+        finally:
+            self._branch = outer
+
+    def not_in_a_branch(self, what: str) -> None:
+        """Refuse what would not wait for the predicate.
+
+        Raises:
+            GraphError: this is in a branch.
+        """
+        if self._branch is not None:
+            raise GraphError(
+                f"A branch of `patchwire.cond` cannot {what}: both branches are computed, so it would happen anyway.",
+                hint="Return the value from the branch, and go on with what `cond` returns: "
+                "`hidden[:] = patchwire.cond(condition, f, g, hidden)`.",
+                lines=here(),
+            )
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -564,6 +702,7 @@ class Recorder(TracerBase):
             raise GraphError(
                 "The block has ended: nothing can be saved any more.", hint="Write `.save()` inside it.", lines=here()
             )
+        self.not_in_a_branch("save a value")
         if value._saved and dtype is None:
             return
         value._saved = True
@@ -581,10 +720,52 @@ class Recorder(TracerBase):
             )
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
             raise GraphError(f"A value cannot be kept for {seconds!r} seconds.", hint="Give a time.", lines=here())
+        if not self.keeps:
+            raise GraphError(
+                "A detached job cannot keep values: nobody waits for their handles.",
+                hint="Save it, or leave `blocking=False` out.",
+                lines=here(),
+            )
+        self.not_in_a_branch("keep a value")
         self._value(value)
         kept = Kept(value)
         self.kept.append((kept, float(seconds), user_line()))
         return kept
+
+    def log(self, parts: Iterable[Any]) -> None:
+        """Ask what values look like.
+
+        Raises:
+            GraphError: the block has ended, or a text is too long.
+        """
+        if not self.open:
+            raise GraphError(
+                "The block has ended: nothing can be logged any more.", hint="Print saved values.", lines=here()
+            )
+        self.not_in_a_branch("log a value")
+        found: list[Any] = []
+        for part in parts:
+            if isinstance(part, (Value, Tensor, Structure)):
+                found.append(self.argument(part))
+            elif inside := list(values_in(part)):
+                found += [self.argument(each) for each in inside]
+            elif len(text := str(part)) > g.LONGEST_TEXT:
+                raise GraphError(
+                    f"A text of {len(text):,} characters is too long for a log; it takes {g.LONGEST_TEXT}.",
+                    hint="What is known inside the block can be printed there.",
+                    lines=here(),
+                )
+            else:
+                found.append(text)
+        self._create(g.log, (tuple(found),))
+        self.logs = True
+
+    def end(self, trace: int) -> None:
+        """A trace's block has ended: what is done to its values from now on is done to values, not to its sites."""
+        for memory in {value.memory for place, value in self._sites.items() if place[0] == trace}:
+            memory.sites = [each for each in memory.sites if each[0].trace != trace]
+        for memory in {value.memory for weight, value in self._parameters.items() if weight[0] == trace}:
+            memory.weights = [each for each in memory.weights if each[0] != trace]
 
     def finish(self) -> Graph:
         """End the recording: the graph, without what nobody needs.
@@ -608,7 +789,7 @@ class Recorder(TracerBase):
     @property
     def asked_for(self) -> bool:
         """Whether anything is to come of it."""
-        return bool(self.saved or self.kept or any(each.asked_for for each in self.bodies))
+        return bool(self.saved or self.logs or self.kept or any(each.asked_for for each in self.bodies))
 
     @property
     def active(self) -> Recorder:
@@ -646,6 +827,7 @@ class Recorder(TracerBase):
         for (value, *_), tensor in zip(self.saved, results.saved, strict=True):
             value._tensor = tensor
             value._absent = tensor is None
+        self.detached = False
         for (kept, *_), (there, seconds) in zip(self.kept, results.kept, strict=True):
             assert there.fake is not None
             kept.arrived(there.handle, there.fake, datetime.now() + timedelta(seconds=seconds), connection)
@@ -675,6 +857,11 @@ class Recorder(TracerBase):
             kept.append(self.request.constants[node.args[0]])
             node.args = (len(kept) - 1,)
         self.request.constants = kept
+
+
+def _meets(site: Site, trace: int, invoke: int, step: int) -> bool:
+    """Whether a site is of the same rows and the same step."""
+    return (site.trace, site.step) == (trace, step) and (site.invoke == invoke or EVERYONE in (site.invoke, invoke))
 
 
 def _same_content(one: Tensor, other: Tensor) -> bool:

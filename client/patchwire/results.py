@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from rich.progress import BarColumn, DownloadColumn, ProgressColumn, TaskID, TextColumn, TransferSpeedColumn
 from rich.progress import Progress as RichProgress
 from torch import Tensor
 
+from patchwire import logs
+from patchwire.errors import SourceLine
 from patchwire.graph import KeptTensor
 from patchwire.v1 import service_pb2
 
 _SHOWN_FROM_BYTES = 32 << 20
+_ON_SCREEN = threading.Lock()
+"""Held by the one bar that is shown: a terminal has room for no second."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,10 @@ class Stats:
         )
 
 
+OnTokens = Callable[[int, int, list[int]], None]
+"""Takes new tokens of a generation: its trace, its invoke, and an id for each row."""
+
+
 @dataclass
 class Results:
     """What came back from a request."""
@@ -61,8 +71,14 @@ class Results:
 class Progress:
     """Shows a bar when a request brings many bytes, and a line when it has to wait."""
 
-    def __init__(self, show: bool = True) -> None:
+    def __init__(self, show: bool = True, on_tokens: OnTokens = lambda *_: None) -> None:
+        """
+        Args:
+            show: Whether to show anything.
+            on_tokens: Told the new tokens of a generation: its trace, its invoke, an id for each row.
+        """
         self.show = show
+        self.tokens = on_tokens
         self._total = 0
         self._done = 0
         self._bar: RichProgress | None = None
@@ -97,8 +113,14 @@ class Progress:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._done, total=self._total)
 
+    def logged(self, text: str, line: SourceLine | None) -> None:
+        """A log has come: printed above the bar, if there is one, which takes what is printed meanwhile."""
+        print(logs.printed(text, line), flush=True)
+
     def _describe(self, text: str) -> None:
         if self._bar is None:
+            if not _ON_SCREEN.acquire(blocking=False):
+                return
             columns: list[ProgressColumn] = [
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -116,3 +138,4 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+            _ON_SCREEN.release()

@@ -5,18 +5,24 @@ of it ("input" or "output"), and, where that side is a tuple or a mapping, which
 that round-trips: "layers.5.mixer.output", "transformer.h.5.attn.output[1]", 'transformer.h.5.input["kwargs"]["mask"]'.
 A few canonical names are of a value rather than of a module: "logits".
 
+Inside the forward of a module, every call and every assignment is a site too, after the word "source":
+"layers.5.mixer.source.attention_interface_1.output". A function that is called there has a source of its own:
+"….source.attention_interface_1.source.torch_matmul_0.output". Where an operation runs several times, as in a loop, a
+number says which time is meant, from 0: "….source.ssm_state_1[3].output".
+
 The catalogue is learnt by the worker once per model and sent to clients, so both sides resolve an address with the code
-below, and a wrong one is found on the laptop.
+below, and a wrong one is found on the laptop. What is inside a forward is learnt when somebody first asks for it.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
@@ -29,6 +35,10 @@ Path = tuple[Step, ...]
 
 INPUT = "input"
 OUTPUT = "output"
+SOURCE = "source"
+"""What stands between a module, or an operation, and the operations inside it."""
+MAX_DEPTH = 8
+"""How many functions one inside the other an address may lead into."""
 CALL = ("args", "kwargs")
 """The first step of the path of an input: a positional argument, or a named one."""
 _SIDES = {INPUT: model_pb2.SIDE_INPUT, OUTPUT: model_pb2.SIDE_OUTPUT}
@@ -77,7 +87,9 @@ class Address:
         Raises:
             SiteError: the text is not an address.
         """
-        match = re.fullmatch(r'([A-Za-z_][\w.]*)((?:\[(?:\d+|"(?:[^"\\]|\\.)*")\])*)', text)
+        match = re.fullmatch(
+            r'([A-Za-z_][\w.]*(?:\[\d+\]\.(?:input|output))?)((?:\[(?:\d+|"(?:[^"\\]|\\.)*")\])*)', text
+        )
         if match is None:
             raise SiteError(f"`{text}` is not the address of a site.", hint="One looks like `layers.5.mixer.output`.")
         steps = re.findall(r'\[(\d+|"(?:[^"\\]|\\.)*")\]', match[2])
@@ -136,9 +148,33 @@ class Dim:
                 return None
 
 
+_ONCE = Dim(Axis.CONSTANT, 1)
+
+Order = tuple[int, ...]
+"""A moment in a forward pass. Compared as tuples are: (3,) < (3, 0, 2) < (3, 0, 2, 1) < (4,).
+
+A side of a module is at (n,). Operations after it, and before the next, are at (n, visits, k): modules may be visited
+again in between, which counts as visits. Operations in a function that the operation at (n, visits, k) calls are at
+(n, visits, k, j), and so on.
+"""
+
+
+class Location(NamedTuple):
+    """A place in a forward pass: all leaves there are parts of one value."""
+
+    module: str
+    """The raw path of a module."""
+    side: str
+    """`INPUT` or `OUTPUT`."""
+    operations: tuple[str, ...] = ()
+    """Empty for the module itself; else an operation in its forward, or the way to one through functions."""
+    occurrence: int = 0
+    """Which time the operation runs in the pass, from 0."""
+
+
 @dataclass(frozen=True)
 class Leaf:
-    """One tensor that a module is called with or returns."""
+    """One tensor that a module, or an operation in its forward, is called with or returns."""
 
     module: str
     """The raw path of the module; empty for the model itself."""
@@ -150,15 +186,30 @@ class Leaf:
     """Its symbolic shape."""
     dtype: torch.dtype
     """Its element type."""
-    order: int
-    """When in a forward pass it exists: the position among all sides of all modules."""
+    order: Order
+    """When in a forward pass it exists: not before this."""
     independent: bool = True
     """Whether a row's part of it is the same whatever other rows, and whatever padding, share the pass."""
+    last: Order = ()
+    """Not after this, if the operation runs several times; else empty."""
+    operations: tuple[str, ...] = ()
+    """The operation, or the way to it; empty if it is the module's own."""
+    runs: Dim = _ONCE
+    """How often the operation runs in a forward pass."""
+    occurrence: int = 0
+    """Which time is meant."""
+    unused: bool = False
+    """Whether nothing is done with it, so that to write it would change nothing."""
 
     @property
-    def location(self) -> tuple[str, str]:
-        """The module and the side, which all leaves of one value share."""
-        return (self.module, self.side)
+    def location(self) -> Location:
+        """The place in a forward pass, which all leaves of one value share."""
+        return Location(self.module, self.side, self.operations, self.occurrence)
+
+    @property
+    def latest(self) -> Order:
+        """The moment after which it surely does not come."""
+        return self.last or self.order
 
     @property
     def symbolic(self) -> str:
@@ -168,15 +219,21 @@ class Leaf:
     @property
     def packs(self) -> bool:
         """Whether rows of different lengths may share a pass in which it is read or written."""
-        return self.independent and all(
-            dim.axis is Axis.CONSTANT or (dim.axis is not Axis.UNKNOWN and dim.size == 0) for dim in self.shape
+        return (
+            self.independent
+            and self.runs.axis in (Axis.CONSTANT, Axis.SEQ)  # else an occurrence is of a row, or of nobody knows what
+            and all(
+                dim.axis is Axis.CONSTANT or (dim.axis is not Axis.UNKNOWN and dim.size == 0)
+                for dim in (*self.shape, self.runs)
+            )
         )
 
     @property
     def aligns(self) -> bool:
         """Whether rows of different lengths can be shown side by side, ending together: not if they share it."""
         axes = {dim.axis for dim in self.shape}
-        return self.packs and (Axis.SEQ not in axes or Axis.BATCH in axes)
+        each_for_a_token = self.runs.axis is Axis.SEQ  # then an occurrence is another token of each row, or none
+        return self.packs and not each_for_a_token and (Axis.SEQ not in axes or Axis.BATCH in axes)
 
     def lengths(self, batch: int, seq: int) -> tuple[int, ...] | None:
         """The shape in a call with this many rows of this many tokens; None if it is not known beforehand."""
@@ -210,10 +267,14 @@ class Leaf:
             dtype=dtype_to_proto(self.dtype),
             order=self.order,
             independent=self.independent,
+            last=self.last,
+            unused=self.unused,
         )
 
     @classmethod
-    def from_proto(cls, module: str, message: model_pb2.Leaf) -> Leaf:
+    def from_proto(
+        cls, module: str, message: model_pb2.Leaf, operations: tuple[str, ...] = (), runs: Dim = _ONCE
+    ) -> Leaf:
         """The leaf of a message."""
         return cls(
             module,
@@ -221,8 +282,12 @@ class Leaf:
             path_from_proto(message.path),
             tuple(Dim(Axis(dim.axis), dim.size) for dim in message.shape),
             dtype_from_proto(message.dtype),
-            message.order,
+            tuple(message.order),
             message.independent,
+            tuple(message.last),
+            operations,
+            runs,
+            unused=message.unused,
         )
 
 
@@ -264,6 +329,96 @@ class Module:
 
 
 @dataclass(frozen=True)
+class Operation:
+    """A call or an assignment in the text of a function."""
+
+    name: str
+    """What it is called: the function or the variable, and a number: "torch_matmul_0"."""
+    line: int
+    """Its line in the text, from 1."""
+    runs: Dim
+    """How often one forward pass runs it."""
+    leaves: tuple[Leaf, ...] = ()
+    """The tensors that it is called with and returns; an assignment is given a value and returns it."""
+    callee: str = ""
+    """What it calls; empty for an assignment, and where it never runs."""
+    closed: str = ""
+    """Why what it calls has no source of its own; empty if it has."""
+
+    def side(self, side: str) -> tuple[Leaf, ...]:
+        """The tensors of one side."""
+        return tuple(leaf for leaf in self.leaves if leaf.side == side)
+
+    @property
+    def repeated(self) -> bool:
+        """Whether a forward pass may run it several times, so that an address has to say which time."""
+        return self.runs.axis is not Axis.CONSTANT or self.runs.size > 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """The text of a function, and what happens in it: the forward of a module, or a function that is called there."""
+
+    module: str
+    """The raw path of the module."""
+    path: tuple[str, ...]
+    """The operations that lead to the function; empty for the module's forward."""
+    function: str
+    """The function's name: "GPT2Attention.forward"."""
+    text: str
+    """Its text."""
+    operations: Mapping[str, Operation]
+    """By name, in the order of the text."""
+
+    def to_proto(self) -> model_pb2.Source:
+        """This source as a message."""
+        return model_pb2.Source(
+            module=self.module,
+            path=self.path,
+            function=self.function,
+            text=self.text,
+            operations=[
+                model_pb2.Operation(
+                    name=each.name,
+                    line=each.line,
+                    runs=model_pb2.Dim(axis=each.runs.axis.value, size=each.runs.size),
+                    leaves=[leaf.to_proto() for leaf in each.leaves],
+                    callee=each.callee,
+                    closed=each.closed,
+                )
+                for each in self.operations.values()
+            ],
+        )
+
+    @classmethod
+    def from_proto(cls, message: model_pb2.Source) -> Source:
+        """The source of a message."""
+        module, path = message.module, tuple(message.path)
+        operations = {}
+        for each in message.operations:
+            runs = Dim(Axis(each.runs.axis), each.runs.size)
+            leaves = tuple(Leaf.from_proto(module, leaf, (*path, each.name), runs) for leaf in each.leaves)
+            operations[each.name] = Operation(each.name, each.line, runs, leaves, each.callee, each.closed)
+        return cls(module, path, message.function, message.text, operations)
+
+
+Inside = tuple[str, tuple[str, ...]]
+"""Which function: the raw path of a module, and the operations that lead from its forward to the function."""
+
+_FUSED = {
+    "sdpa_attention_forward",
+    "flash_attention_forward",
+    "flex_attention_forward",
+    "flash_paged_attention_forward",
+}
+"""Transformers' attention functions that hand everything to one kernel."""
+_EAGER = (
+    "This attention is one fused kernel, in which scores and probabilities never exist. A server started with "
+    '`patchwire serve --attention eager`, or `patchwire.local(..., attention="eager")`, computes them step by step.'
+)
+
+
+@dataclass(frozen=True)
 class Name:
     """A canonical name and what it stands for."""
 
@@ -286,6 +441,10 @@ class Catalogue:
     """By raw path, parents before children."""
     names: dict[str, Name] = field(default_factory=dict)
     """By canonical name."""
+    learn: Callable[[Inside], Source] | None = field(default=None, compare=False, repr=False)
+    """Finds out what is inside a function, where that is possible; raises `SiteError` if there is no text of it."""
+    sources: dict[Inside, Source] = field(default_factory=dict, compare=False, repr=False)
+    """What has been found out so far."""
 
     @cached_property
     def children(self) -> dict[str, list[str]]:
@@ -308,7 +467,7 @@ class Catalogue:
         return {prefix: list(names) for prefix, names in prefixes.items()}
 
     @cached_property
-    def entries(self) -> list[int]:
+    def entries(self) -> list[Order]:
         """When each module is entered, as positions in the order of sites, in order."""
         return sorted(module.side(INPUT)[0].order for module in self.modules.values() if module.side(INPUT))
 
@@ -382,6 +541,8 @@ class Catalogue:
         name, _, side = address.name.rpartition(".")
         if address.name in _SIDES:
             name, side = "", address.name
+        if side in _SIDES and (inside := self.split(name)) is not None:
+            return self._find_operation(address, *inside, side)
         if side not in _SIDES:
             hint = self.suggestion(address.name)
             if self.raw(address.name) is not None:
@@ -410,6 +571,156 @@ class Catalogue:
                 return leaf
         found = ", ".join(f"`{Address(address.name, leaf.path).spelled}` {leaf.symbolic}" for leaf in leaves)
         raise SiteError(f"`{address.spelled}` is not a tensor.", hint=f"The tensors there are {found}.")
+
+    # --- inside a forward ---------------------------------------------------------------------------------------------
+
+    def split(self, name: str) -> tuple[str, tuple[str, ...], int | None] | None:
+        """What a name with the word "source" in it means: a module's raw path, the operations, and which occurrence.
+
+        The operations are empty if the name ends with "source". None if the name is of a module, or of nothing.
+        """
+        parts = name.split(".")
+        for index, part in enumerate(parts):
+            before = ".".join(parts[:index])
+            if (
+                part != SOURCE
+                or self.raw(before) is None
+                or self.raw(f"{before}.{part}" if before else part) is not None
+            ):
+                continue
+            words = parts[index:]
+            last, bracket, number = words[-1].partition("[")
+            occurrence = int(number[:-1]) if re.fullmatch(r"\d{1,18}\]", number) else None
+            words[-1] = last
+            operations = words[1::2]
+            if any(word != SOURCE for word in words[::2]) or not all(map(str.isidentifier, operations)):
+                return None
+            if bracket and (occurrence is None or len(words) % 2):
+                return None
+            raw = self.raw(before)
+            assert raw is not None
+            return raw, tuple(operations), occurrence
+        return None
+
+    def needed_sources(self, address: Address) -> list[Inside]:
+        """The functions that have to be known to understand an address, outer ones first."""
+        inside = self.split(address.name.rpartition(".")[0]) if SOURCE in address.name else None
+        if inside is None:
+            return []
+        module, operations, _ = inside
+        return [(module, operations[:depth]) for depth in range(min(len(operations), MAX_DEPTH))]
+
+    def source(self, module: str, path: tuple[str, ...] = ()) -> Source:
+        """What is inside a function.
+
+        Args:
+            module: The raw path of the module.
+            path: The operations that lead from its forward to the function.
+
+        Raises:
+            SiteError: a forward pass does not call it, or its text is not to be had.
+        """
+        if len(path) > MAX_DEPTH:
+            raise SiteError(
+                f"`{spell(module)}.{SOURCE}…` leads through {len(path):,} functions, one inside the other.",
+                hint=f"At most {MAX_DEPTH} can be looked through.",
+            )
+        known = self.sources.get((module, path))
+        if known is not None:
+            return known
+        typed = spell(".".join([part for part in (module, SOURCE) if part] + [f"{each}.{SOURCE}" for each in path]))
+        if path:
+            operation = self.operation(module, path)
+            if operation.closed:
+                shows = f"`print({typed.removesuffix(f'.{path[-1]}.{SOURCE}')})` shows what is there."
+                raise SiteError(f"`{typed}` is not there: {operation.closed}.", hint=shows)
+        elif not self.modules[module].calls:
+            raise SiteError(
+                f"`{typed}` is of no use: a forward pass of {self.model} does not call this module.",
+                hint="Print the model: it says which modules are not called.",
+            )
+        if self.learn is None:
+            raise SiteError(f"`{typed}` is not known here.", hint="Ask a server, which has the model itself.")
+        return self.learn((module, path))
+
+    def operation(self, module: str, path: tuple[str, ...]) -> Operation:
+        """The operation that a path leads to.
+
+        Raises:
+            SiteError: there is none; the message tells the nearest names.
+        """
+        source = self.source(module, path[:-1])
+        found = source.operations.get(path[-1])
+        if found is not None:
+            return found
+        raise self.no_operation(source, path[-1])
+
+    def no_operation(self, source: Source, name: str, typed: str = "") -> SiteError:
+        """The error for an operation that is not in a source; `typed` is how the source was spelled."""
+        name = name[:_LONGEST_NAME]
+        typed = typed or spell(".".join([source.module, *(f"{SOURCE}.{each}" for each in source.path), SOURCE]))
+        near = [f"`{typed}.{each}`" for each in nearest(name, source.operations)]
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"`print({typed})` shows the operations."
+        if source.function in _FUSED:
+            hint = f"{hint} {_EAGER}"
+        return SiteError(f"`{typed}` has no operation `{name}`: it is `{source.function}`.", hint=hint)
+
+    def _find_operation(
+        self, address: Address, module: str, path: tuple[str, ...], occurrence: int | None, side: str
+    ) -> Leaf:
+        typed = address.spelled
+        if not path:
+            raise SiteError(
+                f"`{typed}` is not a site of {self.model}.",
+                hint=f"Name an operation: `{typed.rpartition('.')[0]}.….{side}`; `print` shows them.",
+            )
+        operation = self.operation(module, path)
+        leaves = self.operation_leaves(address.name, operation, occurrence, side)
+        for leaf in leaves:
+            if leaf.path == address.path:
+                return leaf
+        found = ", ".join(f"`{Address(address.name, leaf.path).spelled}` {leaf.symbolic}" for leaf in leaves)
+        raise SiteError(f"`{typed}` is not a tensor.", hint=f"The tensors there are {found}.")
+
+    def operation_leaves(self, name: str, operation: Operation, occurrence: int | None, side: str) -> tuple[Leaf, ...]:
+        """The tensors of one side of an operation, at one of its occurrences.
+
+        Args:
+            name: The name in the address, for messages.
+            operation: The operation.
+            occurrence: Which time it runs; None if that was not said.
+            side: `INPUT` or `OUTPUT`.
+
+        Raises:
+            SiteError: it never runs, or not so often; it runs several times, and which is meant was not said; or there
+                is no tensor.
+        """
+        typed, runs = spell(name), operation.runs
+        if runs == Dim(Axis.CONSTANT, 0):
+            raise SiteError(
+                f"`{typed}` never exists: a forward pass of {self.model} does not come by this line.",
+                hint="`print` the source: it says which operations run.",
+            )
+        if operation.repeated and occurrence is None:
+            place = typed.removesuffix(f".{side}")
+            often = {Axis.CONSTANT: f"{runs.size} times", Axis.UNKNOWN: "as often as its input says"}
+            raise SiteError(
+                f"`{typed}` does not say which time: the operation runs {often.get(runs.axis, f'[{runs}] times')} in a "
+                "forward pass.",
+                hint=f"Write `{place}[0].{side}` for the first.",
+            )
+        if runs.axis is Axis.CONSTANT and (occurrence or 0) >= runs.size:
+            raise SiteError(
+                f"`{typed}` never exists: the operation runs {_times(runs.size)} in a forward pass.",
+                hint=f"The first time is [0], the last [{runs.size - 1}].",
+            )
+        leaves = operation.side(side)
+        if not leaves:
+            raise SiteError(
+                f"`{typed}` is not a tensor and has none in it.",
+                hint=f"`print({typed.removesuffix(f'.{side}')})` shows the tensors of the operation.",
+            )
+        return tuple(replace(leaf, occurrence=occurrence) for leaf in leaves) if occurrence else leaves
 
     def suggestion(self, name: str) -> str:
         """A sentence with the nearest valid names, or the first ones if none is near."""
@@ -503,6 +814,10 @@ class Catalogue:
                 for each in names
             },
         )
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def _either(names: Sequence[str]) -> str:

@@ -40,6 +40,7 @@ _TABLE = (
     _Row(pb.ERROR_KIND_AUTHENTICATION, errors.AuthenticationError, grpc.StatusCode.UNAUTHENTICATED),
     _Row(pb.ERROR_KIND_BUSY, errors.BusyError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     _Row(pb.ERROR_KIND_TIMEOUT, errors.TimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED),
+    _Row(pb.ERROR_KIND_JOB, errors.JobError, grpc.StatusCode.NOT_FOUND),
 )
 _LONGEST_WORDS = 500
 _BY_KIND = {row.kind: row for row in _TABLE}
@@ -56,11 +57,10 @@ def line_from_proto(message: graph_pb2.SourceLine) -> SourceLine:
     return SourceLine(message.file, message.line, message.code)
 
 
-def error_to_status(error: PatchwireError, server_version: str = "") -> status_pb2.Status:
-    """The status of an error that the table knows."""
-    row = _BY_ERROR[type(error)]
+def error_to_proto(error: PatchwireError, server_version: str = "") -> pb.ErrorDetail:
+    """The detail of an error that the table knows."""
     detail = pb.ErrorDetail(
-        kind=row.kind,
+        kind=_BY_ERROR[type(error)].kind,
         message=error.message,
         hint=error.hint,
         lines=[line_to_proto(line) for line in error.lines],
@@ -68,11 +68,25 @@ def error_to_status(error: PatchwireError, server_version: str = "") -> status_p
     )
     if isinstance(error, errors.MissingTensorsError):
         detail.missing.extend(error.missing)
+    return detail
+
+
+def error_from_proto(detail: pb.ErrorDetail) -> PatchwireError:
+    """The exception of a detail."""
+    kind = _BY_KIND.get(detail.kind)
+    found = (kind.error if kind else PatchwireError)(detail.message, hint=detail.hint, lines=_lines(detail.lines))
+    if isinstance(found, errors.MissingTensorsError):
+        found.missing = tuple(detail.missing)
+    return found
+
+
+def error_to_status(error: PatchwireError, server_version: str = "") -> status_pb2.Status:
+    """The status of an error that the table knows."""
     packed = any_pb2.Any()
-    packed.Pack(detail)
+    packed.Pack(error_to_proto(error, server_version))
     # These words are for those who cannot read the detail; gRPC makes three bytes of each that is not ASCII.
     words = error.message[:_LONGEST_WORDS].encode("ascii", "replace").decode()
-    return status_pb2.Status(code=row.code.value[0], message=words, details=[packed])
+    return status_pb2.Status(code=_BY_ERROR[type(error)].code.value[0], message=words, details=[packed])
 
 
 def error_from_call(error: grpc.RpcError, address: str, *, started: bool = False) -> PatchwireError:
@@ -85,11 +99,7 @@ def error_from_call(error: grpc.RpcError, address: str, *, started: bool = False
     """
     detail = _detail(error)
     if detail is not None:
-        kind = _BY_KIND.get(detail.kind)
-        found = (kind.error if kind else PatchwireError)(detail.message, hint=detail.hint, lines=_lines(detail.lines))
-        if isinstance(found, errors.MissingTensorsError):
-            found.missing = tuple(detail.missing)
-        return found
+        return error_from_proto(detail)
     code, words = error.code(), error.details() or ""
     match code:
         case grpc.StatusCode.UNAVAILABLE if started:

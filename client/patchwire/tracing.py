@@ -1,7 +1,7 @@
 """The blocks that user code writes: `with model.trace(...)` and `with trace.invoke(...)`.
 
 A trace is one call of the model. Entering it starts a recording; leaving it sends the graph, waits for the saved
-tensors and hands each to its value. If the block raises, nothing is sent.
+tensors and hands each to its value (`running.py`). If the block raises, nothing is sent.
 """
 
 from __future__ import annotations
@@ -10,20 +10,21 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from patchwire import graph as g
-from patchwire.errors import GraphError, PatchwireError, here
+from patchwire import selecting
+from patchwire.cache import Cache
+from patchwire.errors import GraphError, InputError, PatchwireError, SiteError, here
 from patchwire.kept import RECORDER
 from patchwire.proxy import Value
 from patchwire.recording import EVERYONE, Recorder
-from patchwire.results import Stats
-from patchwire.session import Request, current_session
-from patchwire.sites import Address
+from patchwire.running import Block, Request, Stopped
+from patchwire.session import current_session
+from patchwire.sites import INPUT, OUTPUT, Address
 
 if TYPE_CHECKING:
     from patchwire.model import Model
@@ -39,6 +40,7 @@ class Scope:
     invoke: int | None
     step: int = 0
     open: bool = False
+    stepping: bool = False
 
     def site(self, address: Address) -> g.Site:
         """The site of an address, for the rows of this scope.
@@ -71,7 +73,7 @@ def current(what: str, model: Model) -> Scope:
             hint='Write it inside a block: `with model.trace("…"):`.',
             lines=here(),
         )
-    if scope.model is not model:
+    if scope.model._original is not model._original:
         raise GraphError(
             f"`{what}` belongs to {model.name}, but the block traces {scope.model.name}.",
             hint=f"Trace {model.name} in a block of its own; a saved value may be used there.",
@@ -80,26 +82,36 @@ def current(what: str, model: Model) -> Scope:
     return scope
 
 
+def open_recorder() -> Recorder | None:
+    """What records the block that user code is inside of; None if it is in none."""
+    scope = _CURRENT.get()
+    return scope.recorder if scope is not None and scope.recorder.open else None
+
+
 def recording() -> bool:
     """Whether user code is inside a block."""
-    scope = _CURRENT.get()
-    return scope is not None and scope.recorder.open
+    return open_recorder() is not None
 
 
-class Trace:
+class Trace(Block):
     """One call of a model, recorded by the block under it.
 
     Attributes:
-        stats: What the run cost; None until the block has ended, and in a session, whose `stats` are of all its traces.
+        stats: What the run cost; None until it has ended and its values are here, and in a session, whose `stats` are
+            those of all its traces.
+        job: The detached job, of a trace with `blocking=False`, once the block has ended.
     """
 
-    def __init__(self, model: Model, given: Any = None, generation: g.Generation | None = None) -> None:
+    def __init__(
+        self, model: Model, given: Any = None, generation: g.Generation | None = None, *, blocking: bool = True
+    ) -> None:
+        super().__init__(blocking=blocking)
         self._model = model
         self._given = given
         self._trace = g.Trace(model.name, generation=generation)
         self._token: Token[Scope | None] | None = None
         self._closed = False
-        self.stats: Stats | None = None
+        self._caches: list[Cache] = []
 
     def __enter__(self) -> Trace:
         if recording():
@@ -111,9 +123,15 @@ class Trace:
         if self._token is not None:
             raise GraphError("This trace has been used already.", hint="Write `with model.trace(…)`.", lines=here())
         session = current_session()
+        if session is not None and not self._blocking:
+            raise GraphError(
+                "A trace inside a session runs with it.", hint="Write `model.session(blocking=False)`.", lines=here()
+            )
         self._own = session is None
-        request = session.request if session else Request(self._model.connection, progress=self._model.progress)
-        assert request is not None
+        model = self._model
+        request = (
+            session.request if session else Request(model.connection, progress=model.progress, blocking=self._blocking)
+        )
         request.add(self._model)
         self._request = request
         self._recorder = request.active
@@ -122,9 +140,7 @@ class Trace:
         try:
             invoke = None if self._given is None else self._add(self._given)
         except PatchwireError as error:
-            if self._own:
-                self._request.give_up(error)
-            self._recorder.request.traces.pop()
+            self._request.give_up(error)
             raise
         self._token = _CURRENT.set(Scope(self._model, self._recorder, self._index, invoke))
         self._recorder_token = RECORDER.set(request.recorder)
@@ -139,10 +155,23 @@ class Trace:
                 lines=here(),
             )
         rows, embeddings = self._model._invoke(given)
+        options = self._trace.generation
+        if embeddings is not None and options is not None and options.repetition_penalty != 1:
+            raise InputError(
+                "A repetition_penalty is of tokens, and embeddings have none.",
+                hint="Give token ids, or leave `repetition_penalty` out.",
+                lines=here(),
+            )
         index = len(self._trace.invokes)
         self._trace.invokes.append(rows)
-        if embeddings is not None:
-            self._recorder.assign(g.Site(self._index, index, Address("embed.output")), embeddings)
+        try:
+            if embeddings is not None:
+                self._recorder.assign(g.Site(self._index, index, Address("embed.output")), embeddings)
+            for edit in self._model._edits:
+                edit.into(self._recorder, self._index, index)
+        except PatchwireError:
+            self._trace.invokes.pop()
+            raise
         return index
 
     @contextlib.contextmanager
@@ -161,7 +190,14 @@ class Trace:
         if given is None and self._given is not None:
             yield self
             return
-        if self._given is not None or current("invoke", self._model).invoke is not None:
+        scope = current("invoke", self._model)
+        if scope.stepping:
+            raise GraphError(
+                "An invoke goes through all steps of a generation, and cannot be opened in one of them.",
+                hint="Write the loop over steps inside `with gen.invoke(prompt):`.",
+                lines=here(),
+            )
+        if self._given is not None or scope.invoke is not None:
             raise GraphError(
                 "An invoke stands directly inside a trace that has no prompt of its own.",
                 hint="Write `with model.trace() as trace:` and in it `with trace.invoke(prompt):`.",
@@ -181,7 +217,8 @@ class Trace:
 
     def stop(self) -> NoReturn:
         """End the block here: what is written below is not recorded, and nothing later is run."""
-        raise _Stopped
+        current("stop", self._model)
+        raise Stopped(self)
 
     def token_ids(self, invoke: int = 0) -> Value:
         """The token ids of an invoke as a value, `[batch, seq]` int64, with -1 before rows that are shorter.
@@ -202,6 +239,55 @@ class Trace:
         longest = int(lengths.max())
         return torch.arange(longest)[None] >= (longest - lengths)[:, None]
 
+    def cache(
+        self,
+        modules: Any = None,
+        *,
+        outputs: bool = True,
+        inputs: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> Cache:
+        """Save what many modules return, or are given, for the rows of this scope: `cache["layers.3.output"]`.
+
+        Args:
+            modules: Which: a module, a name, a pattern over canonical names and raw paths (`"layers.*.mixer"`), or a
+                list of these. All layers if left out.
+            outputs: Whether their outputs are saved; of a tuple, each tensor: `"transformer.h.3.attn.output[0]"`.
+            inputs: Whether their first arguments are saved.
+            dtype: Send the tensors in this element type.
+
+        Returns:
+            A mapping by address, filled when the block has ended, with the edits of the whole block.
+
+        Raises:
+            SiteError: there is no such module, or it has no value.
+        """
+        scope = current("cache", self._model)
+        scope.recorder.not_in_a_branch("save a value")
+        catalogue = self._model.catalogue
+        if modules is None:
+            modules = [f"layers.{index}" for index in range(catalogue.num_layers)]
+        chosen = modules if isinstance(modules, (list, tuple)) else [modules]
+        sides = [side for side, wanted in ((OUTPUT, outputs), (INPUT, inputs)) if wanted]
+        try:
+            names = [each if isinstance(each, str) else each._name for each in chosen]
+            addresses = selecting.of_modules(catalogue, names, sides)
+        except SiteError as error:
+            raise SiteError(error.message, hint=error.hint, lines=here()) from None
+        cache = Cache(scope.recorder, {name: scope.site(address) for name, address in addresses.items()}, dtype)
+        self._caches.append(cache)
+        return cache
+
+    def log(self, *parts: Any) -> None:
+        """Print texts and values, with this line, when the values exist: `trace.log("norm", hidden.norm())`.
+
+        Small tensors are printed in full, large ones as PyTorch abbreviates them.
+
+        Raises:
+            GraphError: the block has ended, this is in a branch of `patchwire.cond`, or a text is too long.
+        """
+        self._recorder.log(parts)
+
     @property
     def tokens(self) -> list[list[int]]:
         """The token ids of every row.
@@ -214,27 +300,30 @@ class Trace:
             raise GraphError("In a loop over batches, the tokens change.", hint=hint, lines=here())
         return [list(row) for invoke in self._trace.invokes for row in invoke.rows]
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
+    def _end(self, error: BaseException | None) -> g.Graph | None:
         assert self._token is not None
         _CURRENT.reset(self._token)
         RECORDER.reset(self._recorder_token)
         self._request.in_trace = False
-        stopped = isinstance(error, _Stopped)
-        if error is not None and not stopped:
-            if self._own:
-                self._request.give_up(error)
-            return False
+        if error is not None:
+            # In a session too: half of a trace is not what was asked for, and cannot be told from the whole.
+            self._request.give_up(error)
+            return None
         if not self._trace.invokes:
-            self._recorder.open = False
-            raise GraphError(
+            nothing = GraphError(
                 "The trace has no prompt.", hint='Write `model.trace("…")` or `trace.invoke("…")`.', lines=here()
             )
+            self._request.give_up(nothing)
+            raise nothing
+        for cache in self._caches:
+            cache.close()
         self._finish()
-        if self._own:
-            self.stats = self._request.run()
-        return stopped
+        self._recorder.end(self._index)
+        return self._graph() if self._own else None
+
+    def _graph(self) -> g.Graph | None:
+        """The graph that is to run."""
+        return self._request.finish()
 
     def _finish(self) -> None:
         """The block has ended, and the graph has not been sent."""
@@ -247,9 +336,15 @@ class Generation(Trace):
     """
 
     def __init__(
-        self, model: Model, given: Any, generation: g.Generation, stream: bool | Callable[[list[int]], None]
+        self,
+        model: Model,
+        given: Any,
+        generation: g.Generation,
+        stream: bool | Callable[[list[int]], None],
+        *,
+        blocking: bool = True,
     ) -> None:
-        super().__init__(model, given, generation)
+        super().__init__(model, given, generation, blocking=blocking)
         self._options = generation
         self._stream = stream
         self._outputs: dict[int, Value] = {}
@@ -261,7 +356,7 @@ class Generation(Trace):
         A step that is named has to be reached; a slice without an end, such as `gen.iter[1:]`, goes as far as the
         generation does, and what was saved in a step that was not reached has no value.
         """
-        return _Steps(self._options.max_new_tokens)
+        return _Steps(self, self._options.max_new_tokens)
 
     def all(self) -> Iterator[int]:
         """All steps, as far as the generation goes."""
@@ -294,13 +389,19 @@ class Generation(Trace):
 class _Steps:
     """Steps of a generation, to be chosen by an index."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, generation: Generation, count: int) -> None:
+        self._generation = generation
         self._count = count
 
     def __getitem__(self, which: int | slice | Sequence[int]) -> Iterator[int]:
         """Go through the steps; sites in the loop's body are those of the step."""
-        scope = _CURRENT.get()
-        assert scope is not None
+        scope = current("iter", self._generation._model)
+        if scope.trace != self._generation._index or scope.stepping:
+            raise GraphError(
+                "The steps of a generation are gone through in its own block, one after the other.",
+                hint="Write `for step in gen.all():` directly in `with model.generate(…) as gen:`, or in an invoke.",
+                lines=here(),
+            )
         endless = isinstance(which, slice) and which.stop is None
         steps = self._chosen(which)
         for step in steps:
@@ -314,9 +415,10 @@ class _Steps:
 
     def _chosen(self, which: int | slice | Sequence[int]) -> list[int]:
         if isinstance(which, slice):
-            if which.stop is not None:
-                return list(range(which.start or 0, which.stop, which.step or 1))
-            return list(range(self._count))[which]
+            if which.stop is None or which.stop < 0 or (which.step or 1) < 0:
+                return list(range(self._count))[which]
+            start = which.start or 0
+            return list(range(start if start >= 0 else max(start + self._count, 0), which.stop, which.step or 1))
         return [which] if isinstance(which, int) else list(which)
 
     def _run(self, steps: list[int], endless: bool) -> Iterator[int]:
@@ -324,11 +426,7 @@ class _Steps:
         assert before is not None
         try:
             for step in steps:
-                _CURRENT.set(replace(before, step=step, open=endless and step > 0))
+                _CURRENT.set(replace(before, step=step, open=endless and step > 0, stepping=True))
                 yield step
         finally:
             _CURRENT.set(before)
-
-
-class _Stopped(Exception):
-    """Ends a block early."""

@@ -124,6 +124,9 @@ class _Taker:
     def absent(self, node: int) -> None:
         raise AssertionError("nothing is generated")
 
+    def logged(self, node: int, text: str) -> None:
+        raise AssertionError("nothing is logged")
+
     def tokens(self, trace: int, invoke: int, ids: list[int]) -> None:
         raise AssertionError("nothing is generated")
 

@@ -733,3 +733,99 @@ def test_a_name_that_is_too_long_is_refused(strict):
         list(stub.Run(service_pb2.RunRequest(graph=graph, id=b"x" * 65)))
 
     assert type(error_from_call(caught.value, "here")) is patchwire.GraphError
+
+
+class TestWithTheRestOfTheLanguage:
+    def test_a_log_is_printed_in_every_iteration(self, model, capsys):
+        with model.session() as session:
+            with session.repeat(3) as loop:
+                x = loop.carry(torch.tensor(1.0))
+                with model.trace(PROMPT) as trace:
+                    trace.log("x is", x)
+                x += 1
+
+        said = capsys.readouterr().out.splitlines()
+        assert [each.split("  ", 1)[1] for each in said] == [f"x is {torch.tensor(each)!r}" for each in (1.0, 2.0, 3.0)]
+
+    def test_a_weight_is_changed_with_what_is_carried(self, model, references):
+        weight = references["gpt2"].transformer.h[1].mlp.c_proj.weight
+        with model.session() as session:
+            with session.repeat(3) as loop:
+                scale = loop.carry(torch.tensor(1.0))
+                with model.trace(PROMPT):
+                    model.layers[1].mlp.c_proj.weight *= scale
+                    logits = model.logits[0, -1].save()
+                loop.update(scale, scale * 2)
+
+        for scale, found in zip((1.0, 2.0, 4.0), logits.value, strict=True):
+            before = weight.detach().clone()
+            with torch.no_grad():
+                weight.mul_(scale)
+                expected = references["gpt2"](torch.tensor([PROMPT])).logits[0, -1]
+                weight.copy_(before)
+            assert_same(found, expected)
+
+    def test_a_condition_on_what_is_carried_is_looked_at_in_every_iteration(self, model):
+        limit = torch.tensor(2.0)
+        with model.session() as session:
+            with session.repeat(4) as loop:
+                x = loop.carry(torch.tensor(1.0))
+                y = patchwire.cond(x < limit, lambda each: each * 2, lambda each: each - 0.5, x)
+                y.save()
+                loop.update(x, y)
+
+        assert y.value.tolist() == [2.0, 1.5, 3.0, 2.5]
+
+    def test_the_losses_of_a_body_add_up_in_it(self, model):
+        start = torch.tensor([1.0, 2.0])
+        with model.session() as session:
+            with session.repeat(2) as loop:
+                x = loop.carry(start)
+                (x * x).sum().backward()
+                (3 * x).sum().backward()
+                gradient = x.grad.save()
+                loop.update(x, x + 1)
+
+        assert gradient.value.tolist() == [[5.0, 7.0], [7.0, 9.0]]
+
+    def test_what_an_edited_model_does_is_done_in_every_iteration(self, model, served):
+        with model.trace(PROMPT):
+            kept = (torch.ones(WIDTH) * model.embed.output[0, 0]).keep()
+        with model.edit() as edited:
+            model.layers[0].output[:, -1] = kept
+        with edited.trace(PROMPT):
+            expected = model.logits.save()
+        with edited.session() as session:
+            with session.repeat(2) as loop:
+                loop.index  # noqa: B018
+                with edited.trace(PROMPT):
+                    logits = edited.logits.save()
+
+        assert_same(logits.value[0], expected.value)
+        assert_same(logits.value[1], expected.value)
+
+    def test_an_error_in_the_body_ends_the_session_even_if_it_is_caught(self, model):
+        def block() -> None:
+            with model.session() as session:
+                with pytest.raises(ZeroDivisionError):
+                    with session.repeat(2):
+                        raise ZeroDivisionError
+                with model.trace(PROMPT):
+                    model.logits.save()
+
+        with pytest.raises(patchwire.GraphError, match="The session has ended"):
+            block()
+
+
+class TestADetachedJob:
+    def test_does_not_loop(self, model):
+        with pytest.raises(patchwire.GraphError, match="cannot loop") as caught:
+            with model.session(blocking=False) as session:
+                session.repeat(2)
+        assert "session.repeat(2)" in str(caught.value)
+
+    def test_does_not_keep_values(self, model):
+        with pytest.raises(patchwire.GraphError, match="cannot keep values") as caught:
+            with model.trace(PROMPT, blocking=False):
+                model.logits.keep()
+        assert "model.logits.keep()" in str(caught.value)

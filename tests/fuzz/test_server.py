@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 import patchwire
 import tiny
+from integration import messages
 from patchwire import ops
 from patchwire.status import error_from_call
 from patchwire.v1 import graph_pb2 as pb
-from patchwire.v1 import service_pb2, service_pb2_grpc, tensor_pb2
+from patchwire.v1 import job_pb2, job_pb2_grpc, service_pb2, service_pb2_grpc, tensor_pb2
 from serving import Server
 
 SECONDS = 60
@@ -104,7 +105,7 @@ PARAMETERS = ["lm_head.weight", "norm.bias", "embed.weight", "layers.0.mlp.c_fc.
 ODD_PARAMETERS = ["weight", "x", "", "lm_head"]
 NAMES = {
     kind: sorted(name for name, each in ops.OPERATIONS.items() if each.kind == kind)
-    for kind in ("pure", "view", "inplace")
+    for kind in ("pure", "view", "inplace", "draw")
 }
 ODD_NAMES = ["", "torch.load", "eval", "torch.Tensor.add_", "torch.nn.functional.dropout"]
 KEYWORDS = ["dim", "keepdim", "dtype", "alpha", "p", "descending", "unbiased"]
@@ -177,7 +178,7 @@ class Sender:
         earlier = self.number(nodes)
         site = pb.Site(trace=self.one([0], [1]), invoke=self.one([0], [1]), address=self.one(ADDRESSES, ODD_ADDRESSES))
         match self.one(
-            ["read", "call", "call", "call", "call", "edit", "edit", "write", "apply", "parameter", "constant"]
+            ["read", "call", "call", "call", "call", "draw", "edit", "edit", "write", "apply", "parameter", "constant"]
         ):
             case "read":
                 return pb.Node(read=pb.Read(site=site))
@@ -185,6 +186,12 @@ class Sender:
                 return pb.Node(write=pb.Write(site=site, value=earlier))
             case "call":
                 return pb.Node(call=self.call(nodes, self.one(["pure", "pure", "view"]), pb.Argument(node=earlier)))
+            case "draw":
+                lengths = [
+                    pb.Argument(integer=self.one([0, 1, 2, 5], ODD_INTEGERS)) for _ in range(self.one([1, 2, 3]))
+                ]
+                size = pb.Argument(tuple=pb.Sequence(items=lengths))
+                return pb.Node(call=self.call(nodes, "draw", size, pb.Argument(integer=self.one(INTEGERS))))
             case "edit":
                 views = [self.call(nodes, "view") for _ in range(self.one([0, 0, 1, 2]))]
                 return pb.Node(edit=pb.Edit(base=earlier, views=views, change=self.call(nodes, "inplace")))
@@ -218,6 +225,8 @@ def graphs(draw) -> pb.Graph:
     for index, node in enumerate(list(graph.nodes)):
         if not node.HasField("write"):
             graph.nodes.add().save.value = index
+            if sender.chance(4):
+                graph.nodes.add().log.parts.extend([pb.Argument(text=sender.one(TEXTS)), pb.Argument(node=index)])
     return graph
 
 
@@ -370,7 +379,7 @@ def mutations(draw) -> pb.Graph | None:
 
 
 def test_the_graph_that_is_mutated_runs(stub):
-    *_, last = stub.Run(service_pb2.RunRequest(graph=pb.Graph.FromString(VALID)), timeout=SECONDS)
+    *_, last = messages.events(stub.Run(service_pb2.RunRequest(graph=pb.Graph.FromString(VALID)), timeout=SECONDS))
 
     assert last.events[-1].HasField("done")
 
@@ -394,11 +403,51 @@ METHODS = {
     "Handshake": "unary_unary",
     "ListModels": "unary_unary",
     "DescribeModel": "unary_unary",
+    "DescribeSource": "unary_unary",
     "Tokenize": "unary_unary",
     "Upload": "stream_unary",
     "Check": "unary_unary",
     "Run": "unary_stream",
 }
+
+
+JOB_METHODS = ("SubmitJob", "GetJob", "ListJobs", "FetchJob", "CancelJob", "ForgetJob")
+
+
+@few
+@given(method=st.sampled_from(JOB_METHODS), data=st.binary(max_size=200))
+def test_bytes_that_are_no_message_about_a_job_do_no_harm(channel, method, data):
+    kind = "unary_stream" if method == "FetchJob" else "unary_unary"
+    answers = getattr(channel, kind)(f"/patchwire.v1.JobService/{method}")
+    with contextlib.suppress(grpc.RpcError):
+        found = answers(data, timeout=SECONDS)
+        _ = list(found) if kind == "unary_stream" else found
+
+
+@few
+@given(graph=graphs())
+def test_a_random_graph_as_a_job_is_answered_and_ends(target, channel, graph):
+    jobs = job_pb2_grpc.JobServiceStub(channel)
+    name = None
+    with contextlib.suppress(grpc.RpcError):  # what refuses it is the subject of other tests
+        name = jobs.SubmitJob(job_pb2.SubmitJobRequest(graph=graph), timeout=SECONDS).job.id
+    if name is not None:
+        assert jobs.GetJob(job_pb2.GetJobRequest(id=name, wait_seconds=SECONDS)).job.state in (
+            job_pb2.JOB_STATE_DONE,
+            job_pb2.JOB_STATE_FAILED,
+        )
+        answer(target, jobs.FetchJob, job_pb2.FetchJobRequest(id=name))
+        jobs.ForgetJob(job_pb2.ForgetJobRequest(id=name))
+
+
+@few
+@given(name=st.text(max_size=60), seconds=st.floats())
+def test_a_random_name_of_a_job_is_answered(target, channel, name, seconds):
+    jobs = job_pb2_grpc.JobServiceStub(channel)
+    answer(target, jobs.GetJob, job_pb2.GetJobRequest(id=name, wait_seconds=seconds))
+    answer(target, jobs.FetchJob, job_pb2.FetchJobRequest(id=name))
+    answer(target, jobs.CancelJob, job_pb2.CancelJobRequest(id=name))
+    answer(target, jobs.ForgetJob, job_pb2.ForgetJobRequest(id=name))
 
 
 @few
@@ -442,3 +491,13 @@ def test_a_random_upload_is_answered(target, stub, parts):
 def test_a_random_text_is_answered(target, stub, model, texts, messages):
     answer(target, stub.Tokenize, service_pb2.TokenizeRequest(model=model, texts=texts, messages=messages))
     answer(target, stub.DescribeModel, service_pb2.DescribeModelRequest(model=model))
+
+
+@few
+@given(
+    model=st.sampled_from(["gpt2", "", "nobody"]),
+    module=st.sampled_from(["layers.0.mixer", "", "transformer.h.1.attn", "layers", "source", "x.source.y", "\0"]),
+    path=st.lists(st.one_of(st.sampled_from(["attention_interface_1", "split_1", "source"]), st.text()), max_size=12),
+)
+def test_a_random_source_is_answered(target, stub, model, module, path):
+    answer(target, stub.DescribeSource, service_pb2.DescribeSourceRequest(model=model, module=module, path=path))

@@ -125,12 +125,12 @@ def test_help_names_every_command_and_shows_examples() -> None:
     result = run("--help")
 
     assert result.returncode == 0
-    for command in ("serve", "models", "lens", "demo", "doctor"):
+    for command in ("serve", "models", "jobs", "lens", "demo", "doctor"):
         assert re.search(rf"│ {command}\b", result.stdout)
     assert "Examples" in result.stdout
 
 
-@pytest.mark.parametrize("command", ["serve", "models", "lens", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["serve", "models", "jobs", "lens", "demo", "doctor"])
 def test_every_command_has_help(command: str) -> None:
     result = CliRunner().invoke(cli.app, [command, "--help"], prog_name="patchwire")
 
@@ -221,6 +221,51 @@ def test_serve_refuses_a_model_that_is_not_there() -> None:
 
 def test_serve_refuses_a_certificate_without_its_key(checkpoint: Path) -> None:
     assert_one_message(run("serve", checkpoint, "--tls-cert", checkpoint / "config.json"), "--tls-key")
+
+
+def test_serve_refuses_a_file_for_its_jobs(checkpoint: Path) -> None:
+    assert_one_message(run("serve", checkpoint, "--port", "0", "--jobs", checkpoint / "config.json"), "--jobs")
+
+
+def test_serve_keeps_jobs_past_its_end(checkpoint: Path, tmp_path: Path) -> None:
+    server = start(checkpoint, "--jobs", str(tmp_path / "jobs"))
+    with patchwire.connect(server.address, progress=False) as client:
+        model = client.model()
+        with model.trace([1, 2, 3], blocking=False) as trace:
+            logits = model.logits.save()
+        trace.job.fetch()
+    server.end(signal.SIGINT)
+
+    server = start(checkpoint, "--jobs", str(tmp_path / "jobs"))
+    try:
+        listed = run("jobs", server.address)
+        with patchwire.connect(server.address, progress=False) as client:
+            assert torch.equal(client.job(trace.job.id).fetch()[0], logits.value)
+        forgotten = run("jobs", server.address, "--forget", trace.job.id)
+    finally:
+        server.end(signal.SIGINT)
+
+    assert listed.returncode == forgotten.returncode == 0
+    assert trace.job.id in listed.stdout
+    assert "done" in listed.stdout
+    assert forgotten.stdout == "The server keeps no jobs.\n"
+
+
+def test_jobs_stops_what_is_told(serving: Serving) -> None:
+    with patchwire.connect(serving.address, progress=False) as client:
+        model = client.model("tiny")
+        with model.trace([1, 2, 3], blocking=False) as trace:
+            value = model.layers[0].output.new_ones(2048, 2048)
+            for _ in range(3_000):
+                value = value @ value
+            value.sum().save()
+
+        result = run("jobs", serving.address, "--cancel", trace.job.id)
+
+        assert "cancelled" in result.stdout
+        assert trace.job.status == "cancelled"
+        trace.job.forget()
+        assert_one_message(run("jobs", serving.address, "--cancel", trace.job.id), "no job")
 
 
 def test_serve_without_the_worker_says_what_to_install() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -19,6 +21,22 @@ PATIENCE = 60
 @pytest.fixture(scope="module")
 def hosted() -> HostedModel:
     return HostedModel(Loaded("gpt2", tiny.build("gpt2"), None))
+
+
+class TestAttention:
+    def test_is_computed_step_by_step_if_that_is_asked_for(self, tmp_path):
+        model = patchwire.local(str(tiny.save("gpt2", tmp_path)), attention="eager", progress=False)
+
+        assert "nn_functional_softmax_0" in model.layers[0].mixer.source.attention_interface_1.source
+
+    def test_that_is_not_known_is_refused(self, tmp_path):
+        with pytest.raises(patchwire.ModelNotFoundError, match="`lazy` is no attention") as caught:
+            patchwire.local(str(tiny.save("gpt2", tmp_path)), attention="lazy")
+        assert "eager, sdpa" in caught.value.hint
+
+    def test_of_a_loaded_model_stays_as_it_is(self):
+        with pytest.raises(patchwire.ModelNotFoundError, match="as it was loaded"):
+            patchwire.local(tiny.build("gpt2"), attention="eager")
 
 
 def thread_of(loop: asyncio.AbstractEventLoop) -> threading.Thread:
@@ -50,3 +68,11 @@ def test_stops_when_it_is_forgotten_on_its_own_thread(hosted):
 
     assert not thread.is_alive()
     assert loop.is_closed()
+
+
+def test_leaves_every_name_of_the_package_what_it_is():
+    """Importing what a worker needs gives every object a `save` that is not ours."""
+    program = "import patchwire_worker.embedded, patchwire; print(patchwire.save.__module__, patchwire.save([1]))"
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert told.stdout == "patchwire [1]\n"

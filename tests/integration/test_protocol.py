@@ -334,7 +334,7 @@ class TestStandardServices:
             answers = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([request]))
             listed = {each.name for each in next(answers).list_services_response.service}
 
-        assert listed >= {SERVICE, "grpc.health.v1.Health"}
+        assert listed >= {SERVICE, "patchwire.v1.JobService", "grpc.health.v1.Health"}
 
 
 class TestToken:
@@ -345,7 +345,7 @@ class TestToken:
         assert "token=" in caught.value.hint
 
     @pytest.mark.parametrize(
-        "method", ["Handshake", "ListModels", "DescribeModel", "Tokenize", "Upload", "Check", "Run"]
+        "method", ["Handshake", "ListModels", "DescribeModel", "DescribeSource", "Tokenize", "Upload", "Check", "Run"]
     )
     @pytest.mark.parametrize("given", [(), (("authorization", "Bearer wrong"),), (("authorization", "correct"),)])
     def test_is_asked_for_by_every_method(self, strict_stub, method, given):

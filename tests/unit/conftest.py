@@ -15,7 +15,7 @@ FIRST: Path = ("args", 0)
 @pytest.fixture
 def catalogue() -> Catalogue:
     """A small transformer: `body.blocks.<i>.attn` returns a tuple, `body.spare` is never called."""
-    order = iter(range(100))
+    order = iter((position,) for position in range(100))
     modules: dict[str, Module] = {}
 
     def add(path: str, kind: str, *outputs: Path, parameters: tuple[Parameter, ...] = (), shape=HIDDEN) -> None:

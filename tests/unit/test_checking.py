@@ -60,7 +60,7 @@ class TestFakes:
     def test_of_a_module_that_is_applied_has_its_output_s_last_dimension(self, asked):
         last = asked.add("operator.getitem", asked.read("layers.0.output"), (slice(None), -1))
 
-        assert fake_of(asked.add(g.apply, 0, "lm_head", (last,), {})).shape == (2, 50)
+        assert fake_of(asked.add(g.apply, 0, "lm_head", (last,), {}, {})).shape == (2, 50)
 
     def test_of_what_depends_on_values_is_unknown_and_stays_so(self, asked):
         mask = asked.add("operator.gt", asked.read("layers.0.output"), 0)
@@ -188,6 +188,27 @@ class TestRefusals:
     )
     def test_python_without_a_tensor(self, asked, name, args):
         assert "is given no tensor" in self.refused(asked, GraphError, name, *args)
+
+    @pytest.mark.parametrize(
+        ("kind", "name", "args"),
+        [
+            (ShapeError, "patchwire.random.normal", ("abc", 1)),
+            (ShapeError, "patchwire.random.normal", ((2, -3), 1)),
+            (ShapeError, "patchwire.random.normal", ((1,) * 100, 1)),
+            (ShapeError, "patchwire.random.normal", ((2, 3), "1")),
+            (ShapeError, "patchwire.random.normal", ((2, 3), [1, None])),
+            (ShapeError, "patchwire.random.normal", ((2, 3), True)),
+            (ShapeError, "patchwire.random.normal", ((2, 3), 1, "float32")),
+            (ShapeError, "patchwire.random.normal", ((2, 3), [1, 2], torch.float32, ["a", 2])),
+            (ShapeError, "patchwire.random.bernoulli", ((2, 3), 2.0, 1)),
+            (ShapeError, "patchwire.random.randint", ((2, 3), 5, 5, 1)),
+            (ShapeError, "patchwire.random.randperm", (-1, 1)),
+            (LimitError, "patchwire.random.normal", ((1 << 62, 1 << 62), 1)),
+            (LimitError, "patchwire.random.randperm", (1 << 62, 1)),
+        ],
+    )
+    def test_noise_of_impossible_arguments(self, asked, kind, name, args):
+        self.refused(asked, kind, name, *args)
 
     @pytest.mark.parametrize(
         ("name", "args"),
@@ -392,7 +413,7 @@ class TestRefusals:
     def test_a_module_that_does_not_take_the_value(self, asked):
         logits = asked.read("logits")
 
-        text = self.refused(asked, ShapeError, g.apply, 0, "lm_head", (logits,), {})
+        text = self.refused(asked, ShapeError, g.apply, 0, "lm_head", (logits,), {}, {})
         assert "[..., 8]" in text
         assert "[2, 3, 50]" in text
 

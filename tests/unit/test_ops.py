@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchwire import ops
+from patchwire import noise, ops
 from patchwire.graph import same_storage
 
 OPERATIONS = list(ops.OPERATIONS.values())
@@ -53,6 +53,7 @@ def test_nothing_on_the_list_has_to_do_with(kind):
         each.name
         for each in OPERATIONS
         if each.name not in HARMLESS
+        and not (kind == "random numbers" and each.kind == "draw")
         and any(re.search(rf"(^|_){word}", each.name.rsplit(".", 1)[1]) for word in NEVER[kind].split())
     ]
 
@@ -68,6 +69,7 @@ def test_every_operation_is_the_function_that_its_name_says():
         "torch.linalg": torch.linalg,
         "torch.fft": torch.fft,
         "torch.special": torch.special,
+        "patchwire.random": noise,
     }
     for operation in OPERATIONS:
         owner, _, name = operation.name.rpartition(".")
@@ -211,6 +213,11 @@ ARGUMENTS: list[Callable[[], tuple[Any, ...]]] = [
     lambda: (real(4, 4), (1, 1)),
     lambda: (real(4, 4) - 1.0,),
     lambda: (torch.tensor([1.0, float("nan"), float("inf")]),),
+    lambda: ((4, 4), 7),
+    lambda: ((4, 4), [7, 8, 9, 10], torch.float16, [1, 2, 3, 4]),
+    lambda: ((4, 4), 0.5, 7),
+    lambda: ((4, 4), 2, 9, 7),
+    lambda: (4, 7),
 ]
 
 
@@ -248,6 +255,8 @@ class Run:
 
 def run(operation: ops.Operation, make: Callable[[], tuple[Any, ...]]) -> Run | None:
     args = make()
+    if operation.kind != "draw" and not tensors_in(args):
+        return None
     if ops.forbidden_argument(operation, args, {}):
         return None
     given = tensors_in(args)
@@ -268,13 +277,14 @@ def run(operation: ops.Operation, make: Callable[[], tuple[Any, ...]]) -> Run | 
     done = Run(
         changed,
         [share([each], given) for each in found],
-        any(each is given[0] for each in found),
+        any(each is one for each in found for one in given[:1]),
         forms(found),
         None,
         None,
     )
     with contextlib.suppress(NotImplementedError, RuntimeError):  # it depends on values
-        fake_found = results(operation.function(*fakes), given_fakes)
+        place = {"device": "meta"} if operation.kind == "draw" else {}
+        fake_found = results(operation.function(*fakes, **place), given_fakes)
         done.fake_forms = forms(fake_found)
         done.fake_shares = [share([each], given_fakes) for each in fake_found]
     return done
@@ -321,6 +331,25 @@ def test_an_in_place_operation_returns_its_first_argument_and_changes_no_other(r
 
 # Those that view their argument only if there is nothing to convert.
 CONVERSIONS = {"bfloat16", "bool", "byte", "double", "half", "int", "long", "short"}
+
+
+def test_a_draw_takes_no_tensor_and_makes_a_new_one(runs):
+    draws = {each: done for each, done in runs.items() if each.kind == "draw"}
+
+    assert {each.name for each in OPERATIONS if each.name.startswith("patchwire.")} == set(named(draws))
+    assert not any(one.changed or any(one.shares) for done in draws.values() for one in done)
+
+
+@pytest.mark.parametrize("name", [each.name for each in OPERATIONS if each.kind == "draw"])
+def test_a_draw_follows_from_its_seed_alone(name):
+    operation = ops.OPERATIONS[name]
+    state = torch.get_rng_state()
+    for make in ARGUMENTS:
+        if not tensors_in(make()):
+            with contextlib.suppress(ValueError, TypeError):  # arguments of another draw
+                assert torch.equal(operation.function(*make()), operation.function(*make()))
+
+    assert torch.equal(torch.get_rng_state(), state), "the global generator was used"
 
 
 def test_a_view_shares_memory_with_an_argument_at_least_sometimes(runs):

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from patchwire.errors import BusyError, ConnectionLostError, ExecutionError, PatchwireError, TimeoutError
 from patchwire_worker import scheduler
 from patchwire_worker.config import Limits
 from patchwire_worker.executor import Cost
 from patchwire_worker.planner import Plan
-from patchwire_worker.scheduler import Done, InternalError, Queued, Scheduler
+from patchwire_worker.scheduler import Done, InternalError, Queued, Saved, Scheduler
 
 
 class Value:
@@ -173,6 +174,52 @@ def test_a_run_that_is_late_ends(work):
     work(wait)
     with pytest.raises(TimeoutError, match=r"0\.01 seconds"):
         within(events(Scheduler("tiny", Limits(seconds=0.01))))
+
+
+class TestARunThatMayNotGetFarAhead:
+    SIZE = 1 << 18
+
+    @pytest.fixture
+    def made(self, monkeypatch) -> list[int]:
+        """The values that the run has saved so far; it saves fifty of them."""
+        made: list[int] = []
+
+        class Execution:
+            def __init__(self, admitted, plan, listener, stopping, *, result_bytes, store) -> None:
+                self.listener, self.stopping = listener, stopping
+
+            def run(self) -> Cost:
+                for number in range(50):
+                    if self.stopping.reason is not None:
+                        raise self.stopping.reason
+                    made.append(number)
+                    self.listener.saved(number, torch.zeros(TestARunThatMayNotGetFarAhead.SIZE, dtype=torch.uint8))
+                return Cost()
+
+        monkeypatch.setattr(scheduler, "Execution", Execution)
+        return made
+
+    def test_waits_for_whoever_takes_its_values(self, made):
+        async def run() -> list[int]:
+            taken = []
+            async for news in Scheduler("tiny", Limits()).run(None, Plan([], set()), ahead=2 * self.SIZE):
+                taken += [each.node for each in news if isinstance(each, Saved)]
+                await asyncio.sleep(0.005)  # long enough for all of them, if nothing held it up
+                assert len(made) <= len(taken) + 3
+            return taken
+
+        assert within(run()) == list(range(50))
+
+    def test_ends_when_nobody_takes_them(self, made):
+        async def run() -> None:
+            queue = Scheduler("tiny", Limits())
+            async with contextlib.aclosing(queue.run(None, Plan([], set()), ahead=2 * self.SIZE)) as first:
+                await anext(first)
+                await until(lambda: len(made) >= 3)
+            await until(lambda: queue._running is None)
+
+        within(run())
+        assert len(made) < 50
 
 
 class TestClosing:

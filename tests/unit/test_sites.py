@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import ClassVar
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchwire.errors import SiteError
-from patchwire.sites import Address, Axis, Catalogue, Dim, Leaf, path_from_proto, path_to_proto
+from patchwire.sites import Address, Axis, Catalogue, Dim, Leaf, Operation, Source, path_from_proto, path_to_proto
 
 NAMES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+){0,4}", fullmatch=True)
 PATHS = st.lists(st.one_of(st.integers(0, 2**32 - 1), st.text(max_size=10)), max_size=4).map(tuple)
@@ -21,6 +24,14 @@ class TestAddress:
         address = Address(name, path)
 
         assert Address.parse(str(address)) == address
+
+    @settings(deadline=None)
+    @given(NAMES, NAMES, st.sampled_from(["input", "output"]), st.integers(0, 10**9), PATHS)
+    def test_of_an_operation_comes_back_from_its_string_form(self, name, operation, side, occurrence, path):
+        for often in ("", f"[{occurrence}]"):
+            address = Address(f"{name}.source.{operation}{often}.{side}", path)
+
+            assert Address.parse(str(address)) == address
 
     @settings(deadline=None)
     @given(PATHS)
@@ -47,6 +58,9 @@ class TestAddress:
             (Address("transformer.h.5.attn.output", (1,)), "model.transformer.h[5].attn.output[1]"),
             (Address("h.5.input", ("kwargs", "mask")), 'model.h[5].inputs[1]["mask"]'),
             (Address("logits"), "model.logits"),
+            (Address("layers.0.attn.source.split_1.output", (2,)), "model.layers[0].attn.source.split_1.output[2]"),
+            (Address("h.source.f_0.source.x_1[3].output"), "model.h.source.f_0.source.x_1[3].output"),
+            (Address("source.x_0.input", ("args", 1)), "model.source.x_0.inputs[0][1]"),
         ],
     )
     def test_is_spelled_as_it_is_typed(self, address, typed):
@@ -76,7 +90,7 @@ class TestSymbolicShape:
         assert dim.length(batch=2, seq=7) == length
 
     def leaf(self, *dims: Dim) -> Leaf:
-        return Leaf("m", "output", (), dims, torch.bfloat16, 3)
+        return Leaf("m", "output", (), dims, torch.bfloat16, (3,))
 
     def test_of_a_leaf_is_readable(self):
         assert self.leaf(Dim(Axis.BATCH), Dim(Axis.SEQ), Dim(Axis.CONSTANT, 768)).symbolic == "[batch, seq, 768]"
@@ -109,7 +123,7 @@ class TestSymbolicShape:
         st.sampled_from(["input", "output"]),
     )
     def test_comes_back_from_its_message(self, dims, path, side):
-        leaf = Leaf("m", side, path, tuple(dims), torch.float8_e5m2, 9)
+        leaf = Leaf("m", side, path, tuple(dims), torch.float8_e5m2, (9,))
 
         assert Leaf.from_proto("m", leaf.to_proto()) == leaf
 
@@ -194,6 +208,91 @@ class TestLookUp:
             catalogue.parameter(path)
 
         assert hint in caught.value.hint
+
+
+class TestSource:
+    """A function with a loop: `a` runs once, `b` for each token, `c` as often as its input says, `d` never."""
+
+    TIMES: ClassVar = {
+        "a_0": Dim(Axis.CONSTANT, 1),
+        "b_0": Dim(Axis.SEQ),
+        "c_0": Dim(Axis.UNKNOWN),
+        "d_0": Dim(Axis.CONSTANT),
+    }
+
+    @pytest.fixture
+    def source(self):
+        def leaf(name, runs):
+            last = (3, 0, 9) if name == "b_0" else ()
+            return Leaf("body.norm", "output", (), (), torch.float32, (3, 0, 1), False, last, (name,), runs)
+
+        each = [Operation(name, 2, runs, (leaf(name, runs),), "f", "no text") for name, runs in self.TIMES.items()]
+        return Source("body.norm", (), "LayerNorm.forward", "def forward():\n ...", {one.name: one for one in each})
+
+    @pytest.fixture
+    def learnt(self, catalogue, source):
+        return replace(catalogue, learn=lambda inside: source)
+
+    def test_comes_back_from_its_message(self, source):
+        assert Source.from_proto(source.to_proto()) == source
+
+    def test_has_its_sites_under_all_names_of_the_module(self, learnt):
+        leaf = learnt.leaf(Address("norm.source.a_0.output"))
+
+        assert leaf.operations == ("a_0",)
+        assert learnt.leaf(Address("body.norm.source.a_0[0].output")) == leaf
+
+    def test_has_a_site_for_each_time_that_an_operation_runs(self, learnt):
+        leaves = [learnt.leaf(Address(f"norm.source.b_0[{time}].output")) for time in range(3)]
+
+        assert [each.location.occurrence for each in leaves] == [0, 1, 2]
+
+    @pytest.mark.parametrize(
+        ("name", "says", "hint"),
+        [
+            ("norm.source.a_1.output", "no operation `a_1`", "model.body.norm.source.a_0"),
+            ("norm.source.a_0[1].output", "runs once", "last [0]"),
+            ("norm.source.b_0.output", "runs [seq] times", "b_0[0].output"),
+            ("norm.source.c_0.output", "as often as its input says", "c_0[0].output"),
+            ("norm.source.d_0.output", "does not come by", "print"),
+            ("norm.source.a_0.input", "is not a tensor", "print(model.norm.source.a_0)"),
+            ("norm.source.a_0.source.x_0.output", "no text", "print(model.body.norm.source)"),
+            ("norm.source.output", "is not a site", "Name an operation"),
+            ("norm.source", "is not a site", ""),
+            ("norm.source.a_0", "is not a site", ""),
+            ("norm.source.a_0[x].output", "is not a module", ""),
+            ("norm.source[0].a_0.output", "is not a module", ""),
+            ("norm.sauce.a_0.output", "is not a module", ""),
+            ("body.spare.source.a_0.output", "does not call", "not called"),
+            ("norm" + ".source.a_0" * 12 + ".output", "11 functions", "At most 8"),
+        ],
+    )
+    def test_refuses_a_site_that_is_not_there(self, learnt, name, says, hint):
+        with pytest.raises(SiteError) as caught:
+            learnt.leaf(Address(name))
+
+        assert says in caught.value.message
+        assert hint in caught.value.hint
+
+    def test_is_asked_for_before_an_address_is_understood(self, catalogue):
+        assert catalogue.needed_sources(Address("norm.output")) == []
+        assert catalogue.needed_sources(Address("norm.source.f_0.source.g_0.source.x_0[2].output")) == [
+            ("body.norm", ()),
+            ("body.norm", ("f_0",)),
+            ("body.norm", ("f_0", "g_0")),
+        ]
+
+    def test_lets_rows_share_a_pass_only_where_a_time_is_the_same_for_all(self):
+        def leaf(runs):
+            return Leaf("m", "output", (), (Dim(Axis.BATCH),), torch.float32, (1, 0, 1), runs=runs)
+
+        assert leaf(Dim(Axis.CONSTANT, 2)).packs
+        assert leaf(Dim(Axis.CONSTANT, 2)).aligns
+        assert leaf(Dim(Axis.SEQ)).packs
+        assert not leaf(Dim(Axis.SEQ)).aligns
+        assert not leaf(Dim(Axis.SEQ, -1)).packs
+        assert not leaf(Dim(Axis.BATCH)).packs
+        assert not leaf(Dim(Axis.UNKNOWN)).packs
 
 
 class TestCatalogue:

@@ -17,7 +17,6 @@ from patchwire.checking import Checker, fake_of
 from patchwire.errors import GraphError, InputError, LimitError, ModelNotFoundError, PatchwireError, nearest
 from patchwire.sites import Catalogue, Leaf
 from patchwire.v1 import graph_pb2
-from patchwire_worker import generating
 from patchwire_worker.config import Limits
 from patchwire_worker.kept import KeptStore
 from patchwire_worker.models.hosted import HostedModel
@@ -135,12 +134,12 @@ class Admission:
         admitted = self._checked(body, models or [home], times=1 if len(extremes) > 1 else loop.count)
         for iteration in extremes[1:]:
             Checker(body.at(iteration), self._catalogue, value_bytes=self.limits.value_bytes).all()
-        saves = sum(each.target is g.save for each in body.fx.nodes)
+        saves = sum(each.target in (g.save, g.log) for each in body.fx.nodes)
         if saves * loop.count > _MOST_SAVED:
             raise at(
                 node,
                 LimitError(
-                    f"A loop saves {saves * loop.count:,} values; the server sends {_MOST_SAVED:,}.",
+                    f"A loop saves and logs {saves * loop.count:,} values; the server sends {_MOST_SAVED:,}.",
                     hint="Carry a tensor, and save what it ends as.",
                 ),
             )
@@ -151,7 +150,7 @@ class Admission:
         self._look_up_constants(graph)
         for each in graph.traces:
             if each.generation is not None:
-                generating.check(each.generation)
+                each.generation.check()
         checker = Checker(graph, self._catalogue, value_bytes=self.limits.value_bytes)
         checker.all()
         nodes = graph.nodes
@@ -221,8 +220,6 @@ class Admission:
         rows: Sequence[Sequence[int]],
     ) -> None:
         longest = max(map(len, rows))
-        if not new:
-            raise InputError("A generation makes one token at least.")
         if any(len(set(map(len, invoke))) > 1 for invoke in invokes):
             raise InputError(
                 "The prompts of one generation have the same length.",
@@ -262,15 +259,10 @@ class Admission:
                 raise at(node, error)
 
     def _check_results(self, nodes: list[torch.fx.Node], times: int) -> None:
-        total = 0
-        for node in nodes:
-            if node.target is g.save:
-                fake = fake_of(node.args[0])  # type: ignore[arg-type]
-                if isinstance(fake, Tensor):
-                    total += fake.numel() * (node.args[1] or fake.dtype).itemsize  # type: ignore[union-attr]
-        if total * times > self.limits.result_bytes:
+        total = saved_bytes(nodes) * times
+        if total > self.limits.result_bytes:
             raise LimitError(
-                f"The saved values have {total * times:,} bytes; the server sends {self.limits.result_bytes:,}.",
+                f"The saved values have {total:,} bytes; the server sends {self.limits.result_bytes:,}.",
                 hint="Save less of each (`value[:, -1].save()`), or narrower (`.save(dtype=torch.bfloat16)`).",
             )
 
@@ -285,6 +277,17 @@ class Admission:
                 if place in written:
                     raise at(node, GraphError(f"`{site}` is written twice."))
                 written.add(place)
+
+
+def saved_bytes(nodes: list[torch.fx.Node]) -> int:
+    """Bytes of the saved values, as far as their shapes are known."""
+    total = 0
+    for node in nodes:
+        if node.target is g.save:
+            fake = fake_of(node.args[0])  # type: ignore[arg-type]
+            if isinstance(fake, Tensor):
+                total += fake.numel() * (node.args[1] or fake.dtype).itemsize  # type: ignore[union-attr]
+    return total
 
 
 def at(node: torch.fx.Node, error: PatchwireError) -> PatchwireError:

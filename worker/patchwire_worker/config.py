@@ -33,6 +33,12 @@ class Limits:
     """Seconds that a request may run."""
     queued: int = 256
     """Requests of one model that may wait."""
+    jobs: int = 1000
+    """Detached jobs that are kept."""
+    job_bytes: int = 64 * GIB
+    """Bytes of the results of all of them, on the disk."""
+    job_seconds: float = 24 * 3600.0
+    """Seconds that a job is kept after its end; also the longest that it may take until then."""
     iterations: int = 100_000
     """Iterations of a loop."""
     loop_tokens: int = 1 << 26
@@ -74,3 +80,5 @@ class ServerConfig:
     """Certificates (PEM) that clients must show one of."""
     limits: Limits = field(default_factory=Limits)
     """What a request may ask."""
+    jobs: Path | None = None
+    """The directory of detached jobs, which outlive the server there; None takes one that goes with the server."""

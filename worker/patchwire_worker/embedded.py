@@ -66,7 +66,7 @@ def start(spec: str | nn.Module, **options: Any) -> EmbeddedServer:
 
     Args:
         spec: A hub id, a directory, a `.gguf` file, or a loaded Hugging Face model.
-        options: As for `patchwire_worker.models.loading.load`: `name`, `device`, `dtype`, `tokenizer`.
+        options: As for `patchwire_worker.models.loading.load`: `name`, `device`, `dtype`, `tokenizer`, `attention`.
 
     Raises:
         ModelNotFoundError: the model cannot be loaded.

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.fx.node import map_arg
 
 from patchwire import graph as g
+from patchwire import logs
 from patchwire.checking import describe
 from patchwire.errors import (
     ExecutionError,
@@ -69,6 +70,9 @@ class Listener(Protocol):
     def tokens(self, trace: int, invoke: int, ids: list[int]) -> None:
         """A generation has a new token for each row."""
 
+    def logged(self, node: int, text: str, iteration: Iteration | None = None) -> None:
+        """The values of a log, by its position in the request or in a loop's body, exist, and look like this."""
+
 
 @dataclass
 class Cost:
@@ -79,13 +83,14 @@ class Cost:
     modules_skipped: int = 0
     seconds: float = 0.0
     result_bytes: int = 0
+    logged: int = 0
 
     def add(self, part: Cost) -> None:
-        """Count what an iteration took; its seconds are in the whole's, and it counted its bytes with those before."""
+        """Count what an iteration took; its seconds are in the whole, and what it sends was counted on from before."""
         self.passes += part.passes
         self.rows += part.rows
         self.modules_skipped += part.modules_skipped
-        self.result_bytes = part.result_bytes
+        self.result_bytes, self.logged = part.result_bytes, part.logged
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,9 @@ class _Within:
 
     def tokens(self, trace: int, invoke: int, ids: list[int]) -> None:
         pass
+
+    def logged(self, node: int, text: str, iteration: Iteration | None = None) -> None:
+        self.listener.logged(node, text, self.iteration)
 
 
 class Execution:
@@ -155,6 +163,7 @@ class Execution:
         self._ready: list[tuple[int, torch.fx.Node]] = []
         self._fresh: list[torch.fx.Node] = []
         self._origins: dict[torch.fx.Node, tuple[Tensor, Access]] = {}
+        self._weights: dict[torch.fx.Node, Tensor] = {}
         for node in admitted.graph.fx.nodes:
             if node in plan.needed:
                 self._missing[node] = len(node.all_input_nodes)
@@ -193,6 +202,7 @@ class Execution:
             self._ready.clear()
             self._fresh.clear()
             self._origins.clear()
+            self._weights.clear()
         self.cost.seconds = time.perf_counter() - start
         return self.cost
 
@@ -241,12 +251,14 @@ class Execution:
         for work in each.works:
             steps[work.step].append(SiteMediator(work.location, partial(arrive, work)))
         generated = None
+        weights = {str(node.args[1]): self._weights[node] for node in each.weights}
         try:
-            if each.generation is None:
-                each.model.run(each.ids, steps[0], self.stopping)
-            else:
-                tell = partial(self.listener.tokens, each.generation.trace, each.generation.invoke)
-                generated = each.model.generate(each.ids, each.generation.options, steps, self.stopping, tell)
+            with each.model.weights(weights):
+                if each.generation is None:
+                    each.model.run(each.ids, steps[0], self.stopping)
+                else:
+                    tell = partial(self.listener.tokens, each.generation.trace, each.generation.invoke)
+                    generated = each.model.generate(each.ids, each.generation.options, steps, self.stopping, tell)
         except PatchwireError:
             raise
         except torch.OutOfMemoryError as error:
@@ -283,7 +295,7 @@ class Execution:
             body, planned = iterations.at(number, outside)
             listener = _Within(self.listener, (each.trace, number))
             iteration = Execution(body, planned, listener, self.stopping, result_bytes=self.result_bytes)
-            iteration.cost.result_bytes = self.cost.result_bytes
+            iteration.cost.result_bytes, iteration.cost.logged = self.cost.result_bytes, self.cost.logged
             self.cost.add(iteration.run())
             for index, value in iteration.carried.items():
                 outside[index] = value
@@ -304,7 +316,9 @@ class Execution:
             tensor = self._leaf(access, value)
             lent.append(tensor)
             # Contiguous, as its fake is, so that what a graph may do with it does not depend on who shares the pass.
-            self._set(access.node, access.rows.take(tensor, access.leaf).contiguous())
+            part = access.rows.take(tensor, access.leaf).contiguous()
+            # Autograd remembers what a loss was computed from, and the model may go on to change that in place.
+            self._set(access.node, part.clone() if self.plan.differentiated else part)
         self._evaluate_ready()
         for access in work.writes:
             value = self._written(access, value)
@@ -312,9 +326,13 @@ class Execution:
         return value
 
     def _make_leaf(self, access: Access, value: Any) -> Any:
-        """The value of a side, with the tensor there in the hands of autograd: its gradient can be asked for."""
+        """The value of a side, with the tensor there in the hands of autograd: its gradient can be asked for.
+
+        It is a tensor of its own even where the model holds the same one elsewhere (a residual stream that is also a
+        norm's input, say): the gradient is of what a write at this site would change, whatever else is differentiated.
+        """
         tensor = self._leaf(access, value)
-        origin = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+        origin = tensor.clone() if tensor.requires_grad else tensor.detach().requires_grad_()
         self._origins[access.node] = (origin, access)
         # A copy for the model and the graph, which may change it in place; the gradient is that of what was there.
         return containers.replaced(value, access.leaf.side, access.leaf.path, origin.clone())
@@ -355,6 +373,8 @@ class Execution:
         self._use(source)
         self._missing[access.node] = -1
         put = access.rows.put(old, access.leaf, new.to(old.device))
+        if put.stride() != old.stride():  # the model may go on to take views that other strides do not allow
+            put = torch.empty_like(old).copy_(put)
         if put is new:  # the model may go on to change it in place
             put = new.clone()
         return containers.replaced(value, access.leaf.side, access.leaf.path, put)
@@ -419,12 +439,15 @@ class Execution:
                 case target if target is g.token_ids:
                     rows = self.admitted.graph.traces[args[0]].invokes[args[1]].rows  # type: ignore[index]
                     return _ended_together(rows).to(self.admitted.models[0].device)
+                case target if target is g.log:
+                    return self._log(node, args[0])  # type: ignore[arg-type]
                 case target if target is g.constant:
                     constant = self.admitted.graph.constants[args[0]]  # type: ignore[index]
                     return constant.to(self.admitted.models[0].device)  # type: ignore[union-attr]
                 case target if target is g.parameter:
+                    # Another node of the same parameter may be the one that is differentiated: it is never detached.
                     parameter = self._model(node).parameter(args[1])  # type: ignore[arg-type]
-                    return parameter if node in self.plan.differentiated else parameter.detach().contiguous()
+                    return parameter if node in self.plan.differentiated else parameter.contiguous()
                 case target if target is g.apply:
                     model = self._model(node)
                     path = model.catalogue.module(args[1]).path  # type: ignore[arg-type]
@@ -435,10 +458,18 @@ class Execution:
                         )
                     # A module may change its arguments in place, and these may be weights, or values of others.
                     own = _map_tensors((args[2], args[3]), torch.clone)
-                    return _map_tensors(model.apply(path, *own), torch.Tensor.contiguous)
+                    with model.weights(args[4]):  # type: ignore[arg-type]
+                        return _map_tensors(model.apply(path, *own), torch.Tensor.contiguous)
+                case target if target is g.assign:
+                    self._weights[node] = args[2]  # type: ignore[assignment]
+                    return None
                 case target:
                     self._check_size(node, args, kwargs)
-                    return target(*args, **kwargs)  # type: ignore[operator]
+                    result = target(*args, **kwargs)  # type: ignore[operator]
+                    operation = g.operation_of(node)
+                    return (
+                        result.to(self.admitted.models[0].device) if operation and operation.kind == "draw" else result
+                    )
         except PatchwireError as error:
             raise at(node, error) from None
         except torch.OutOfMemoryError as error:
@@ -457,12 +488,17 @@ class Execution:
             found = torch.autograd.grad(self._values[loss], inputs, weigh, retain_graph=True)  # type: ignore[index]
         except torch.OutOfMemoryError as error:
             raise at(node, LimitError("The device has no memory for this gradient.")) from error
-        except RuntimeError as error:
-            hint = (
-                "The gradient of a part, such as `h[:, -1]`, is a part of the gradient: `grad(loss, h)[:, -1]`. And "
-                "the loss must depend on the value itself, not on something that the value was computed from."
-            )
-            raise at(node, ExecutionError(f"There is no gradient here: {first_line(error)}", hint=hint)) from error
+        except Exception as error:
+            if "modified by an inplace operation" in str(error):
+                message = "There is no gradient here: the model changes in place what its gradient needs."
+                hint = "PyTorch gives none either. Take it of a value before, or with respect to one after."
+            else:
+                message = f"There is no gradient here: {first_line(error)}"
+                hint = (
+                    "The gradient of a part, such as `h[:, -1]`, is a part of the gradient: `grad(loss, h)[:, -1]`. "
+                    "And the loss must depend on the value itself, not on something that it was computed from."
+                )
+            raise at(node, ExecutionError(message, hint=hint)) from error
         taken = []
         for each, gradient in zip(values, found, strict=True):  # type: ignore[arg-type]
             if each in self._origins:
@@ -513,6 +549,18 @@ class Execution:
         self._handles.append(handle)
         self.listener.kept(self.admitted.positions[node], handle, tensor, seconds)
 
+    def _log(self, node: torch.fx.Node, parts: Sequence[str | Tensor]) -> None:
+        if not all(isinstance(each, (str, Tensor)) for each in parts):
+            raise ExecutionError("A value that is not one tensor cannot be logged.")
+        text = logs.to_text(parts)
+        self.cost.logged += len(text)
+        if self.cost.logged > logs.MAX_TOTAL:
+            raise LimitError(
+                f"The logs of the request have more than {logs.MAX_TOTAL:,} characters.",
+                hint="Log less of each value: `value.norm()`, `value[0, -1, :5]`.",
+            )
+        self.listener.logged(self.admitted.positions[node], text)
+
     # --- what can go wrong --------------------------------------------------------------------------------------------
 
     def _too_late(self, node: torch.fx.Node, source: torch.fx.Node) -> OrderError:
@@ -552,7 +600,7 @@ class Execution:
             site = each.args[0]
             if each.target is g.save:
                 self.listener.absent(self.admitted.positions[each])
-            elif each.target in g.SINKS:
+            elif each.target in (g.keep, g.carry):
                 raise at(each, ExecutionError("A value of a step that was not reached cannot be kept or carried."))
             elif each.target is g.write and isinstance(site, g.Site) and not site.open:
                 raise at(
@@ -569,7 +617,7 @@ class Execution:
     def _check_all_done(self) -> None:
         for node, missing in self._missing.items():
             if node.target in g.SINKS and missing >= 0:
-                raise at(node, ExecutionError("A saved value never came into being."))
+                raise at(node, ExecutionError("A saved or logged value never came into being."))
 
 
 _MADE_BY_PASSES = (g.read, g.generated, g.loop)

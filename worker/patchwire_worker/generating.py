@@ -23,7 +23,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from patchwire.errors import InputError
 from patchwire.graph import Generation
 
 _MASKED = float("-inf")
@@ -59,24 +58,6 @@ class _Tell(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self._on_tokens(input_ids[:, -1].tolist())
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
-def check(options: Generation) -> None:
-    """Refuse options that mean nothing.
-
-    Raises:
-        InputError: one of them.
-    """
-    wrong = {
-        "temperature": not 0 < options.temperature < float("inf"),
-        "top_p": not 0 < options.top_p <= 1,
-        "repetition_penalty": not 0 < options.repetition_penalty < float("inf"),
-        "min_new_tokens": options.min_new_tokens > options.max_new_tokens,
-        "seed": not 0 <= options.seed < 2**62,
-    }
-    for name, is_wrong in wrong.items():
-        if is_wrong:
-            raise InputError(f"A generation cannot have {name} {getattr(options, name)}.")
 
 
 def generate(

@@ -4,44 +4,47 @@ nnsight puts a controller around every module's forward, which offers each input
 interleaver hands it to the mediators that wait for that location. nnsight's own mediators run user code in a greenlet.
 Ours wait for one fixed location and call a function with the value: no greenlet, no code. And a controller is on its
 module only during passes in which somebody waits there, so that all others cost what the plain model does.
+
+The same goes for operations inside a forward: nnsight's copy of the forward, which offers the arguments and the result
+of every call and every assignment, is the module's body only during passes in which somebody waits inside it. Where
+somebody waits inside a function that such an operation calls, its copy is made when the call happens, for only then is
+it known which function that is.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
+import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from nnsight import NNsight
 from nnsight.intervention.interleaver import EarlyStopException, Event, Interleaver, Mediator, Pending
-from nnsight.intervention.source import STATE
+from nnsight.intervention.source import STATE, Compiled, SourceNotAvailable, install_source, instrument, make_op
 from torch import nn
 
-from patchwire.errors import PatchwireError
-from patchwire.sites import INPUT, OUTPUT
-
-Location = tuple[str, str]
-"""A module's raw path and a side of it."""
+from patchwire.errors import PatchwireError, SiteError, first_line
+from patchwire.sites import INPUT, SOURCE, Inside, Location
 
 _ROOT = "model"
 _ENTRY = f"{_ROOT}.{INPUT}"
 T = TypeVar("T")
+_FUNCTION = "fn"
+"""The last part of nnsight's name for the hand-over of a function that is about to be called."""
+_OUTSIDE = "What it is given and what it returns can be read and written; what is inside it cannot."
+
+
+def base(module: str, operations: tuple[str, ...] = ()) -> str:
+    """nnsight's name of a module, or of an operation in its forward."""
+    parts = [_ROOT, module] if module else [_ROOT]
+    return ".".join([*parts, *(part for each in operations for part in (SOURCE, each))])
 
 
 def provider(location: Location) -> str:
-    """nnsight's name of a location."""
-    path, side = location
-    return f"{_ROOT}.{path}.{side}" if path else f"{_ROOT}.{side}"
-
-
-def location_of(provider: str) -> Location | None:
-    """The location of one of nnsight's names; None for its other hand-overs."""
-    path, _, side = provider.rpartition(".")
-    if side not in (INPUT, OUTPUT):
-        return None
-    return path.removeprefix(_ROOT).removeprefix("."), side
+    """nnsight's name of a location, the same for all its occurrences."""
+    return f"{base(location.module, location.operations)}.{location.side}"
 
 
 class SiteMediator(Mediator):  # type: ignore[misc]
@@ -53,7 +56,7 @@ class SiteMediator(Mediator):  # type: ignore[misc]
     def __init__(self, location: Location, arrive: Callable[[Any], Any]) -> None:
         # Mediator's own constructor takes the code to run; there is none.
         self.location = location
-        self._wait = Pending(Event.VALUE, provider(location), 0)
+        self._wait = Pending(Event.VALUE, provider(location), location.occurrence)
         self._arrive = arrive
         self.interleaver: Any = None
         self.batch_group = None
@@ -75,7 +78,7 @@ class SiteMediator(Mediator):  # type: ignore[misc]
     def handle(self, provider: str, value: Any) -> Any:
         """Take the value and give the one to go on with."""
         self.pending = None
-        self.interleaver.served(provider)
+        self.interleaver.served(provider, self.location.occurrence)
         return self._arrive(value)
 
 
@@ -87,14 +90,26 @@ class Stopping:
     """Says whether a pass has to end before it is done, and why."""
 
     def __init__(self) -> None:
-        self.reason: PatchwireError | None = None
         self.interrupted = False
         """Whether loops end after the iteration that they are in."""
+        self._reason: PatchwireError | None = None
+        self._late: tuple[float, PatchwireError] | None = None
 
     def stop(self, reason: PatchwireError) -> None:
         """End the pass at its next site; the first reason counts."""
-        if self.reason is None:
-            self.reason = reason
+        if self._reason is None:
+            self._reason = reason
+
+    def stop_after(self, seconds: float, reason: PatchwireError) -> None:
+        """End it when so many seconds have passed."""
+        self._late = time.perf_counter() + seconds, reason
+
+    @property
+    def reason(self) -> PatchwireError | None:
+        """Why it has to end now, if it has to."""
+        if self._reason is None and self._late is not None and time.perf_counter() > self._late[0]:
+            self._reason = self._late[1]
+        return self._reason
 
 
 class _Controllers:
@@ -108,6 +123,8 @@ class _Controllers:
             # nnsight says where a module's own name hides behind one of nnsight's; raw paths are not affected.
             warnings.simplefilter("ignore")
             self._envoy = NNsight(module, interleaver=interleaver)
+        self._interleaver = interleaver
+        self._forwards: dict[str, tuple[Callable[..., Any], Compiled]] = {}
         self._by_path: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
         for each, slots in before.items():
             for route in each.__dict__[STATE].routes:
@@ -121,18 +138,38 @@ class _Controllers:
         return self._by_path.keys()
 
     @contextlib.contextmanager
-    def on(self, paths: Iterable[str]) -> Iterator[None]:
-        """Have those of some modules on."""
-        before = []
+    def on(self, paths: Iterable[str], opened: Collection[str] = ()) -> Iterator[None]:
+        """Have those of some modules on, and instrumented forwards in some of these.
+
+        Raises:
+            SiteError: the text of a forward is not to be had.
+        """
+        before, states = [], []
         try:
-            for path in paths:
+            for path in {*paths, *opened}:
                 module, slots = self._by_path[path]
                 before.append((module, self._slots(module)))
                 self._fill(module, slots)
+            for path in opened:
+                state = self._by_path[path][0].__dict__[STATE]
+                states.append(state)
+                state.body, _ = self.forward(path)
             yield
         finally:
+            for state in states:
+                state.body = state.original
             for module, slots in reversed(before):
                 self._fill(module, slots)
+
+    def forward(self, path: str) -> tuple[Callable[..., Any], Compiled]:
+        """The instrumented forward of a module whose controller is on, and what is known of it."""
+        if path not in self._forwards:
+            module, _ = self._by_path[path]
+            with available(f"the forward of {type(module).__name__}"):
+                compiled = install_source(self._interleaver.envoys[id(module)])
+            state = module.__dict__[STATE]
+            self._forwards[path] = state.body, compiled
+        return self._forwards[path]
 
     def _slots(self, module: nn.Module) -> dict[str, Any]:
         return {slot: module.__dict__[slot] for slot in self._SLOTS if slot in module.__dict__}
@@ -143,32 +180,59 @@ class _Controllers:
         module.__dict__.update(slots)
 
 
+@contextlib.contextmanager
+def available(what: str) -> Iterator[None]:
+    """Say what it means if the text of a function cannot be had, or not be understood.
+
+    Raises:
+        SiteError: so it is.
+    """
+    try:
+        yield
+    except SourceNotAvailable as error:
+        raise SiteError(f"{what} has no text in Python.", hint=_OUTSIDE) from error
+    except Exception as error:  # Python code comes in many forms, and a copy of some of them cannot be made
+        raise SiteError(f"{what} has no source that can be followed ({first_line(error)}).", hint=_OUTSIDE) from error
+
+
 class PassInterleaver(Interleaver):  # type: ignore[misc]
     """nnsight's interleaver, for passes that can be stopped at module boundaries.
 
     Attributes:
         boundaries: The modules at which every pass can be stopped, besides those where somebody waits; all, until it is
             said which.
+        observe: Told of everything that is handed over, in passes that only look.
+        looked_into: In such passes: the operations whose functions are handed over, too.
     """
 
     def __init__(self, module: nn.Module) -> None:
+        self._thread = 0
         super().__init__()
+        self.sourced: dict[str, Any] = {}
         self.module = module
         self._controllers = _Controllers(module, self)
         self.boundaries: Collection[str] = self._controllers.paths
         self.stopping = Stopping()
         self.observe: Callable[[str, Any], None] | None = None
+        self.looked_into: Collection[str] = ()
         self._steps: Mapping[int, Sequence[SiteMediator]] = {}
         self._step = -1
-        self._waiting: dict[str, Mediator] = {}
+        self._waiting: dict[str, dict[int, Mediator]] = {}
+        self._opened: dict[str, tuple[Any, Compiled] | None] = {}
         self.interleaving: bool = False
-        self._thread = 0
         self._applying = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call of a module is part of the pass: on another thread it is somebody else's."""
+        return threading.get_ident() == self._thread
+
+    @busy.setter
+    def busy(self, value: bool) -> None:
+        """nnsight's own account of it, which knows nothing of threads."""
 
     def handle(self, provider: str, value: Any) -> Any:
         """Offer a value to those that wait for it; the value to go on with."""
-        if threading.get_ident() != self._thread:
-            return value  # somebody else's forward pass of the same module
         if self.stopping.reason is not None:
             raise self.stopping.reason
         if self._applying:
@@ -177,44 +241,88 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
             self._next_step()
         if self.observe is not None:
             self.observe(provider, value)
+        if self._opened and provider.endswith(f".{_FUNCTION}"):
+            name = provider.removesuffix(f".{_FUNCTION}")
+            if name in self._opened:
+                self._open(name, value)
+            return value
         if provider not in self.parked:
             return value
         return super().handle(provider, value)
+
+    def _open(self, name: str, function: Any) -> None:
+        """Have the function that an operation is about to call instrumented: another one each time, for all we know."""
+        known = self._opened[name]
+        if known is not None and known[0] is function:
+            return
+        with available(f"`{getattr(function, '__qualname__', type(function).__name__)}`"):
+            entry = instrument(function, make_op(lambda: (self, name) if self.interleaving else (None, None)))
+        self.sourced[name] = entry
+        self._opened[name] = function, entry[1]
+
+    def compiled(self, inside: Inside) -> Compiled:
+        """What the last pass that looked inside a function found there.
+
+        Raises:
+            SiteError: it did not come by.
+        """
+        module, operations = inside
+        if not operations:
+            return self._controllers.forward(module)[1]
+        found = self._opened.get(base(module, operations))
+        if found is None:
+            raise SiteError(f"`{operations[-1]}` was not called.")
+        return found[1]
 
     # One mediator waits for one visit of one location, so a dictionary does what nnsight does by searching its list.
 
     def reindex(self) -> None:
         """Note who waits for what, at the start of a pass."""
         self.observers: dict[str, Any] = {}
-        self.busy = True
         self._step = -1
 
     def _next_step(self) -> None:
         """The model is called: for the first time, or for the next token. Those wait who wait for this call."""
         self._step += 1
-        waiting = self._steps.get(self._step, ())
-        self._waiting = {each.pending.provider: each for each in waiting if each.pending is not None}
+        self.counts: dict[str, int] = {}
+        self._waiting = {}
+        for each in self._steps.get(self._step, ()):
+            if each.pending is not None:
+                self._waiting.setdefault(each.pending.provider, {})[each.pending.iteration] = each
         self.parked = set(self._waiting)
 
     def _reindex_parked(self) -> None:
         """Nothing to do: `served` keeps the set."""
 
     def _ready(self, provider: str) -> list[Mediator]:
-        mediator = self._waiting.get(provider)
+        waiting = self._waiting.get(provider)
+        if waiting is None:
+            return []
+        mediator = waiting.get(next(iter(waiting.values())).occurrence(provider))
         return [] if mediator is None else [mediator]
 
-    def served(self, provider: str) -> None:
+    def served(self, provider: str, occurrence: int) -> None:
         """A mediator has got what it waited for."""
-        del self._waiting[provider]
-        self.parked.discard(provider)
+        waiting = self._waiting[provider]
+        del waiting[occurrence]
+        if not waiting:
+            del self._waiting[provider]
+            self.parked.discard(provider)
 
-    def run(self, call: Callable[[], T], steps: Mapping[int, Sequence[SiteMediator]], stopping: Stopping) -> T | None:
+    def run(
+        self,
+        call: Callable[[], T],
+        steps: Mapping[int, Sequence[SiteMediator]],
+        stopping: Stopping,
+        opened: Iterable[Inside] = (),
+    ) -> T | None:
         """Let a call of the model meet its mediators.
 
         Args:
             call: Calls the model, once or several times.
             steps: Who waits in which of these calls.
             stopping: Ends it early.
+            opened: Functions to instrument, besides those that mediators wait in.
 
         Returns:
             What `call` returns; None if it was ended by a mediator.
@@ -226,12 +334,21 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
         self._steps = steps
         self.stopping = stopping
         self._thread = threading.get_ident()
+        self.counts = {}
         result = None
+        places = [each.location for each in self.mediators]
+        inside = {(each.module, each.operations[:-1]) for each in places if each.operations} | set(opened)
+        self._opened = {base(path, way[: end + 1]): None for path, way in inside for end in range(len(way))}
         try:
-            with self._controllers.on({"", *self.boundaries, *(each.location[0] for each in self.mediators)}), self:
+            modules = {"", *self.boundaries, *(each.module for each in places)}
+            if self.observe is not None:
+                modules |= set(self._controllers.paths)
+            with self._controllers.on(modules, {path for path, _ in inside}), self:
+                self.sourced |= dict.fromkeys((*self._opened, *self.looked_into))
                 result = call()
         finally:
             self.cancel()
+            self.sourced.clear()
             self._waiting, self._steps = {}, {}
             self.parked = set()
             self.stopping = Stopping()
@@ -249,7 +366,9 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
             PatchwireError: the pass was stopped.
         """
         self._applying = True
+        sourced, self.sourced = self.sourced, {}
         try:
             return module(*args, **kwargs)
         finally:
+            self.sourced = sourced
             self._applying = False

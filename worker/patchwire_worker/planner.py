@@ -11,22 +11,22 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 from operator import itemgetter
+from typing import Any
 
 import torch
 import torch.fx
 from torch import Tensor
 
 from patchwire import graph as g
-from patchwire.errors import LimitError, OrderError
-from patchwire.sites import Axis, Leaf
+from patchwire.errors import LimitError, OperationError, OrderError
+from patchwire.sites import Axis, Leaf, Location, Order
 from patchwire_worker.admission import Admitted, at
-from patchwire_worker.interleaving import Location
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.rows import Rows
 
@@ -48,7 +48,7 @@ class Work:
 
     location: Location
     step: int
-    order: int
+    order: Order
     reads: list[Access] = field(default_factory=list)
     writes: list[Access] = field(default_factory=list)
 
@@ -67,6 +67,8 @@ class Pass:
     """How many modules come after that."""
     generation: Generating | None = None
     """How it generates tokens, if it does."""
+    weights: Sequence[torch.fx.Node] = ()
+    """The weights that it runs with instead of the model's own."""
 
 
 @dataclass(frozen=True)
@@ -117,26 +119,53 @@ def plan(admitted: Admitted) -> Plan:
     """
     needed = _needed(admitted)
     accesses: _Accesses = defaultdict(lambda: defaultdict(list))
+    weights: defaultdict[int, list[torch.fx.Node]] = defaultdict(list)
     loops: dict[int, torch.fx.Node] = {}
     for node in admitted.graph.fx.nodes:
         if node in needed and node.target in (g.read, g.write):
             accesses[node.args[0].trace][node.args[0].invoke].append(node)
         elif node in needed and node.target is g.generated:
             accesses[node.args[0]][node.args[1]].append(node)
+        elif node in needed and node.target is g.assign:
+            weights[node.args[0]].append(node)
         elif node in needed and node.target is g.loop:
             loops[node.args[0]] = node
+    gradients = [node for node in needed if node.target is g.grad]
+    differentiated = {value for node in gradients for value in node.args[1]}  # type: ignore[union-attr]
+    for node in differentiated:
+        _check_stays(admitted, node)  # type: ignore[arg-type]
     behind = cache(lambda: _invokes_behind(admitted, needed))
     passes: list[Pass | Looping] = []
     for index, trace in enumerate(admitted.graph.traces):
         if trace.loop is not None:
             passes += [Looping(index, loops[index])] if index in loops else []
             continue
-        for invokes in _groups(admitted, index, trace, accesses[index], behind):
-            made = _pass(admitted, index, invokes, accesses[index])
+        for invokes in _groups(admitted, index, trace, accesses[index], differentiated, behind):  # type: ignore[arg-type]
+            made = _pass(admitted, index, invokes, accesses[index], weights[index])
             if made.works or (made.generation and made.generation.results):
                 passes.append(made)
-    gradients = [node for node in needed if node.target is g.grad]
-    return Plan(passes, needed, {value for node in gradients for value in node.args[1]})  # type: ignore[union-attr, misc]
+    return Plan(passes, needed, differentiated)  # type: ignore[arg-type]
+
+
+def _check_stays(admitted: Admitted, node: torch.fx.Node) -> None:
+    """Refuse a gradient at a site whose tensor the model changes in place later.
+
+    To differentiate, the model is given a tensor of its own there; and where it expects to find the change in other
+    tensors that share its memory, its numbers would be others, only because a gradient was asked for.
+    """
+    if node.target is not g.read:
+        return
+    site = node.args[0]
+    assert isinstance(site, g.Site)
+    leaf = admitted.leaves[site]
+    if (leaf.location._replace(occurrence=0), leaf.path) in admitted.models[site.trace].overwritten:
+        raise at(
+            node,
+            OperationError(
+                f"There is no gradient with respect to `{site}`: the model changes this tensor in place afterwards.",
+                hint="Write a copy there (`x = site.clone()`, `site = x`), and take the gradient with respect to `x`.",
+            ),
+        )
 
 
 def _needed(admitted: Admitted) -> set[torch.fx.Node]:
@@ -147,48 +176,54 @@ def _needed(admitted: Admitted) -> set[torch.fx.Node]:
         stack = [node]
         while stack:
             each = stack.pop()
-            if each not in needed:
-                needed.add(each)
-                stack.extend(each.all_input_nodes)
+            if each in needed:
+                continue
+            needed.add(each)
+            stack.extend(each.all_input_nodes)
+            if each.target in (g.read, g.generated):
+                trace = _trace_of(each)
+                last_read[trace] = max(last_read[trace], _moment(admitted, each))
 
-    accesses: dict[int, list[torch.fx.Node]] = defaultdict(list)
+    last_read: dict[int, _Moment] = defaultdict(tuple)
+    writes: dict[int, list[tuple[_Moment, torch.fx.Node]]] = defaultdict(list)
     for node in admitted.graph.fx.nodes:
         if node.target in g.SINKS or (node.target is g.loop and _saves(admitted, node)):
             need(node)
-        elif node.target in (g.read, g.write):
-            accesses[node.args[0].trace].append(node)
-        elif node.target is g.generated:
-            accesses[node.args[0]].append(node)
-    for trace in sorted(accesses, reverse=True):
-        # From the last moment to the first: a write matters if something is read after it that matters.
-        last_read: _Moment = ()
-        moments = [(_moment(admitted, node), node) for node in accesses[trace]]
-        for moment, node in sorted(moments, key=itemgetter(0), reverse=True):
-            if node.target is g.write:
-                if last_read > moment:
-                    need(node)
-            elif node in needed:
-                last_read = max(last_read, moment)
+        elif node.target in (g.write, g.assign):
+            writes[_trace_of(node)].append((_moment(admitted, node), node))
+    for trace in sorted(writes, reverse=True):
+        # A write matters if something may be read after it that matters; and its value may need what is read later yet.
+        for moment, node in sorted(writes[trace], key=itemgetter(0)):
+            if moment < last_read[trace]:
+                need(node)
     return needed
 
 
 def _saves(admitted: Admitted, node: torch.fx.Node) -> bool:
-    """Whether a loop saves something in its body."""
+    """Whether a loop saves or logs something in its body."""
     loop = admitted.graph.traces[node.args[0]].loop  # type: ignore[index]
     assert loop is not None
-    return any(each.target is g.save for each in loop.body.fx.nodes)
+    return any(each.target in (g.save, g.log) for each in loop.body.fx.nodes)
 
 
-_Moment = tuple[float, ...]
+_Moment = tuple[Any, ...]
 """When something happens in a trace: the step, the place in the order of sites, and reads before writes."""
 
 
 def _moment(admitted: Admitted, node: torch.fx.Node) -> _Moment:
-    if node.target is g.generated:
-        return (math.inf,)
+    if node.target in (g.generated, g.assign):
+        return (math.inf if node.target is g.generated else -math.inf,)
     site = node.args[0]
     assert isinstance(site, g.Site)
-    return (site.step, admitted.leaves[site].order, node.target is g.write)
+    leaf = admitted.leaves[site]
+    # A read may happen late, and a write early, where that is not known beforehand.
+    return (site.step, leaf.order, True) if node.target is g.write else (site.step, leaf.latest, False)
+
+
+def _trace_of(node: torch.fx.Node) -> int:
+    """The trace that a node belongs to."""
+    place = node.args[0]
+    return place.trace if isinstance(place, g.Site) else place  # type: ignore[return-value]
 
 
 def _groups(
@@ -196,6 +231,7 @@ def _groups(
     index: int,
     trace: g.Trace,
     accesses: Mapping[int, Sequence[torch.fx.Node]],
+    differentiated: Collection[torch.fx.Node],
     behind: Callable[[], Mapping[torch.fx.Node, frozenset[int]]],
 ) -> list[list[int]]:
     """The invokes of a trace, in groups that share a pass."""
@@ -206,7 +242,9 @@ def _groups(
     model = admitted.models[index]
     sites = [(node, admitted.leaves[node.args[0]]) for nodes in accesses.values() for node in nodes]  # type: ignore[index]
     splits = all(leaf.packs for _, leaf in sites)
-    shared_writes = any(node.target is g.write and not _writes_alone(model, leaf) for node, leaf in sites)
+    # A gradient with respect to what all rows share would be that of all of them.
+    replaced = [leaf for node, leaf in sites if node.target is g.write or node in differentiated]
+    shared_writes = not all(_writes_alone(model, leaf) for leaf in replaced)
     if len(everyone) == 1 or (splits and not shared_writes and (model.pads or len(lengths) == 1)):
         return [everyone]
     return [[invoke] for invoke in _ordered(index, everyone, accesses, behind())]
@@ -219,7 +257,7 @@ def _writes_alone(model: HostedModel, leaf: Leaf) -> bool:
     find the change in other tensors that share its memory: after a write it goes on with a copy.
     """
     has_rows = any(dim.axis in (Axis.BATCH, Axis.BATCH_SEQ) for dim in leaf.shape)
-    return has_rows and (leaf.location, leaf.path) not in model.overwritten
+    return has_rows and (leaf.location._replace(occurrence=0), leaf.path) not in model.overwritten
 
 
 def _ordered(
@@ -279,7 +317,13 @@ def _invokes_behind(admitted: Admitted, needed: set[torch.fx.Node]) -> dict[torc
     return behind
 
 
-def _pass(admitted: Admitted, index: int, invokes: list[int], accesses: Mapping[int, Sequence[torch.fx.Node]]) -> Pass:
+def _pass(
+    admitted: Admitted,
+    index: int,
+    invokes: list[int],
+    accesses: Mapping[int, Sequence[torch.fx.Node]],
+    weights: Sequence[torch.fx.Node],
+) -> Pass:
     trace, model = admitted.graph.traces[index], admitted.models[index]
     rows = [row for invoke in invokes for row in trace.invokes[invoke].rows]
     batch, seq = len(rows), max(len(row) for row in rows)
@@ -306,11 +350,11 @@ def _pass(admitted: Admitted, index: int, invokes: list[int], accesses: Mapping[
             (work.reads if node.target is g.read else work.writes).append(access)
     ordered = sorted(works.values(), key=lambda work: (work.step, work.order))
     if trace.generation is not None:
-        return Pass(model, ids, ordered, 0, Generating(trace.generation, index, invokes[0], results))
-    return Pass(model, ids, ordered, _skipped(model, ordered[-1].order) if ordered else 0)
+        return Pass(model, ids, ordered, 0, Generating(trace.generation, index, invokes[0], results), weights)
+    return Pass(model, ids, ordered, _skipped(model, ordered[-1].order) if ordered else 0, weights=weights)
 
 
-def _skipped(model: HostedModel, last: int) -> int:
+def _skipped(model: HostedModel, last: Order) -> int:
     """How many modules are entered only after a position in the order of sites."""
     entries = model.catalogue.entries
     return len(entries) - bisect_right(entries, last)

@@ -96,6 +96,15 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Logged:
+    """What some values look like."""
+
+    node: int
+    text: str
+    iteration: Iteration | None = None
+
+
+@dataclass(frozen=True)
 class Done:
     """All is done."""
 
@@ -103,11 +112,12 @@ class Done:
     seconds_queued: float
 
 
-Event = Queued | Running | Saved | Kept | Absent | Iterated | Tokens | Done
+Event = Queued | Running | Saved | Kept | Absent | Iterated | Tokens | Logged | Done
 
 
 _LOOK_SECONDS = 0.02
 _WAKE_BYTES = 64 * 1024
+_STOP_SECONDS = 0.1
 _TELL_SECONDS = 0.05
 
 
@@ -116,13 +126,16 @@ class _Job:
     admitted: Admitted
     plan: Plan
     queued: bool
+    ahead: int | None = None
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     stopping: Stopping = field(default_factory=Stopping)
     happened: deque[Event | BaseException] = field(default_factory=deque)
     arrived: float = field(default_factory=time.perf_counter)
-    started: float | None = None
+    started: bool = False
     _woken: asyncio.Event = field(default_factory=asyncio.Event)
     _bytes: int = 0
+    _untaken: int = 0
+    _room: threading.Condition = field(default_factory=threading.Condition)
 
     def wake(self) -> None:
         """Have the event loop look at what happened now; may be called from any thread."""
@@ -141,6 +154,11 @@ class _Job:
         if isinstance(event, (Done, BaseException)) or self._bytes >= _WAKE_BYTES:
             self._bytes = 0
             self.wake()
+        if self.ahead is not None and isinstance(event, Saved):
+            with self._room:
+                self._untaken += event.tensor.nbytes
+                while self._untaken > max(self.ahead, _WAKE_BYTES) and self.stopping.reason is None:
+                    self._room.wait(_STOP_SECONDS)
 
     async def news(self, seconds: float | None) -> list[Event | BaseException]:
         """What happened since the last time: waits for something, or for so many seconds at most."""
@@ -150,7 +168,12 @@ class _Job:
             if timer is not None:
                 timer.cancel()
         self._woken.clear()
-        return [self.happened.popleft() for _ in range(len(self.happened))]
+        news = [self.happened.popleft() for _ in range(len(self.happened))]
+        if self.ahead is not None:
+            with self._room:
+                self._untaken -= sum(each.tensor.nbytes for each in news if isinstance(each, Saved))
+                self._room.notify()
+        return news
 
 
 class _Teller:
@@ -181,6 +204,9 @@ class _Teller:
     def tokens(self, trace: int, invoke: int, ids: list[int]) -> None:
         self._job.tell(Tokens(trace, invoke, ids))
 
+    def logged(self, node: int, text: str, iteration: Iteration | None = None) -> None:
+        self._job.tell(Logged(node, text, iteration))
+
 
 class Scheduler:
     """The queue of one model. Belongs to one event loop."""
@@ -206,8 +232,29 @@ class Scheduler:
             job.wake()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
+    def check_room(self) -> int:
+        """How many come before the next one.
+
+        Raises:
+            BusyError: too many requests wait.
+            ConnectionLostError: the server is shutting down.
+        """
+        if self._closed is not None:
+            raise ConnectionLostError(self._closed.message)
+        position = self._ahead()
+        if position > self.limits.queued:
+            raise BusyError("The server's queue is full.", hint="Try again in a while.")
+        return position
+
+    def position(self, plan: Plan) -> int | None:
+        """How many come before the request of a plan; None if it does not wait."""
+        with self._moving:
+            places = (index for index, each in enumerate(self._waiting) if each.plan is plan)
+            place = next(places, None)
+            return None if place is None else place + (self._running is not None)
+
     async def run(
-        self, admitted: Admitted, plan: Plan, stopping: Stopping | None = None
+        self, admitted: Admitted, plan: Plan, stopping: Stopping | None = None, *, ahead: int | None = None
     ) -> AsyncGenerator[list[Event], None]:
         """Run a plan when its turn has come, and tell what happens, several events at a time.
 
@@ -215,6 +262,8 @@ class Scheduler:
             admitted: The graph.
             plan: Its passes.
             stopping: By which somebody else may stop or interrupt it.
+            ahead: Bytes of saved values that may wait to be taken, before the pass waits for whoever takes them. None
+                never has it wait: somebody far away must not hold up the model.
 
         Leaving the iteration early stops the pass at its next site.
 
@@ -224,12 +273,8 @@ class Scheduler:
             InternalError: something failed in a way that it must not.
             PatchwireError: of the kind of what went wrong.
         """
-        if self._closed is not None:
-            raise ConnectionLostError(self._closed.message)
-        position = self._ahead()
-        if position > self.limits.queued:
-            raise BusyError("The server's queue is full.", hint="Try again in a while.")
-        job = _Job(admitted, plan, queued=position > 0, stopping=stopping or Stopping())
+        position = self.check_room()
+        job = _Job(admitted, plan, queued=position > 0, ahead=ahead, stopping=stopping or Stopping())
         try:
             self._jobs.add(job)
             self._waiting.append(job)
@@ -237,8 +282,7 @@ class Scheduler:
             if job.queued:
                 yield [Queued(position)]
             while True:
-                news = await job.news(None if job.queued and job.started is None else _LOOK_SECONDS)
-                self._stop_if_late(job)
+                news = await job.news(None if job.queued and not job.started else _LOOK_SECONDS)
                 events = [each for each in news if not isinstance(each, BaseException)]
                 if events:
                     yield events
@@ -266,21 +310,18 @@ class Scheduler:
         with self._moving, contextlib.suppress(ValueError):
             self._waiting.remove(job)
 
-    def _stop_if_late(self, job: _Job) -> None:
-        if job.started is not None and time.perf_counter() - job.started > self.limits.seconds:
-            late = TimeoutError(
-                f"The request ran longer than the server's {self.limits.seconds:g} seconds.",
-                hint="Ask for less in one trace.",
-            )
-            job.stopping.stop(late)
-
     def _next(self) -> None:
         """On the model's thread: run the job whose turn it is."""
         with self._moving:
             if not self._waiting:  # somebody has left
                 return
             job = self._running = self._waiting.pop(0)
-        job.started = time.perf_counter()
+        late = TimeoutError(
+            f"The request ran longer than the server's {self.limits.seconds:g} seconds.",
+            hint="Ask for less in one trace.",
+        )
+        job.stopping.stop_after(self.limits.seconds, late)
+        job.started = True
         if job.queued:
             job.wake()
         outcome = self._outcome(job)

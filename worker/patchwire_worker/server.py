@@ -13,14 +13,15 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from patchwire.errors import PatchwireError
-from patchwire.v1 import service_pb2, service_pb2_grpc
+from patchwire.v1 import job_pb2, job_pb2_grpc, service_pb2, service_pb2_grpc
 from patchwire_worker.config import ServerConfig
 from patchwire_worker.models.hosted import HostedModel
-from patchwire_worker.service import PatchwireService
+from patchwire_worker.service import JobService, PatchwireService
 
 log = logging.getLogger(__name__)
 
 SERVICE_NAME = service_pb2.DESCRIPTOR.services_by_name["PatchwireService"].full_name
+JOBS_NAME = job_pb2.DESCRIPTOR.services_by_name["JobService"].full_name
 _GRACE_SECONDS = 2.0
 _OTHER_RPCS = 256
 
@@ -61,8 +62,10 @@ class Server:
         rpcs = len(self.service.models) * (self.config.limits.queued + 1) + _OTHER_RPCS
         server = grpc.aio.server(options=options, maximum_concurrent_rpcs=rpcs)
         service_pb2_grpc.add_PatchwireServiceServicer_to_server(self.service, server)
+        job_pb2_grpc.add_JobServiceServicer_to_server(JobService(self.service), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        names = (SERVICE_NAME, JOBS_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
         try:
             self.port = self._listen(server)
         except RuntimeError as error:
@@ -71,7 +74,8 @@ class Server:
                 hint += " Or the certificate and the key are not a pair in PEM form."
             raise PatchwireError(f"The server cannot listen on {self._where}.", hint=hint) from error
         await server.start()
-        for name in ("", SERVICE_NAME):
+        self.service.jobs.start()
+        for name in ("", SERVICE_NAME, JOBS_NAME):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._server = server
 
@@ -92,6 +96,7 @@ class Server:
         if self._server is not None:
             await self._health.enter_graceful_shutdown()
             await self._server.stop(_GRACE_SECONDS)
+        await self.service.jobs.close()
         self.service.close()
 
 

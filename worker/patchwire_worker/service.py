@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import hmac
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, wraps
@@ -26,22 +28,28 @@ from patchwire import ops, tensors
 from patchwire.checking import fake_of
 from patchwire.errors import (
     AuthenticationError,
+    BusyError,
     CancelledError,
     ConnectionLostError,
+    ExecutionError,
     GraphError,
+    LimitError,
     MissingTensorsError,
     PatchwireError,
+    SiteError,
     SourceLine,
     VersionError,
 )
+from patchwire.sites import SOURCE, Address
 from patchwire.status import error_to_status
-from patchwire.v1 import graph_pb2, service_pb2, service_pb2_grpc, tensor_pb2
+from patchwire.v1 import graph_pb2, job_pb2, job_pb2_grpc, service_pb2, service_pb2_grpc, tensor_pb2
 from patchwire.version import PROTOCOL_VERSION, VERSION
 from patchwire_worker import scheduler
-from patchwire_worker.admission import Admission
-from patchwire_worker.config import ServerConfig
+from patchwire_worker.admission import Admission, saved_bytes
+from patchwire_worker.config import MIB, ServerConfig
 from patchwire_worker.executor import Iteration
 from patchwire_worker.interleaving import Stopping
+from patchwire_worker.jobs import Jobs, stopped
 from patchwire_worker.kept import KeptStore
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.planner import plan
@@ -57,8 +65,10 @@ T = TypeVar("T")
 
 _LIBRARIES = ("torch", "transformers", "nnsight")
 _SMALL_GRAPH = 256
+_MOST_LEARNT = 512
 _SMALL_BYTES = 64 * 1024
 _THREADS = 4
+_AHEAD_OF_DISK = 64 * MIB
 _LONGEST_ID = 64
 
 
@@ -102,7 +112,7 @@ def _answering(method: Callable[..., Awaitable[Response]]) -> Callable[..., Awai
     """A unary method that checks the token and answers errors with a status."""
 
     @wraps(method)
-    async def wrapper(self: PatchwireService, request: Any, context: Context) -> Response:
+    async def wrapper(self: PatchwireService | JobService, request: Any, context: Context) -> Response:
         try:
             self.authenticate(context)
             return await method(self, request, context)
@@ -127,9 +137,13 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         self.kept = KeptStore(config.limits.kept_bytes)
         self.admission = Admission(models, config.limits, self.store, self.kept)
         self.schedulers = {name: Scheduler(name, config.limits, self.kept) for name in models}
+        self.jobs = Jobs(config.jobs, config.limits)
         self._stoppings: dict[bytes, Stopping] = {}
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="requests")
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizers")  # these bear no two threads at a time
+        # One for each model, so that nobody waits for another model's pass to end.
+        self._learning = {name: ThreadPoolExecutor(1, thread_name_prefix=f"learning-{name}") for name in models}
+        self._askers = Counter[str]()
 
     def close_queues(self) -> None:
         """End what runs and what waits; from now on nothing runs."""
@@ -139,7 +153,7 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
     def close(self) -> None:
         """End everything."""
         self.close_queues()
-        for each in (self._threads, self._tokenizing):
+        for each in (self._threads, self._tokenizing, *self._learning.values()):
             each.shutdown(wait=False, cancel_futures=True)
 
     def authenticate(self, context: Context) -> None:
@@ -157,6 +171,10 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
                 "The token is wrong." if given else "This server asks for a token.",
                 hint="Write `patchwire.connect(address, token=…)`, with what `patchwire serve --token` was given.",
             )
+
+    def owner(self, context: Context) -> str:
+        """Whose jobs an RPC may see: all who have the server's token are one."""
+        return hashlib.sha256(self.config.token.encode()).hexdigest() if self.config.token is not None else ""
 
     @_answering
     async def Handshake(self, request: service_pb2.HandshakeRequest, context: Context) -> service_pb2.HandshakeResponse:
@@ -185,6 +203,19 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         self, request: service_pb2.DescribeModelRequest, context: Context
     ) -> service_pb2.DescribeModelResponse:
         return service_pb2.DescribeModelResponse(model=self.admission.model(request.model).description)
+
+    @_answering
+    async def DescribeSource(
+        self, request: service_pb2.DescribeSourceRequest, context: Context
+    ) -> service_pb2.DescribeSourceResponse:
+        model = self.admission.model(request.model)
+        module = model.catalogue.module(request.module).path
+
+        path = tuple(request.path)
+        source = model.catalogue.sources.get((module, path))
+        if source is None:
+            source = await self._learn(model.name, lambda: model.catalogue.source(module, path))
+        return service_pb2.DescribeSourceResponse(source=source.to_proto())
 
     @_answering
     async def Tokenize(self, request: service_pb2.TokenizeRequest, context: Context) -> service_pb2.TokenizeResponse:
@@ -267,8 +298,50 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
             admitted = self.admission.admit(message)
             return admitted, plan(admitted)
 
+        await self._learn_sources(message)
         small = len(message.nodes) <= _SMALL_GRAPH and message.ByteSize() <= _SMALL_BYTES
         return await self._apart(work, small=small)
+
+    async def _learn_sources(self, message: graph_pb2.Graph) -> None:
+        """Learn what is inside the functions that a graph looks into, apart from others: the model has to run for it.
+
+        Raises:
+            LimitError: these are too many at once.
+        """
+        addresses = {site.address for site in _sites(message) if SOURCE in site.address}
+        model = self.models.get(message.traces[0].model) if addresses and message.traces else None
+        if model is None:
+            return
+        catalogue = model.catalogue
+        needed = {each for address in addresses for each in catalogue.needed_sources(Address(address))}
+        wanted = sorted((each for each in needed if each not in catalogue.sources), key=lambda inside: len(inside[1]))
+        if len(wanted) > _MOST_LEARNT:
+            raise LimitError(
+                f"The graph looks into {len(wanted):,} functions; the server learns {_MOST_LEARNT} at a time.",
+                hint="Split it into several traces.",
+            )
+
+        def work() -> None:
+            for inside in wanted:
+                with contextlib.suppress(SiteError):  # which is said again, at the line that names it
+                    catalogue.source(*inside)
+
+        if wanted:
+            await self._learn(model.name, work)
+
+    async def _learn(self, model: str, work: Callable[[], T]) -> T:
+        """What `work` returns, which runs a model to learn something of it; one after the other, and between passes.
+
+        Raises:
+            BusyError: too many wait for that.
+        """
+        if self._askers[model] > self.config.limits.queued:
+            raise BusyError("Too many want to know what is inside this model.", hint="Try again in a while.")
+        self._askers[model] += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._learning[model], work)
+        finally:
+            self._askers[model] -= 1
 
     async def _apart(self, work: Callable[[], T], *, small: bool = False) -> T:
         """What `work` returns, done on one of a few threads so that others need not wait for it.
@@ -297,29 +370,129 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         await context.abort(*refusal)  # out here, as in `_answering`
 
     async def _run(self, request: service_pb2.RunRequest) -> AsyncGenerator[service_pb2.RunResponse, None]:
-        if request.compression not in tensors.COMPRESSIONS:
-            raise GraphError(f"compression {request.compression} is not known to this version.")
+        _check_compression(request.compression)
         with self._interruptible(request.id) as stopping:
             admitted, planned = await self._admit(request.graph)
             events = self.schedulers[admitted.models[0].name].run(admitted, planned, stopping)
             async with contextlib.aclosing(events):
                 async for news in events:
-                    for message in _messages(news, request.compression):
+                    for message in _messages(service_pb2.RunResponse, news, request.compression):
                         yield message
+
+
+def _sites(message: graph_pb2.Graph) -> Iterator[graph_pb2.Site]:
+    """The sites that a graph names."""
+    for node in message.nodes:
+        kind = node.WhichOneof("body")
+        if kind in ("read", "write"):
+            yield getattr(node, kind).site
+    for trace in message.traces:
+        if trace.HasField("loop"):
+            yield from _sites(trace.loop.body)
+
+
+class JobService(job_pb2_grpc.JobServiceServicer):
+    """The methods for detached jobs, over the same models and queues."""
+
+    def __init__(self, service: PatchwireService) -> None:
+        self.service = service
+        self.jobs = service.jobs
+
+    def authenticate(self, context: Context) -> None:
+        """Check the token of an RPC."""
+        self.service.authenticate(context)
+
+    @_answering
+    async def SubmitJob(self, request: job_pb2.SubmitJobRequest, context: Context) -> job_pb2.SubmitJobResponse:
+        _check_compression(request.compression)
+        admitted, planned = await self.service._admit(request.graph)
+        if admitted.bodies or any(node.target is g.keep for node in admitted.graph.nodes):
+            raise GraphError(
+                "A detached job cannot loop, or keep values: nobody waits for it.",
+                hint="Run it as an ordinary request.",
+            )
+        queue = self.service.schedulers[admitted.models[0].name]
+        queue.check_room()
+        job = await self.jobs.submit(
+            self.service.owner(context),
+            admitted.models[0].name,
+            _lasting(queue.run(admitted, planned, ahead=_AHEAD_OF_DISK), request.compression),
+            expected_bytes=saved_bytes(admitted.graph.nodes),
+            position=partial(queue.position, planned),
+        )
+        return job_pb2.SubmitJobResponse(job=job)
+
+    @_answering
+    async def GetJob(self, request: job_pb2.GetJobRequest, context: Context) -> job_pb2.GetJobResponse:
+        job = await self.jobs.get(self.service.owner(context), request.id, request.wait_seconds)
+        return job_pb2.GetJobResponse(job=job)
+
+    @_answering
+    async def ListJobs(self, request: job_pb2.ListJobsRequest, context: Context) -> job_pb2.ListJobsResponse:
+        return job_pb2.ListJobsResponse(jobs=self.jobs.of(self.service.owner(context)))
+
+    async def FetchJob(
+        self, request: job_pb2.FetchJobRequest, context: Context
+    ) -> AsyncIterator[job_pb2.FetchJobResponse]:
+        try:
+            self.authenticate(context)
+            async with contextlib.aclosing(self.jobs.fetch(self.service.owner(context), request.id)) as responses:
+                async for response in responses:
+                    yield response
+            return
+        except Exception as error:
+            refusal = _refusal(error)
+        await context.abort(*refusal)  # out here, as in `_answering`
+
+    @_answering
+    async def CancelJob(self, request: job_pb2.CancelJobRequest, context: Context) -> job_pb2.CancelJobResponse:
+        return job_pb2.CancelJobResponse(job=await self.jobs.cancel(self.service.owner(context), request.id))
+
+    @_answering
+    async def ForgetJob(self, request: job_pb2.ForgetJobRequest, context: Context) -> job_pb2.ForgetJobResponse:
+        await self.jobs.forget(self.service.owner(context), request.id)
+        return job_pb2.ForgetJobResponse()
+
+
+async def _lasting(
+    events: AsyncGenerator[list[scheduler.Event], None], compression: tensor_pb2.Compression
+) -> AsyncGenerator[job_pb2.FetchJobResponse, None]:
+    """What happens to a job, as messages; raises only errors that can be told later, in a message too."""
+    try:
+        async with contextlib.aclosing(events):
+            async for news in events:
+                for message in _messages(job_pb2.FetchJobResponse, news, compression):
+                    yield message
+    except ConnectionLostError:
+        raise stopped() from None
+    except InternalError as error:
+        raise ExecutionError(f"internal error ({error}); the server's log has it") from None
+    except PatchwireError as error:
+        raise _short(error) from None
+
+
+def _check_compression(compression: tensor_pb2.Compression) -> None:
+    if compression not in tensors.COMPRESSIONS:
+        raise GraphError(f"compression {compression} is not known to this version.")
 
 
 _RESPONSE_BYTES = tensors.MIB
 
+Message = TypeVar("Message", service_pb2.RunResponse, job_pb2.FetchJobResponse)
 
-def _messages(news: list[scheduler.Event], compression: tensor_pb2.Compression) -> Iterator[service_pb2.RunResponse]:
+
+def _messages(
+    kind: type[Message], news: list[scheduler.Event], compression: tensor_pb2.Compression
+) -> Iterator[Message]:
     """Events as messages, as many in each as fit."""
-    message, length = service_pb2.RunResponse(), 0
+    message, length = kind(), 0
     for event in (part for each in news for part in _parts(each, compression)):
-        if length and length + len(event.chunk) > _RESPONSE_BYTES:
+        size = len(event.chunk) + len(event.logged.text)
+        if length and length + size > _RESPONSE_BYTES:
             yield message
-            message, length = service_pb2.RunResponse(), 0
+            message, length = kind(), 0
         message.events.append(event)
-        length += len(event.chunk)
+        length += size
     yield message
 
 
@@ -350,6 +523,9 @@ def _parts(event: scheduler.Event, compression: tensor_pb2.Compression) -> Itera
             yield service_pb2.Event(iterated=service_pb2.Iterated(**vars(event)))
         case scheduler.Tokens():
             yield service_pb2.Event(tokens=service_pb2.Tokens(trace=event.trace, invoke=event.invoke, ids=event.ids))
+        case scheduler.Logged():
+            logged = service_pb2.Logged(node=event.node, text=event.text, iteration=_iteration(event.iteration))
+            yield service_pb2.Event(logged=logged)
         case scheduler.Done():
             cost = event.cost
             yield service_pb2.Event(

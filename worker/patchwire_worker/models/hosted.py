@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -17,16 +19,19 @@ from torch import Tensor, nn
 
 from patchwire.errors import GraphError, InputError
 from patchwire.graph import Generation
+from patchwire.sites import Axis, Inside, Source
 from patchwire.tensors import dtype_to_proto
 from patchwire.v1 import model_pb2
 from patchwire_worker.generating import generate
 from patchwire_worker.interleaving import PassInterleaver, SiteMediator, Stopping
+from patchwire_worker.models import operations
 from patchwire_worker.models.families import family_of
 from patchwire_worker.models.learning import Learner, pads
 from patchwire_worker.models.loading import Loaded
 
 log = logging.getLogger(__name__)
 
+_MAX_SOURCES = 1 << 11
 _PROBE = "The quick brown fox, 3.14! Ünï→cødé\n  two lines"
 
 
@@ -39,7 +44,7 @@ class HostedModel:
         catalogue: Its modules and sites.
         pads: Whether rows of different lengths may share a pass.
         overwritten: The tensors (a location and a path in it) that the model changes in place later.
-        lock: Held by whoever runs it.
+        lock: Held while the model runs.
     """
 
     def __init__(self, loaded: Loaded) -> None:
@@ -49,12 +54,15 @@ class HostedModel:
         self.device = next(self.module.parameters()).device
         self.config = getattr(self.module, "config", None)
         self.lock = threading.RLock()
+        self._slots: list[_Slot] = []
+        self._replaced: dict[tuple[nn.Module, str], Tensor] = {}
         self.interleaver = PassInterleaver(self.module)
         self._options = self._call_options()
         self._memory = _Memory(self.module)
         family, how = family_of(self.module, getattr(self.config, "model_type", ""))
-        learner = Learner(self.module, self.interleaver, self._options, self.device, self.vocabulary)
-        self.catalogue = learner.catalogue(self.name, family)
+        self.lock = threading.RLock()
+        learner = self._learner = Learner(self.module, self.interleaver, self._options, self.device, self.vocabulary)
+        self.catalogue = replace(learner.catalogue(self.name, family), learn=self._learn_source)
         self.interleaver.boundaries = self.catalogue.layers or self.interleaver.boundaries
         self.overwritten = frozenset(learner.overwritten)
         self.pads = pads(self.catalogue) and not _scales_with_length(self.config)
@@ -88,10 +96,30 @@ class HostedModel:
     def run(self, ids: Tensor, mediators: Sequence[SiteMediator], stopping: Stopping) -> None:
         """One forward pass over token ids `[batch, seq]`."""
         ids = ids.to(self.device)
-        try:
-            self.interleaver.run(lambda: self.module(input_ids=ids, **self._options), {0: mediators}, stopping)
-        finally:
-            self._memory.restore()
+        with self.lock:
+            try:
+                self.interleaver.run(lambda: self.module(input_ids=ids, **self._options), {0: mediators}, stopping)
+            finally:
+                self._memory.restore()
+
+    def _learn_source(self, inside: Inside) -> Source:
+        """What is inside a function; learnt once, unless so much else is asked for that it has to go again."""
+        with self.lock:
+            known = self.catalogue.sources
+            if inside in known:
+                return known[inside]
+            module, path = inside
+            caller = self.catalogue.operation(module, path) if path else None
+            repeated = caller is not None and caller.runs.axis is Axis.UNKNOWN
+            try:
+                source, overwritten = operations.learn(self._learner, inside, repeated)
+            finally:
+                self._memory.restore()
+            self.overwritten |= overwritten
+            while len(known) >= _MAX_SOURCES:
+                del known[next(iter(known))]
+            known[inside] = source
+            return source
 
     def generate(
         self,
@@ -126,17 +154,55 @@ class HostedModel:
 
     def apply(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Apply one of its modules, in the middle of a pass or outside of one."""
-        try:
-            return self.interleaver.call(self.module.get_submodule(path), args, kwargs)
-        finally:
-            self._memory.restore()
+        with self.lock:
+            try:
+                return self.interleaver.call(self.module.get_submodule(path), args, kwargs)
+            finally:
+                self._memory.restore()
 
     def parameter(self, path: str) -> Tensor:
-        """A parameter or buffer, by its module's name or path and its own name."""
+        """A parameter or buffer of the model's own, by its module's name or path and its own name."""
         owner, _, name = path.rpartition(".")
-        found = getattr(self.module.get_submodule(self.catalogue.module(owner).path), name)
+        module = self.module.get_submodule(self.catalogue.module(owner).path)
+        found = self._replaced.get((module, name))
+        found = getattr(module, name) if found is None else found
         assert isinstance(found, Tensor)
         return found
+
+    @contextlib.contextmanager
+    def weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Run with other weights than the model's own, by their paths; all that are not named are its own.
+
+        What is tied to one of them changes with it, as it does in PyTorch when a weight is changed in place.
+
+        Raises:
+            GraphError: two of them are tied to each other, or one is a buffer.
+        """
+        before, slots = self._replaced, self._slots
+        new: dict[int, Tensor] = {}
+        for path, tensor in weights.items():
+            if new.setdefault(id(self.parameter(path)), tensor) is not tensor:
+                raise GraphError(f"`{path}` is tied to another weight that is changed too.", hint="Change one of them.")
+        try:
+            _restore(slots)
+            self._slots = list(self._find(new)) if new else []
+            if len({id(own) for _, _, _, own, _ in self._slots}) < len(new):
+                raise GraphError("Only parameters can be changed, and one of these is a buffer.")
+            self._replaced = {(module, name): own for module, _, name, own, _ in self._slots}
+            for _, table, name, _, tensor in self._slots:
+                table[name] = tensor
+            yield
+        finally:
+            _restore(self._slots)
+            self._replaced, self._slots = before, slots
+            for _, table, name, _, tensor in slots:
+                table[name] = tensor
+
+    def _find(self, new: Mapping[int, Tensor]) -> Iterator[_Slot]:
+        for module in self.module.modules():
+            for name, own in module._parameters.items():
+                if own is not None and id(own) in new:
+                    yield module, module._parameters, name, own, new[id(own)].to(own.device)
 
     # --- tokens -------------------------------------------------------------------------------------------------------
 
@@ -223,6 +289,15 @@ class HostedModel:
             for module in self.catalogue.modules.values()
         ]
         return hashlib.sha256(json.dumps([tree, self._config_json()]).encode()).digest()
+
+
+_Slot = tuple[nn.Module, dict[str, Any], str, Tensor, Tensor]
+"""A module, its table of parameters or buffers, a name in it, the model's own tensor and the one in its place."""
+
+
+def _restore(slots: Sequence[_Slot]) -> None:
+    for _, table, name, own, _ in slots:
+        table[name] = own
 
 
 class _Memory:

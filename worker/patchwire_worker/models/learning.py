@@ -9,7 +9,7 @@ there could miss it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from patchwire.errors import GraphError
-from patchwire.sites import INPUT, OUTPUT, Axis, Catalogue, Dim, Leaf, Module, Name, Parameter, Path
+from patchwire.sites import INPUT, OUTPUT, Axis, Catalogue, Dim, Inside, Leaf, Location, Module, Name, Parameter, Path
 from patchwire.tensors import dtype_to_proto
 from patchwire_worker import containers
-from patchwire_worker.interleaving import Location, PassInterleaver, Stopping, location_of
+from patchwire_worker.interleaving import PassInterleaver, Stopping, provider
 from patchwire_worker.models.families import ATTENTION, Family
 from patchwire_worker.rows import Rows
 
 # Rows and tokens of each run. Small, so that it costs nothing; three, and not on one line, so that a length that grows
 # with the rows (one for each row and attention head, say) cannot be taken for one that grows with the tokens.
-_SHAPES = ((2, 7), (5, 8), (3, 11))
+SHAPES = ((2, 7), (5, 8), (3, 11))
 # The row of the last of these runs that also runs alone, and how many of its tokens.
-_ROW, _LENGTH = 1, 5
+_ROW, LENGTH = 1, 5
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 _ROUGH_TOLERANCE = 5e-2
 _MASKED = 1e4  # beyond it are the large numbers of attention masks, which say nothing of a value's scale
@@ -36,8 +36,13 @@ _MASKED = 1e4  # beyond it are the large numbers of attention masks, which say n
 
 @dataclass
 class _Seen:
-    """What one run showed."""
+    """What one run showed.
 
+    Attributes:
+        sides: Every side of every module, by nnsight's name of it.
+    """
+
+    sides: Mapping[str, Location]
     order: dict[Location, int] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     leaves: dict[tuple[Location, Path], tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
@@ -45,11 +50,11 @@ class _Seen:
     values: dict[tuple[Location, Path], Tensor] = field(default_factory=dict)
 
     def observe(self, provider: str, value: Any) -> None:
-        location = location_of(provider)
+        location = self.sides.get(provider)
         if location is None:
             return
-        if location[1] == OUTPUT:
-            self.calls[location[0]] = self.calls.get(location[0], 0) + 1
+        if location.side == OUTPUT:
+            self.calls[location.module] = self.calls.get(location.module, 0) + 1
         if location in self.order:
             return
         self.order[location] = len(self.order)
@@ -83,11 +88,13 @@ class Learner:
         self.vocabulary = vocabulary
         self.overwritten: set[tuple[Location, Path]] = set()
         """The tensors that the model changes in place after they were at a site."""
+        places = [Location(path, side) for path, _ in module.named_modules() for side in (INPUT, OUTPUT)]
+        self.sides: dict[str, Location] = {provider(place): place for place in places}
+        """Every side of every module, by nnsight's name of it."""
 
     def catalogue(self, name: str, family: Family | None) -> Catalogue:
         """Every module of the model, with the tensors that it takes and returns."""
-        runs = [self._run(self._ids(*shape)) for shape in _SHAPES]
-        alone = self._run(self._ids(*_SHAPES[-1])[_ROW : _ROW + 1, :_LENGTH])
+        *runs, alone = map(self._run, self.prompts())
         modules = {
             path: Module(
                 path,
@@ -101,15 +108,24 @@ class Learner:
         return Catalogue(name, modules, _names(modules, family))
 
     def _run(self, ids: Tensor) -> _Seen:
-        seen = _Seen()
-        self.interleaver.observe = seen.observe
-        try:
-            with torch.no_grad():
-                self.interleaver.run(lambda: self.module(input_ids=ids, **self.options), {}, Stopping())
-        finally:
-            self.interleaver.observe = None
+        seen = _Seen(self.sides)
+        self.look(ids, seen.observe)
         self.overwritten |= seen.overwritten()
         return seen
+
+    def prompts(self) -> list[Tensor]:
+        """The token ids of each run; those of the last are part of one row of the one before."""
+        prompts = [self._ids(*shape) for shape in SHAPES]
+        return [*prompts, prompts[-1][_ROW : _ROW + 1, :LENGTH]]
+
+    def look(self, ids: Tensor, observe: Callable[[str, Any], None], opened: Iterable[Inside] = ()) -> None:
+        """Run the model, and tell of everything that is handed over, inside some functions too."""
+        self.interleaver.observe = observe
+        try:
+            with torch.no_grad():
+                self.interleaver.run(lambda: self.module(input_ids=ids, **self.options), {}, Stopping(), opened)
+        finally:
+            self.interleaver.observe = None
 
     def _ids(self, batch: int, seq: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -144,7 +160,7 @@ def _leaves(path: str, runs: Sequence[_Seen], alone: _Seen) -> list[Leaf]:
     leaves = []
     first, *others = runs
     for side in (INPUT, OUTPUT):
-        location = (path, side)
+        location = Location(path, side)
         for place, (shape, dtype) in first.leaves.items():
             seen = [each.leaves.get(place) for each in others]
             if place[0] != location or any(each is None or each[1] != dtype for each in seen):
@@ -155,21 +171,21 @@ def _leaves(path: str, runs: Sequence[_Seen], alone: _Seen) -> list[Leaf]:
                 continue
             shapes = [shape, *(each[0] for each in seen if each is not None)]
             alike = len({len(each) for each in shapes}) == 1
-            dims = tuple(map(_dim, zip(*shapes, strict=True))) if alike else (Dim(Axis.UNKNOWN),)
-            leaf = Leaf(path, side, place[1], dims, dtype, first.order[location])
-            independent = leaf.packs and _is_independent(leaf, runs[-1].values.get(place), alone.values.get(place))
+            dims = tuple(map(dim_of, zip(*shapes, strict=True))) if alike else (Dim(Axis.UNKNOWN),)
+            leaf = Leaf(path, side, place[1], dims, dtype, (first.order[location],))
+            independent = leaf.packs and is_independent(leaf, runs[-1].values.get(place), alone.values.get(place))
             leaves.append(replace(leaf, independent=independent))
     return leaves
 
 
-def _is_independent(leaf: Leaf, together: Tensor | None, alone: Tensor | None) -> bool:
+def is_independent(leaf: Leaf, together: Tensor | None, alone: Tensor | None) -> bool:
     """Whether a short row has the same value among other rows, padded, and alone."""
     if together is None or alone is None:
         return False
-    batch, seq = _SHAPES[-1]
-    if tuple(together.shape) != leaf.lengths(batch, seq) or tuple(alone.shape) != leaf.lengths(1, _LENGTH):
+    batch, seq = SHAPES[-1]
+    if tuple(together.shape) != leaf.lengths(batch, seq) or tuple(alone.shape) != leaf.lengths(1, LENGTH):
         return False
-    own = Rows(_ROW, (_LENGTH,), batch, seq).take(together, leaf)
+    own = Rows(_ROW, (LENGTH,), batch, seq).take(together, leaf)
     if not alone.is_floating_point() and not alone.is_complex():
         return torch.equal(own, alone)
     wide = torch.complex128 if alone.is_complex() else torch.float64
@@ -180,14 +196,14 @@ def _is_independent(leaf: Leaf, together: Tensor | None, alone: Tensor | None) -
     return torch.allclose(own, alone, rtol=0, atol=tolerance, equal_nan=True)
 
 
-def _dim(lengths: tuple[int, ...]) -> Dim:
+def dim_of(lengths: tuple[int, ...]) -> Dim:
     """What a dimension is that had these lengths in the runs."""
     if len(set(lengths)) == 1:
         return Dim(Axis.CONSTANT, lengths[0])
     followed = {
-        Axis.BATCH: [batch for batch, _ in _SHAPES],
-        Axis.SEQ: [seq for _, seq in _SHAPES],
-        Axis.BATCH_SEQ: [batch * seq for batch, seq in _SHAPES],
+        Axis.BATCH: [batch for batch, _ in SHAPES],
+        Axis.SEQ: [seq for _, seq in SHAPES],
+        Axis.BATCH_SEQ: [batch * seq for batch, seq in SHAPES],
     }
     for axis, values in followed.items():
         rest = {length - value for length, value in zip(lengths, values, strict=True)}

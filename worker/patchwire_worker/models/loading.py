@@ -25,6 +25,8 @@ DTYPES = {
     "auto": "auto",
 }
 
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -42,6 +44,7 @@ def load(
     device: str = "auto",
     dtype: str | torch.dtype = "float32",
     tokenizer: Any | None = None,
+    attention: str | None = None,
 ) -> Loaded:
     """Load a model.
 
@@ -51,11 +54,21 @@ def load(
         device: "cpu", "cuda", "cuda:1", "auto" (a GPU if there is one), or "balanced" (spread over all GPUs).
         dtype: "float32", "bfloat16", "float16", "float64", or "auto" (as the checkpoint has it).
         tokenizer: A tokenizer to use instead of the checkpoint's.
+        attention: How attention is computed: one of `ATTENTION`. "eager" goes step by step, so that scores and
+            probabilities exist; the others hand everything to one kernel, which is faster and rounds differently. What
+            transformers prefers for this model if left out.
 
     Raises:
         ModelNotFoundError: it cannot be found or loaded; the message says why.
     """
+    if attention is not None and attention not in ATTENTION:
+        raise ModelNotFoundError(f"`{attention}` is no attention.", hint=f"Write one of {', '.join(ATTENTION)}.")
     if isinstance(spec, nn.Module):
+        if attention is not None:
+            raise ModelNotFoundError(
+                "A loaded model computes attention as it was loaded.",
+                hint=f'Load it with `attn_implementation="{attention}"`, or give its directory.',
+            )
         called = name or getattr(spec, "name_or_path", "") or type(spec).__name__
         spec.eval()
         return Loaded(_name_of(called), spec, tokenizer)
@@ -64,10 +77,11 @@ def load(
         raise ModelNotFoundError(f"`{dtype}` is not a dtype.", hint=f"Write one of {', '.join(DTYPES)}.")
     source, options = _source(spec)
     options |= {"trust_remote_code": False}
+    chosen = {} if attention is None else {"attn_implementation": attention}
     place = _place(device)
     try:
         module = AutoModelForCausalLM.from_pretrained(
-            source, dtype=wanted, **options, **({"device_map": "auto"} if place == "balanced" else {})
+            source, dtype=wanted, **options, **chosen, **({"device_map": "auto"} if place == "balanced" else {})
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelNotFoundError(

@@ -1,0 +1,197 @@
+"""What becomes of a recording when its block ends: it runs while the program waits, while its event loop goes on, or
+detached, on the server alone.
+
+A `Request` is what is recorded and sent together: a trace of its own is one, a session is one with all its traces.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from patchwire import graph as g
+from patchwire.background import Cancellation, in_thread
+from patchwire.connection import Connection
+from patchwire.errors import GraphError, PatchwireError, PatchwireWarning, here, trim, user_frame
+from patchwire.jobs import Job, submit
+from patchwire.recording import Recorder
+from patchwire.results import Progress, Results, Stats
+from patchwire.sites import Catalogue
+
+if TYPE_CHECKING:
+    from patchwire.model import Model
+
+
+class Request:
+    """What is recorded and sent together.
+
+    Attributes:
+        recorder: Turns what user code does into a graph.
+        connection: Where it will run.
+    """
+
+    def __init__(self, connection: Connection, *, progress: bool, blocking: bool = True) -> None:
+        self.connection = connection
+        self.progress = progress
+        self.recorder = Recorder(self._catalogue, value_bytes=connection.limits.value_bytes or None)
+        self.recorder.keeps = blocking
+        self.failed = False
+        self.in_trace = False
+        """Whether user code is inside a trace."""
+        self.home = ""
+        """The name of a model that it is of."""
+        self._models: dict[str, Model] = {}
+        self._on_tokens: dict[int, Callable[[int, list[int]], None]] = {}
+
+    def add(self, model: Model) -> None:
+        """Take in a model whose traces belong to it.
+
+        Raises:
+            GraphError: it is on another server, or has been given up.
+        """
+        self.check_open()
+        if model.connection is not self.connection:
+            raise GraphError(
+                f"{model.name} is on another connection than this session.",
+                hint="Take both models from one client: `client = patchwire.connect(…)`, `client.model(…)`.",
+                lines=here(),
+            )
+        self._models[model.name] = model
+        self.home = self.home or model.name
+
+    @property
+    def active(self) -> Recorder:
+        """The recorder that new traces belong to: that of the loop's body, inside one."""
+        return self.recorder.active
+
+    def _catalogue(self, name: str) -> Catalogue:
+        return self._models[name].catalogue
+
+    def on_tokens(self, trace: int, tell: Callable[[int, list[int]], None]) -> None:
+        """Have somebody told a generation's tokens as they are made: the invoke, and an id for each row.
+
+        Raises:
+            GraphError: it is in a loop.
+        """
+        if self.active is not self.recorder:
+            hint = "Save the output of the generation instead."
+            raise GraphError("Tokens are not streamed out of a loop.", hint=hint, lines=here())
+        self._on_tokens[trace] = tell
+
+    def _tell_tokens(self, trace: int, invoke: int, ids: list[int]) -> None:
+        if trace in self._on_tokens:
+            self._on_tokens[trace](invoke, ids)
+
+    def finish(self) -> g.Graph:
+        """The graph that is to be sent.
+
+        Warns:
+            PatchwireWarning: nothing was saved.
+        """
+        if not self.recorder.asked_for:
+            frame = user_frame()
+            warnings.warn_explicit(
+                PatchwireWarning("The block saved nothing, so nothing comes back. Write `.save()` on what you want."),
+                None,
+                frame.f_code.co_filename if frame else "<block>",
+                frame.f_lineno if frame else 1,
+            )
+        return self.recorder.finish()
+
+    def run(self, graph: g.Graph, cancellation: Cancellation) -> Results:
+        """Send it and wait: what came back."""
+        return self.connection.run(graph, Progress(self.progress, self._tell_tokens), cancellation)
+
+    def check_open(self) -> None:
+        """Raise if it has been given up."""
+        if self.failed:
+            raise GraphError(
+                "The session has ended: one of its traces raised an error, so nothing of it runs.",
+                hint="Correct that trace, or leave it out; what may fail on its own is a request of its own.",
+                lines=here(),
+            )
+
+    def give_up(self, error: BaseException) -> None:
+        """A block raised: nothing is sent."""
+        self.recorder.open = False
+        self.failed = True
+        if isinstance(error, PatchwireError):
+            trim(error)
+
+
+class Stopped(Exception):
+    """Ends a block early, as if it had ended there."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+
+
+class Block(ABC):
+    """A block whose recording runs when it ends.
+
+    Attributes:
+        stats: What the run cost; None until it has ended and its values are here.
+        job: The detached job, of a block with `blocking=False`, once it has ended.
+    """
+
+    _request: Request
+
+    def __init__(self, *, blocking: bool) -> None:
+        self._blocking = blocking
+        self.stats: Stats | None = None
+        self.job: Job | None = None
+
+    @abstractmethod
+    def __enter__(self) -> Any:
+        """Begin to record."""
+
+    @abstractmethod
+    def _end(self, error: BaseException | None) -> g.Graph | None:
+        """Leave the block; the graph that is to run, if one is."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        stopped = isinstance(error, Stopped) and error.block is self
+        graph = self._end(None if stopped else error)
+        if graph is not None:
+            try:
+                self._run(graph, Cancellation())
+            except PatchwireError as found:
+                # The way through gRPC is of no interest to whoever wrote the block.
+                raise found.with_traceback(None) from None
+        return stopped
+
+    async def __aenter__(self) -> Any:
+        return self.__enter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        stopped = isinstance(error, Stopped) and error.block is self
+        graph = self._end(None if stopped else error)
+        if graph is not None:
+            try:
+                await in_thread(partial(self._run, graph))
+            except PatchwireError as found:
+                raise found.with_traceback(None) from None
+        return stopped
+
+    def _run(self, graph: g.Graph, cancellation: Cancellation) -> None:
+        request = self._request
+        if self._blocking:
+            self._settle(request.run(graph, cancellation))
+            return
+        self.job = submit(
+            request.connection, graph, settle=self._settle, progress=request.progress, cancellation=cancellation
+        )
+        request.recorder.detached = True
+
+    def _settle(self, results: Results) -> None:
+        self._request.recorder.resolve(results, self._request.connection)
+        self.stats = results.stats

@@ -1,0 +1,44 @@
+"""The guides of docs/: every block of Python in them runs, one after the other."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import patchwire
+
+DOCS = Path(__file__).parents[2] / "docs"
+GUIDES = sorted(file for file in DOCS.glob("*.md") if "```python" in file.read_text())
+
+
+@pytest.fixture(scope="module")
+def model() -> patchwire.Model:
+    """A small Llama whose tokens are bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({each: index for index, each in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(alphabet), hidden_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=40, max_position_embeddings=256, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    plain = LlamaForCausalLM(config).eval()
+    return patchwire.local(plain, tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer), progress=False)
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda file: file.stem)
+def test_the_blocks_of_a_guide_run(guide: Path, model: patchwire.Model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = guide.read_text()
+    names = {"model": model}
+
+    for block in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        # As many lines before it as in the page, so that an error names the right one.
+        code = "\n" * text[: block.start(1)].count("\n") + block[1]
+        exec(compile(code, str(guide), "exec"), names)
