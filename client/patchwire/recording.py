@@ -175,6 +175,11 @@ class Recorder(TracerBase):
 
     def _value(self, value: Value) -> torch.fx.Node:
         if value.ready:
+            if isinstance(value.value, list):
+                hint = "Take that of one: `value.value[0]`."
+                raise GraphError(
+                    "This value has a tensor of another shape for each iteration.", hint=hint, lines=here()
+                )
             return self._constant(value.value)
         if value.recorder is not self:
             if value.recorder.parent is not None:

@@ -370,6 +370,36 @@ def test_token_ids_are_those_of_each_iteration(model):
     assert_same(logits.value[2], expected.value)
 
 
+def test_what_differs_in_shape_from_batch_to_batch_is_a_list(model):
+    with model.session() as session:
+        with session.over(DATA, batch_size=4) as batches, model.trace(batches.prompt):
+            hidden = model.layers[0].output.save()
+    for start, found in zip(range(0, len(DATA), 4), hidden.value, strict=True):
+        with model.trace(DATA[start : start + 4]):
+            expected = model.layers[0].output.save()
+        assert_same(found, expected.value)
+
+    with refused(patchwire.GraphError, "another shape for each iteration"), model.trace(PROMPT):
+        model.layers[0].output = hidden  # this line
+
+
+def test_a_batch_next_to_a_prompt_of_its_own(model):
+    def patched(trace, prompt):
+        with trace.invoke([1, 2, 3]):
+            clean = model.layers[0].output[:, -1]
+        with trace.invoke(prompt):
+            model.layers[0].output[:, -1] = clean
+            return model.logits[:, -1].save()
+
+    with model.session() as session:
+        with session.over(DATA) as batches, model.trace() as trace:
+            found = patched(trace, batches.prompt)
+    for ids, logits in zip(DATA, found.value, strict=True):
+        with model.trace() as trace:
+            expected = patched(trace, ids)
+        assert_same(logits, expected.value)
+
+
 def test_a_generation_in_a_loop(model):
     with model.session() as session, session.over([tiny.prompt(4, seed=seed) for seed in range(3)]) as batches:
         with model.generate(batches.prompt, max_new_tokens=3, min_new_tokens=3) as generation:
