@@ -21,6 +21,8 @@ _GAP = "…"
 
 _ROOMS_OF_A_BLOCK = frozenset(["checking", "editing", "executor", "model", "proxy", "recording", "session", "tracing"])
 
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
 KINDS = {
     name: kind
     for name, kind in vars(errors).items()
@@ -62,16 +64,11 @@ def entries() -> list[Entry]:
 
 def _entries(file: Path) -> Iterator[Entry]:
     tree = ast.parse(file.read_text())
-    assigned = {
-        target.id: node.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Assign)
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
+    functions = [each for each in ast.walk(tree) if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef))]
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
+        assigned = _assigned(functions, node)
         kind = _kind(node)
         if kind is None or not node.args:
             continue
@@ -79,6 +76,25 @@ def _entries(file: Path) -> Iterator[Entry]:
         for message in _texts(node.args[0], assigned):
             hints = list(_texts(keywords["hint"], assigned)) if "hint" in keywords else [""]
             yield Entry(kind, message, hints[0] if hints else "", file.stem)
+
+
+def _assigned(functions: list[Function], call: ast.Call) -> dict[str, ast.expr]:
+    """What names stand for where a call is made: the last assignments before it in its function."""
+    around = [each for each in functions if each.lineno <= call.lineno <= (each.end_lineno or 0)]
+    if not around:
+        return {}
+    innermost = max(around, key=lambda each: each.lineno)
+    return {
+        target.id: node.value
+        for node in sorted((each for each in ast.walk(innermost) if isinstance(each, ast.Assign)), key=_line)
+        if node.lineno < call.lineno
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+
+
+def _line(node: ast.Assign) -> int:
+    return node.lineno
 
 
 def _kind(call: ast.Call) -> str | None:

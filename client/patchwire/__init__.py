@@ -44,11 +44,13 @@ from patchwire.errors import (
 from patchwire.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from patchwire import activations, random
+    from patchwire import activations, optim, random
     from patchwire.client import Client, connect, local
     from patchwire.conditions import cond
     from patchwire.connection import TLS
     from patchwire.jobs import Job, JobStatus
+    from patchwire.kept import Kept
+    from patchwire.loops import Batches, Loop
     from patchwire.model import Model, Module
     from patchwire.proxy import Structure, Value, grad
     from patchwire.results import Stats
@@ -58,10 +60,13 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "TLS": "connection",
+    "Batches": "loops",
     "Client": "client",
     "Generation": "tracing",
     "Job": "jobs",
     "JobStatus": "jobs",
+    "Kept": "kept",
+    "Loop": "loops",
     "Model": "model",
     "Module": "model",
     "Scan": "scanning",
@@ -78,7 +83,7 @@ _HOMES = {
 """Where the names live that need torch, which takes seconds to import: they are looked up when they are first used."""
 
 
-_ROOMS = ("activations", "random")
+_ROOMS = ("activations", "optim", "random")
 """Modules that are looked up in the same way: `patchwire.random.normal(…)` needs no import of its own."""
 
 
@@ -111,6 +116,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "TLS",
     "AuthenticationError",
+    "Batches",
     "BranchError",
     "BusyError",
     "CancelledError",
@@ -124,7 +130,9 @@ __all__ = [
     "Job",
     "JobError",
     "JobStatus",
+    "Kept",
     "LimitError",
+    "Loop",
     "MissingTensorsError",
     "Model",
     "ModelNotFoundError",
@@ -150,6 +158,7 @@ __all__ = [
     "connect",
     "grad",
     "local",
+    "optim",
     "random",
     "save",
 ]

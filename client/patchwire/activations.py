@@ -39,7 +39,7 @@ from patchwire import selecting, tensors
 from patchwire.background import Cancellation
 from patchwire.errors import GraphError, InputError, SiteError, StoreError, here
 from patchwire.proxy import Value
-from patchwire.results import Progress, Stats
+from patchwire.results import Progress, Results
 from patchwire.scanning import Scan
 from patchwire.session import current_session
 from patchwire.sites import Axis
@@ -184,14 +184,13 @@ class _Pending(Trace):
                     self._values.append(read(model))
 
     def _run(self, graph: g.Graph, cancellation: Cancellation) -> None:
-        self._future: Future[tuple[list[Tensor | None], Stats]] = self._pool.submit(
+        self._future: Future[Results] = self._pool.submit(
             self._model.connection.run, graph, Progress(False), cancellation
         )
 
     def result(self) -> dict[str, list[Tensor]]:
         """By site, the tensor of each prompt."""
-        found, self.stats = self._future.result()
-        self._recorder.resolve(found)
+        self._settle(self._future.result())
         names = self._values[0].keys()
         if any(each.keys() != names for each in self._values):
             raise GraphError(
@@ -264,7 +263,13 @@ def _recipe(model: Model, read: Read, ids: Ids) -> str:
         node.line = 0
         digest.update(node.SerializeToString(deterministic=True))
     for constant in scan.graph.constants:
-        digest.update(constant if isinstance(constant, bytes) else tensors.digest(constant))
+        match constant:
+            case bytes():
+                digest.update(constant)
+            case g.KeptTensor():
+                digest.update(constant.handle)
+            case _:
+                digest.update(tensors.digest(constant))
     return digest.hexdigest()
 
 

@@ -11,6 +11,7 @@ pass its value exists: the latest site it depends on.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -108,6 +109,11 @@ class Checker:
             g.assign: self._assign,
             g.grad: self._grad,
             g.generated: self._generated,
+            g.token_ids: self._token_ids,
+            g.loop: self._loop,
+            g.outside: self._outside,
+            g.carry: self._carry,
+            g.keep: self._save,
             g.save: self._save,
             g.log: self._log,
         }
@@ -316,7 +322,9 @@ class Checker:
 
     def _constant(self, node: torch.fx.Node) -> Tensor:
         tensor = self.graph.constants[node.args[0]]  # type: ignore[index]
-        if isinstance(tensor, bytes):
+        if isinstance(tensor, g.KeptTensor) and tensor.fake is not None:
+            return tensor.fake
+        if not isinstance(tensor, Tensor):
             raise GraphError("A constant was not looked up.")
         return tensor.to("meta")
 
@@ -340,9 +348,26 @@ class Checker:
             weigh = fake if weights is None else fake_of(weights)  # type: ignore[arg-type]
             if isinstance(weigh, Tensor) and weigh.shape != fake.shape:
                 raise ShapeError(f"`weights` has the shape of the value, {list(fake.shape)}, not {list(weigh.shape)}.")
+        self._refuse_loops_between(loss, values)  # type: ignore[arg-type]
         for each in values:  # type: ignore[union-attr]
             self._differentiable(each, loss)  # type: ignore[arg-type]
         return tuple(fake_of(each) for each in values)  # type: ignore[union-attr, arg-type]
+
+    def _refuse_loops_between(self, loss: torch.fx.Node, values: Sequence[torch.fx.Node]) -> None:
+        if not self.graph.loops:
+            return
+        writes: dict[int, list[torch.fx.Node]] = defaultdict(list)
+        for node in self.graph.fx.nodes:
+            if node.target is g.write:
+                writes[node.args[0].trace].append(node)
+            elif node.target is g.assign:
+                writes[node.args[0]].append(node)
+        for each in behind(loss, writes):
+            if each.target is g.loop and not set(values).isdisjoint(behind(each, writes)):
+                raise OperationError(
+                    "There are no gradients through a loop: each iteration starts anew.",
+                    hint="Take the gradient in its body, or with respect to a value that comes after it.",
+                )
 
     def _differentiable(self, value: torch.fx.Node, loss: torch.fx.Node) -> None:
         fake, mine, its = fake_of(value), value.meta["after"], loss.meta["after"]
@@ -374,6 +399,38 @@ class Checker:
         # How many tokens there will be depends on what they are.
         node.meta["after"] = After((trace, math.inf), "the generated tokens", g.line_of(node))
         return None
+
+    def _token_ids(self, node: torch.fx.Node) -> Tensor:
+        trace, invoke = node.args
+        lengths = self.graph.traces[trace].invokes[invoke].lengths  # type: ignore[index]
+        return torch.empty((len(lengths), max(lengths)), dtype=torch.int64, device="meta")
+
+    def _loop(self, node: torch.fx.Node) -> tuple[Any, ...] | None:
+        trace, inputs = node.args
+        assert isinstance(trace, int)
+        before: After | None = node.meta["after"]
+        if before is not None and before.order[0] >= trace:
+            raise OrderError(f"A loop needs a value of `{before.site}`, which comes later.")
+        node.meta["after"] = After((trace, math.inf), "the loop", g.line_of(node))
+        loop = self.graph.traces[trace].loop
+        assert loop is not None
+        fakes = tuple(fake_of(inputs[each.args[0]]) for each in loop.carries)  # type: ignore[index, arg-type]
+        return None if None in fakes else fakes
+
+    def _outside(self, node: torch.fx.Node) -> Tensor | None:
+        found = self.graph.outside[node.args[0]]  # type: ignore[index]
+        return None if found is None else found.to("meta")
+
+    def _carry(self, node: torch.fx.Node) -> None:
+        index, value = node.args
+        before, after = self.graph.outside[index], fake_of(value)  # type: ignore[index, arg-type]
+        if isinstance(after, tuple):
+            raise ShapeError("A tuple cannot be carried as one value.")
+        if before is not None and after is not None and (before.shape, before.dtype) != (after.shape, after.dtype):
+            raise ShapeError(
+                f"The value that is carried is {describe(before)} and cannot become {describe(after)}.",
+                hint="It has the same shape and dtype in every iteration: start it as what it becomes.",
+            )
 
     def _assign(self, node: torch.fx.Node) -> None:
         trace, path, value = node.args
@@ -706,6 +763,22 @@ def _scratch(name: str, args: Any, kwargs: Any) -> int:
 def _positions(mask: Tensor) -> int:
     """How many bytes the positions of all elements have."""
     return mask.numel() * max(mask.ndim, 1) * 8
+
+
+def behind(node: torch.fx.Node, writes: Mapping[int, Sequence[torch.fx.Node]] | None = None) -> set[torch.fx.Node]:
+    """Everything that a node depends on through the graph, itself included.
+
+    With the writes of each trace, also what it may depend on through the model.
+    """
+    found, stack = {node}, [node]
+    while stack:
+        each = stack.pop()
+        site = each.args[0] if writes and each.target is g.read else None
+        through = writes.get(site.trace, ()) if writes and isinstance(site, g.Site) else ()
+        new = {*each.all_input_nodes, *through} - found
+        found |= new
+        stack += new
+    return found
 
 
 def _nodes(argument: Any) -> list[torch.fx.Node]:

@@ -54,7 +54,7 @@ def cond(predicate: Any, when_true: Callable[..., Any], when_false: Callable[...
             hint="Write `.any()` or `.all()`; for a choice element by element `torch.where(condition, a, b)`.",
             lines=here(),
         )
-    recorder = predicate.recorder
+    recorder = predicate.recorder.active
     condition = predicate.reshape(()) != 0
     with recorder.branch():
         one = when_true(*operands)

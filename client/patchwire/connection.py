@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import secrets
+import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,10 +27,11 @@ from patchwire.errors import (
     GraphError,
     LimitError,
     MissingTensorsError,
+    PatchwireError,
     SourceLine,
     VersionError,
 )
-from patchwire.results import Progress, Stats
+from patchwire.results import Progress, Results, Stats
 from patchwire.status import error_from_call, line_from_proto
 from patchwire.v1 import graph_pb2, job_pb2, job_pb2_grpc, model_pb2, service_pb2, service_pb2_grpc, tensor_pb2
 from patchwire.version import PROTOCOL_VERSION, VERSION
@@ -36,6 +41,7 @@ T = TypeVar("T")
 _CONNECT_SECONDS = 10.0
 _REMEMBERED_UPLOADS = 65536
 _LARGEST_RESULT = 1 << 36
+_LONGEST_HANDLE = 64
 
 
 @dataclass(frozen=True)
@@ -221,9 +227,7 @@ class Connection:
                 self._uploaded.clear()
             self._uploaded.update(wanted)
 
-    def run(
-        self, graph: g.Graph, progress: Progress, cancellation: Cancellation | None = None
-    ) -> tuple[list[Tensor | None], Stats]:
+    def run(self, graph: g.Graph, progress: Progress, cancellation: Cancellation | None = None) -> Results:
         """Run a graph.
 
         Args:
@@ -231,23 +235,53 @@ class Connection:
             progress: Told what happens.
             cancellation: Says whether it is still wanted.
 
-        Returns:
-            The saved tensors, in the order of the graph's saves, and what it cost; None for one of a step that a
-            generation did not reach.
-
         Raises:
             PatchwireError: of the kind that the server says.
             ConnectionLostError: the server went away.
         """
         wanted = cancellation or Cancellation()
 
-        def ask(message: graph_pb2.Graph) -> tuple[list[Tensor | None], Stats]:
-            expected = _announced(graph, message)
-            request = service_pb2.RunRequest(graph=message, compression=self.compression)
-            logs = {index: _line(message, index) for index, node in enumerate(message.nodes) if node.HasField("log")}
-            return self._receive(self._stub.Run, request, expected, progress, wanted, logs)
+        def ask(message: graph_pb2.Graph) -> Results:
+            arriving = _Arriving.of(graph, message)
+            name = secrets.token_bytes(16) if arriving.loops else b""
+            request = service_pb2.RunRequest(graph=message, compression=self.compression, id=name)
+            with self._interruptible(name, progress):
+                return self._receive(self._stub.Run, request, arriving, progress, wanted)
 
         return self._with_uploads(graph, ask, wanted)
+
+    def interrupt(self, request: bytes) -> bool:
+        """Have the loops of a running request end after the iteration that they are in; whether there is such a one."""
+        return self._call(self._stub.Interrupt, service_pb2.InterruptRequest(id=request)).found
+
+    def forget(self, handles: Sequence[bytes]) -> int:
+        """Have the server drop what it keeps; how many there were of these."""
+        return self._call(self._stub.Forget, service_pb2.ForgetRequest(handles=handles)).forgotten
+
+    @contextlib.contextmanager
+    def _interruptible(self, request: bytes, progress: Progress) -> Iterator[None]:
+        """Have the first Ctrl-C end the loops of a request, if it has any, and the second the program's wait for it."""
+        before = signal.getsignal(signal.SIGINT)
+        on_main = threading.current_thread() is threading.main_thread()
+        if not request or not on_main or before is not signal.default_int_handler:
+            yield
+            return
+
+        def interrupt() -> None:
+            # If the server is gone, the request itself says so.
+            with contextlib.suppress(PatchwireError):
+                self.interrupt(request)
+
+        def first(*_: object) -> None:
+            signal.signal(signal.SIGINT, before)
+            progress.interrupted()
+            threading.Thread(target=interrupt, daemon=True).start()
+
+        signal.signal(signal.SIGINT, first)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def submit(
         self, graph: g.Graph, cancellation: Cancellation | None = None
@@ -263,7 +297,7 @@ class Connection:
 
         def ask(message: graph_pb2.Graph) -> tuple[job_pb2.Job, Mapping[int, Expected | None]]:
             request = job_pb2.SubmitJobRequest(graph=message, compression=self.compression)
-            return self._call(self._jobs.SubmitJob, request).job, _announced(graph, message)
+            return self._call(self._jobs.SubmitJob, request).job, _saves(graph)
 
         return self._with_uploads(graph, ask, cancellation or Cancellation())
 
@@ -286,7 +320,7 @@ class Connection:
         expected: Mapping[int, Expected | None] | None,
         progress: Progress,
         cancellation: Cancellation | None = None,
-    ) -> tuple[list[Tensor | None], Stats]:
+    ) -> Results:
         """The results of a detached job that has ended.
 
         Args:
@@ -296,7 +330,7 @@ class Connection:
             cancellation: Says whether they are still wanted.
 
         Returns:
-            The saved tensors, in the order of the graph's saves, and what it cost.
+            What came back.
 
         Raises:
             JobError: there is none of this id, or its results have expired.
@@ -304,7 +338,8 @@ class Connection:
         """
         request = job_pb2.FetchJobRequest(id=id)
         try:
-            return self._receive(self._jobs.FetchJob, request, expected, progress, cancellation or Cancellation())
+            arriving = _Arriving(expected)
+            return self._receive(self._jobs.FetchJob, request, arriving, progress, cancellation or Cancellation())
         except ConnectionLostError as error:
             raise ConnectionLostError(error.message, hint="The job is kept by the server: fetch it again.") from None
 
@@ -342,7 +377,7 @@ class Connection:
         try:
             return ask(self._message(graph, cancellation))
         except MissingTensorsError:
-            large = [each for each in graph.constants if isinstance(each, Tensor) and each.nbytes > g.INLINE_BYTES]
+            large = self._large(graph)
             raise LimitError(
                 f"The server cannot keep the {len(large)} large tensors of this request together: they have "
                 f"{sum(each.nbytes for each in large):,} bytes.",
@@ -350,17 +385,11 @@ class Connection:
             ) from None
 
     def _message(self, graph: g.Graph, cancellation: Cancellation) -> graph_pb2.Graph:
-        large = [
-            index
-            for index, each in enumerate(graph.constants)
-            if isinstance(each, Tensor) and each.nbytes > g.INLINE_BYTES
-        ]
-        constants = list(graph.constants)
-        hashes = self.upload([constants[index] for index in large], cancellation)  # type: ignore[misc]
+        large = self._large(graph)
+        hashes = self.upload(large, cancellation)
         cancellation.check()
-        for index, name in zip(large, hashes, strict=True):
-            constants[index] = name
-        message = g.graph_to_proto(g.Graph(graph.traces, graph.fx, constants))
+        names = {id(each): name for each, name in zip(large, hashes, strict=True)}
+        message = g.graph_to_proto(_with_names(graph, names))
         if self.limits.message_bytes and message.ByteSize() > self.limits.message_bytes:
             raise LimitError(
                 f"The request has {message.ByteSize():,} bytes; the server takes {self.limits.message_bytes:,}.",
@@ -368,19 +397,23 @@ class Connection:
             )
         return message
 
+    @staticmethod
+    def _large(graph: g.Graph) -> list[Tensor]:
+        """The constants that are uploaded apart."""
+        constants = [each for part in g.parts(graph) for each in part.constants]
+        return [each for each in constants if isinstance(each, Tensor) and each.nbytes > g.INLINE_BYTES]
+
     def _receive(
         self,
         method: Callable[..., Any],
         request: Any,
-        announced: Mapping[int, Expected | None] | None,
+        arriving: _Arriving,
         progress: Progress,
         cancellation: Cancellation,
-        logs: dict[int, SourceLine | None] | None = None,
-    ) -> tuple[list[Tensor | None], Stats]:
-        """The values that a stream brings: those that were announced, or whatever comes if that is not known."""
-        found: dict[int, Tensor | None] = {}
+    ) -> Results:
+        """What a stream brings."""
         assembly: tensors.Assembly | None = None
-        current = -1
+        current: _Key | None = None
         stats: Stats | None = None
         answers = self._answers  # a server that did so the last time, and is not there, went away
         call = method(request, metadata=self._metadata, timeout=self.timeout)
@@ -394,10 +427,8 @@ class Connection:
                     case "running":
                         progress.running(event.running.number, event.running.passes)
                     case "saved":
-                        current = event.saved.node
-                        if current in found or (announced is not None and current not in announced):
-                            raise GraphError("The server sent a value that was not asked for.")
-                        _check_header(event.saved.header, None if announced is None else announced[current])
+                        current = arriving.key(event.saved)
+                        _check_header(event.saved.header, arriving.expected(current))
                         assembly = tensors.Assembly(event.saved.header, _LARGEST_RESULT)
                         progress.bytes(0, assembly.total)
                     case "chunk":
@@ -406,18 +437,22 @@ class Connection:
                         assembly.add(event.chunk)
                         progress.bytes(len(event.chunk), 0)
                     case "absent":
-                        found[event.absent.node] = None
+                        arriving.found[arriving.key(event.absent)] = None
+                    case "kept":
+                        arriving.keep(event.kept)
+                    case "iterated":
+                        arriving.iterated(event.iterated)
+                        progress.iterated(event.iterated.done, event.iterated.count)
                     case "tokens":
                         progress.tokens(event.tokens.trace, event.tokens.invoke, list(event.tokens.ids))
                     case "logged":
-                        if logs is not None and event.logged.node not in logs:
-                            raise GraphError("The server sent a log that was not asked for.")
-                        progress.logged(event.logged.text, logs.pop(event.logged.node) if logs is not None else None)
+                        progress.logged(event.logged.text, arriving.log(event.logged))
                     case "done":
                         stats = Stats.from_proto(event.done)
                         break  # the status that follows says nothing new, and waiting for it takes a while
                 if assembly is not None and assembly.complete:
-                    found[current] = assembly.tensor()
+                    assert current is not None
+                    arriving.found[current] = assembly.tensor()
                     assembly = None
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE:
@@ -430,9 +465,7 @@ class Connection:
             progress.close()
         if stats is None:
             raise ConnectionLostError(f"The server at {self.address} ended the request early.")
-        if announced is not None and found.keys() != announced.keys():
-            raise GraphError("The server ended the request without all saved values.")
-        return [found[index] for index in sorted(found)], stats
+        return arriving.results(stats)
 
 
 def _events(call: Iterable[service_pb2.RunResponse | job_pb2.FetchJobResponse]) -> Iterator[service_pb2.Event]:
@@ -448,13 +481,148 @@ def _line(message: graph_pb2.Graph, node: int) -> SourceLine | None:
 
 Expected = tuple[list[int], torch.dtype]
 """The shape and dtype of a value that is to come."""
+_Place = tuple[int | None, int]
+"""A save or log: the loop in whose body it is, and its position."""
+_Key = tuple[int | None, int, int]
+"""What a save or log brings: the loop in whose body it is, its position, and the iteration."""
 
 
-def _announced(graph: g.Graph, message: graph_pb2.Graph) -> dict[int, Expected | None]:
-    """What each save of a graph brings, if that is known before it runs, by its position in the message."""
-    saves = [index for index, node in enumerate(message.nodes) if node.HasField("save")]
-    expected = [_expected(node) for node in graph.fx.nodes if node.target is g.save]
-    return dict(zip(saves, expected, strict=True))
+@dataclass
+class _Arriving:
+    """What of a request's results has come, and what is still to come."""
+
+    announced: Mapping[int, Expected | None] | None
+    """What each save brings, by its position in the graph; None if that is not known here."""
+    in_loops: Mapping[_Place, Expected | None] = field(default_factory=dict)
+    """What each save in the body of a loop brings in an iteration."""
+    loops: Mapping[int, int] = field(default_factory=dict)
+    """How many iterations each loop has, by its position in the graph's traces."""
+    keeps: Sequence[int] = ()
+    """What is kept, by its position in the graph."""
+    logs: Mapping[_Place, SourceLine | None] | None = None
+    """The lines of the logs; None if they are not known here."""
+    done: dict[int, int] = field(init=False)
+    found: dict[_Key, Tensor | None] = field(init=False, default_factory=dict)
+    kept: dict[int, tuple[g.KeptTensor, float]] = field(init=False, default_factory=dict)
+    logged: set[_Key] = field(init=False, default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.done = dict.fromkeys(self.loops, 0)
+
+    @classmethod
+    def of(cls, graph: g.Graph, message: graph_pb2.Graph) -> _Arriving:
+        """What a graph asks for."""
+        in_loops: dict[_Place, Expected | None] = {}
+        for index, loop in graph.loops.items():
+            known = not any(each.batches for trace in loop.body.traces for each in trace.invokes)
+            in_loops |= {(index, node): each if known else None for node, each in _saves(loop.body).items()}
+        bodies = [(None, message), *((index, message.traces[index].loop.body) for index in graph.loops)]
+        return cls(
+            _saves(graph),
+            in_loops,
+            {index: loop.count for index, loop in graph.loops.items()},
+            [index for index, node in enumerate(graph.fx.nodes) if node.target is g.keep],
+            {
+                (index, number): _line(part, number)
+                for index, part in bodies
+                for number, node in enumerate(part.nodes)
+                if node.HasField("log")
+            },
+        )
+
+    def _key(self, message: service_pb2.Saved | service_pb2.Absent | service_pb2.Logged) -> _Key:
+        loop = message.iteration.loop if message.HasField("iteration") else None
+        number = message.iteration.number if loop is not None else 0
+        if loop is not None and number >= self.loops.get(loop, 0):
+            raise GraphError("The server runs another loop than it was asked to run.")
+        return loop, message.node, number
+
+    def key(self, message: service_pb2.Saved | service_pb2.Absent) -> _Key:
+        """Which value a message is of.
+
+        Raises:
+            GraphError: none that was asked for.
+        """
+        loop, node, number = self._key(message)
+        asked = (self.announced is None or node in self.announced) if loop is None else (loop, node) in self.in_loops
+        if not asked or (loop, node, number) in self.found:
+            raise GraphError("The server sent a value that was not asked for.")
+        return loop, node, number
+
+    def expected(self, key: _Key) -> Expected | None:
+        """What a value is like, if that is known."""
+        if key[0] is not None:
+            return self.in_loops[key[:2]]
+        return None if self.announced is None else self.announced[key[1]]
+
+    def log(self, message: service_pb2.Logged) -> SourceLine | None:
+        """The line that a log is of.
+
+        Raises:
+            GraphError: none that was asked for.
+        """
+        key = self._key(message)
+        if self.logs is None:
+            return None
+        if key[:2] not in self.logs or key in self.logged:
+            raise GraphError("The server sent a log that was not asked for.")
+        self.logged.add(key)
+        return self.logs[key[:2]]
+
+    def keep(self, message: service_pb2.Kept) -> None:
+        """The server keeps a value."""
+        if message.node not in self.keeps or message.node in self.kept or len(message.handle) > _LONGEST_HANDLE:
+            raise GraphError("The server kept a value that it was not asked to keep.")
+        tensors.size(message.header)
+        dtype = tensors.dtype_from_proto(message.header.dtype)
+        fake = torch.empty(tuple(message.header.shape), dtype=dtype, device="meta")
+        self.kept[message.node] = g.KeptTensor(message.handle, fake), message.seconds
+
+    def iterated(self, message: service_pb2.Iterated) -> None:
+        """A loop has come so far."""
+        if not self.done.get(message.loop, math.inf) <= message.done <= self.loops.get(message.loop, 0):
+            raise GraphError("The server runs another loop than it was asked to run.")
+        self.done[message.loop] = message.done
+
+    def results(self, stats: Stats) -> Results:
+        """All of it.
+
+        Raises:
+            GraphError: something is missing.
+        """
+        expected = {(None, node, 0) for node in self.announced} if self.announced is not None else None
+        found = {key: each for key, each in self.found.items() if key[0] is None}
+        iterations = {(loop, node, number) for loop, node in self.in_loops for number in range(self.done[loop or 0])}
+        if (
+            (expected is not None and found.keys() != expected)
+            or self.found.keys() - found.keys() != iterations
+            or len(self.kept) != len(self.keeps)
+        ):
+            raise GraphError("The server ended the request without all saved values.")
+
+        def saved(of: int, number: int) -> list[Tensor | None]:
+            return [self.found[loop, node, number] for loop, node in self.in_loops if loop == of]
+
+        return Results(
+            stats,
+            [self.found[key] for key in sorted(found, key=itemgetter(1))],
+            [self.kept[node] for node in self.keeps],
+            {loop: [saved(loop, number) for number in range(done)] for loop, done in self.done.items()},
+        )
+
+
+def _saves(graph: g.Graph) -> dict[int, Expected | None]:
+    """What each save of a graph brings, if that is known before it runs, by its position."""
+    return {index: _expected(node) for index, node in enumerate(graph.fx.nodes) if node.target is g.save}
+
+
+def _with_names(graph: g.Graph, names: Mapping[int, bytes]) -> g.Graph:
+    """The same graph, with the hashes of those constants that are uploaded apart, given by their ids."""
+    traces = [
+        replace(each, loop=replace(each.loop, body=_with_names(each.loop.body, names))) if each.loop else each
+        for each in graph.traces
+    ]
+    return replace(graph, traces=traces, constants=[names.get(id(each), each) for each in graph.constants])
 
 
 def _expected(save: torch.fx.Node) -> Expected | None:

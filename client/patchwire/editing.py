@@ -38,8 +38,14 @@ class Edit:
             prompt_only: Whether it is for the prompt's pass of a generation only.
 
         Raises:
-            GraphError: something was saved.
+            GraphError: something was saved or kept.
         """
+        if recorder.kept:
+            raise GraphError(
+                "What stays with a model cannot keep a value: it belongs to no run.",
+                hint="Keep it in a trace of the edited model.",
+                lines=[line for *_, line in recorder.kept[:1] if line is not None],
+            )
         if recorder.saved:
             raise GraphError(
                 "What stays with a model cannot be saved: it belongs to no run.",
@@ -82,7 +88,11 @@ class Edit:
                 case target if target is g.parameter:
                     made[node] = recorder.parameter(place.trace, node.args[1]).node
                 case target if target is g.constant:
-                    made[node] = recorder.argument(self._request.constants[node.args[0]])
+                    constant = self._request.constants[node.args[0]]
+                    kept = isinstance(constant, g.KeptTensor)
+                    made[node] = recorder.on_server(constant).node if kept else recorder.argument(constant)
+                case target if target is g.token_ids:
+                    made[node] = recorder.token_ids(place.trace, place.invoke).node
                 case target:
                     args, kwargs = map_arg((node.args, node.kwargs), made.__getitem__)
                     args = (place.trace, *args[1:]) if target is g.apply else args

@@ -11,8 +11,9 @@ argument is plain data); whether its sites exist and its shapes fit is for `patc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Sized
-from dataclasses import dataclass, field, fields
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -83,6 +84,31 @@ def generated(trace: int, invoke: int) -> Tensor:
     raise AssertionError("tokens are generated on the worker")
 
 
+def token_ids(trace: int, invoke: int) -> Tensor:
+    """The token ids of an invoke."""
+    raise AssertionError("they are looked up by whoever evaluates the graph")
+
+
+def loop(trace: int, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Run a loop."""
+    raise AssertionError("loops run on the worker")
+
+
+def outside(index: int) -> Tensor:
+    """A value from outside of a loop, in its body."""
+    raise AssertionError("the loop knows it")
+
+
+def carry(index: int, value: Tensor) -> None:
+    """Say what a value from outside of a loop is in the next iteration."""
+    raise AssertionError("the loop takes it")
+
+
+def keep(value: Tensor, seconds: float) -> None:
+    """Keep a value on the server beyond the request."""
+    raise AssertionError("values are kept by the worker")
+
+
 def save(value: Tensor, dtype: torch.dtype | None) -> None:
     """Send a value back."""
     raise AssertionError("saving is done by whoever evaluates the graph")
@@ -146,7 +172,10 @@ def same_storage(one: Any, other: Any) -> bool:
     return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
-for _function in (write, assign, save, log):
+SINKS = (save, log, keep, carry)
+"""What asks for a value and has none itself."""
+
+for _function in (write, assign, loop, *SINKS):
     torch.fx.node.has_side_effect(_function)
 
 
@@ -173,7 +202,14 @@ class Site:
 class Invoke:
     """Rows that have their own inputs: the token ids of each."""
 
-    rows: tuple[tuple[int, ...], ...]
+    rows: tuple[Sequence[int], ...]
+    """Those of the first iteration, if they change."""
+    batches: tuple[tuple[Sequence[int], ...], ...] = ()
+    """In the body of a loop over batches: the rows of each iteration."""
+
+    def at(self, iteration: int) -> Invoke:
+        """The rows of one iteration, and all that there are."""
+        return replace(self, rows=self.batches[iteration]) if self.batches else self
 
     @property
     def lengths(self) -> list[int]:
@@ -240,6 +276,47 @@ class Trace:
     """Its rows."""
     generation: Generation | None = None
     """How it generates tokens, if it does."""
+    loop: Loop | None = None
+    """What it repeats, if it is no call but a loop of them."""
+
+
+@dataclass
+class Loop:
+    """A graph that runs many times, one iteration after the other."""
+
+    body: Graph
+    """What runs in each iteration: its `outside` nodes are values from outside, its `carry` nodes change them."""
+    count: int
+    """How many iterations."""
+
+    @property
+    def extremes(self) -> list[int]:
+        """Some iterations, of which one has the most rows, one the fewest, one the longest, and so on: what fits them
+        and does not depend on which of them it is fits all.
+        """
+        changing = [each.batches for trace in self.body.traces for each in trace.invokes if each.batches]
+        found = {0}
+        for batches in changing:
+            lengths = [[len(row) for row in rows] for rows in batches]
+            for measure in (len, max, lambda each: len(set(each)) > 1):
+                values = [measure(each) for each in lengths]
+                found |= {values.index(min(values)), values.index(max(values))}
+        return sorted(found)
+
+    @property
+    def carries(self) -> list[torch.fx.Node]:
+        """What changes from iteration to iteration, in the order of the loop's results."""
+        return list(self.body.fx.find_nodes(op="call_function", target=carry))
+
+
+@dataclass(frozen=True)
+class KeptTensor:
+    """A tensor that an earlier request kept on the server."""
+
+    handle: bytes
+    """What the server calls it."""
+    fake: Tensor | None = None
+    """What it looks like, where that is known."""
 
 
 @dataclass
@@ -250,13 +327,30 @@ class Graph:
     """The calls of models."""
     fx: torch.fx.Graph = field(default_factory=torch.fx.Graph)
     """The operations. A node's `meta["line"]` is the line of the user's program that it came from."""
-    constants: list[Tensor | bytes] = field(default_factory=list)
-    """Tensors that come with the request; the SHA-256 of those that are uploaded apart."""
+    constants: list[Tensor | bytes | KeptTensor] = field(default_factory=list)
+    """Tensors that come with the request; the SHA-256 of those that are uploaded apart; those that the server kept."""
+    outside: list[Tensor | None] = field(default_factory=list)
+    """In the body of a loop: its values from outside, or what is known of them."""
 
     @property
     def nodes(self) -> list[torch.fx.Node]:
         """The operations, in order."""
         return list(self.fx.nodes)
+
+    def at(self, iteration: int) -> Graph:
+        """The body of a loop in one iteration."""
+        traces = [replace(each, invokes=[invoke.at(iteration) for invoke in each.invokes]) for each in self.traces]
+        return replace(self, traces=traces)
+
+    @property
+    def loops(self) -> dict[int, Loop]:
+        """Its loops, by their positions in its traces."""
+        return {index: trace.loop for index, trace in enumerate(self.traces) if trace.loop is not None}
+
+
+def parts(graph: Graph) -> list[Graph]:
+    """A graph, and the bodies of its loops."""
+    return [graph, *(each.body for each in graph.loops.values())]
 
 
 def line_of(node: torch.fx.Node) -> SourceLine | None:
@@ -285,15 +379,13 @@ class _Encoder:
             traces=[
                 pb.Trace(
                     model=trace.model,
-                    invokes=[pb.Invoke(rows=[pb.TokenRow(ids=row) for row in each.rows]) for each in trace.invokes],
+                    invokes=[_invoke_to_proto(each) for each in trace.invokes],
                     generation=pb.Generation(**vars(trace.generation)) if trace.generation else None,
+                    loop=pb.Loop(body=graph_to_proto(trace.loop.body), count=trace.loop.count) if trace.loop else None,
                 )
                 for trace in self.graph.traces
             ],
-            constants=[
-                pb.Constant(uploaded=each) if isinstance(each, bytes) else pb.Constant(inline=tensors.to_proto(each))
-                for each in self.graph.constants
-            ],
+            constants=[_constant_to_proto(each) for each in self.graph.constants],
         )
         # Line 0 stands for "unknown", so that a node without a line needs no field of its own.
         message.lines.add()
@@ -336,6 +428,17 @@ class _Encoder:
                     out.grad.weights = self.position(args[2])
             case target if target is generated:
                 out.generated.trace, out.generated.invoke = args  # type: ignore[assignment]
+            case target if target is token_ids:
+                out.token_ids.trace, out.token_ids.invoke = args  # type: ignore[assignment]
+            case target if target is loop:
+                out.loop.trace = args[0]  # type: ignore[assignment]
+                out.loop.inputs.extend(self.position(each) for each in args[1])  # type: ignore[union-attr]
+            case target if target is outside:
+                out.outside = args[0]  # type: ignore[assignment]
+            case target if target is carry:
+                out.carry.outside, out.carry.value = args[0], self.position(args[1])  # type: ignore[assignment]
+            case target if target is keep:
+                out.keep.value, out.keep.seconds = self.position(args[0]), args[1]  # type: ignore[assignment]
             case target if target is save:
                 out.save.value = self.position(args[0])
                 if isinstance(args[1], torch.dtype):
@@ -410,6 +513,25 @@ class _Encoder:
                 )
 
 
+def _rows_to_proto(rows: Sequence[Sequence[int]]) -> list[pb.TokenRow]:
+    return [pb.TokenRow(ids=row) for row in rows]
+
+
+def _invoke_to_proto(invoke: Invoke) -> pb.Invoke:
+    if invoke.batches:
+        return pb.Invoke(batches=[pb.Batch(rows=_rows_to_proto(each)) for each in invoke.batches])
+    return pb.Invoke(rows=_rows_to_proto(invoke.rows))
+
+
+def _constant_to_proto(constant: Tensor | bytes | KeptTensor) -> pb.Constant:
+    match constant:
+        case KeptTensor():
+            return pb.Constant(kept=constant.handle)
+        case bytes():
+            return pb.Constant(uploaded=constant)
+    return pb.Constant(inline=tensors.to_proto(constant))
+
+
 def graph_to_proto(graph: Graph) -> pb.Graph:
     """The message of a graph.
 
@@ -434,9 +556,10 @@ def too_long(items: Sized) -> LimitError:
 class _Decoder:
     """Builds a graph from a message that may be hostile: every index, name and length is checked before it is used."""
 
-    def __init__(self, message: pb.Graph, constant_bytes: int | None) -> None:
+    def __init__(self, message: pb.Graph, constant_bytes: int | None, *, body: bool = False) -> None:
         self.message = message
         self.constant_bytes = constant_bytes
+        self.body = body
         self.graph = Graph()
         self.nodes: list[torch.fx.Node] = []
         self.lines = [
@@ -445,6 +568,7 @@ class _Decoder:
             for each in message.lines
         ]
         self.line: SourceLine | None = None
+        self.run: set[int] = set()  # the loops that nodes run; in a body, the inputs that they carry
         # In proportion to the nodes, and as many more for a few long lists.
         self.arguments_left = _MAX_ARGUMENTS + _MAX_ARGUMENTS_OF_NODE * len(message.nodes)
 
@@ -453,14 +577,16 @@ class _Decoder:
 
     def decode(self) -> Graph:
         for trace in self.message.traces:
-            invokes = [Invoke(tuple(tuple(row.ids) for row in each.rows)) for each in trace.invokes]
-            self.graph.traces.append(Trace(trace.model, invokes, _generation(trace)))
+            invokes = [_invoke_from_proto(each) for each in trace.invokes]
+            self.graph.traces.append(Trace(trace.model, invokes, _generation(trace), self.loop(trace)))
         for each in self.message.constants:
             match each.WhichOneof("source"):
                 case "inline":
                     self.graph.constants.append(tensors.from_proto(each.inline, self.constant_bytes))
                 case "uploaded":
                     self.graph.constants.append(each.uploaded)
+                case "kept":
+                    self.graph.constants.append(KeptTensor(each.kept))
                 case _:
                     raise GraphError("A constant has no content.")
         for message in self.message.nodes:
@@ -469,6 +595,19 @@ class _Decoder:
             node.meta["line"] = self.line
             self.nodes.append(node)
         return self.graph
+
+    def loop(self, trace: pb.Trace) -> Loop | None:
+        if not trace.HasField("loop"):
+            return None
+        if self.body:
+            raise GraphError("A loop cannot stand in a loop.")
+        if trace.invokes or trace.HasField("generation"):
+            raise GraphError("A loop has no rows of its own.")
+        body = _Decoder(trace.loop.body, self.constant_bytes, body=True).decode()
+        batches = {len(each.batches) for inner in body.traces for each in inner.invokes if each.batches}
+        if not trace.loop.count or batches - {trace.loop.count}:
+            raise GraphError("A loop has as many iterations as batches, and one at least.")
+        return Loop(body, trace.loop.count)
 
     def node(self, message: pb.Node) -> torch.fx.Node:
         create = self.graph.fx.call_function
@@ -525,6 +664,33 @@ class _Decoder:
             case "generated":
                 self.invoke(message.generated)
                 return create(generated, (message.generated.trace, message.generated.invoke))
+            case "token_ids":
+                self.invoke(message.token_ids)
+                return create(token_ids, (message.token_ids.trace, message.token_ids.invoke))
+            case "loop":
+                trace = self.trace(message.loop.trace)
+                if trace.loop is None or message.loop.trace in self.run:
+                    raise self.error(f"There is no loop {message.loop.trace}, or it runs already.")
+                self.run.add(message.loop.trace)
+                self.count(message.loop.inputs)
+                inputs = tuple(self.value(each) for each in message.loop.inputs)
+                for each in trace.loop.body.fx.nodes:
+                    if each.target in (outside, carry) and each.args[0] >= len(inputs):
+                        raise self.error(f"There is no input {each.args[0]} of the loop.")
+                return create(loop, (message.loop.trace, inputs))
+            case "outside" if self.body:
+                return create(outside, (message.outside,))
+            case "carry" if self.body:
+                if message.carry.outside in self.run:
+                    raise self.error(f"Input {message.carry.outside} is carried twice.")
+                self.run.add(message.carry.outside)
+                return create(carry, (message.carry.outside, self.value(message.carry.value)))
+            case "outside" | "carry" as kind:
+                raise self.error(f"`{kind}` belongs into the body of a loop.")
+            case "keep" if self.body:
+                raise self.error("What is kept is the result of a loop, not a value inside it.")
+            case "keep":
+                return create(keep, (self.value(message.keep.value), message.keep.seconds))
             case "save":
                 dtype = tensors.dtype_from_proto(message.save.dtype) if message.save.dtype else None
                 return create(save, (self.value(message.save.value), dtype))
@@ -547,11 +713,11 @@ class _Decoder:
         if index >= len(self.nodes):
             raise self.error(f"Node {len(self.nodes)} refers to node {index}, which is not before it.")
         node = self.nodes[index]
-        if node.target in (write, assign, save, log):
+        if node.target in (write, assign, *SINKS):
             raise self.error(f"Node {index} has no value.")
         return node
 
-    def invoke(self, message: pb.Site | pb.Generated) -> Trace:
+    def invoke(self, message: pb.Site | pb.Generated | pb.TokenIds) -> Trace:
         trace = self.trace(message.trace)
         if message.invoke >= len(trace.invokes):
             raise self.error(f"Trace {message.trace} has no invoke {message.invoke}.")
@@ -633,6 +799,17 @@ class _Decoder:
                 return tensors.dtype_from_proto(message.dtype)
             case _:
                 raise self.error("An argument is of a kind that this version does not know.")
+
+
+def _rows_from_proto(rows: Iterable[pb.TokenRow]) -> tuple[Sequence[int], ...]:
+    return tuple(array("q", row.ids) for row in rows)
+
+
+def _invoke_from_proto(message: pb.Invoke) -> Invoke:
+    if not message.batches:
+        return Invoke(tuple(tuple(row.ids) for row in message.rows))
+    batches = tuple(_rows_from_proto(each.rows) for each in message.batches)
+    return Invoke(batches[0], batches)
 
 
 def _generation(message: pb.Trace) -> Generation | None:

@@ -17,7 +17,7 @@ from patchwire import graph as g
 from patchwire.background import Cancellation, in_thread
 from patchwire.connection import Connection, Expected
 from patchwire.errors import ConnectionFailedError, ConnectionLostError, PatchwireError, TimeoutError, VersionError
-from patchwire.results import Progress, Stats
+from patchwire.results import Progress, Results, Stats
 from patchwire.v1 import job_pb2 as pb
 
 _POLL_SECONDS = 2.0
@@ -34,8 +34,8 @@ _STATES: Mapping[pb.JobState, str] = {
 }
 _UNENDED = ("queued", "running")
 
-Settle = Callable[[list[Tensor | None], Stats], None]
-"""Takes the saved values of a run, in the order of its saves, and what it cost."""
+Settle = Callable[[Results], None]
+"""Takes what came back from a run."""
 
 
 class JobStatus(str):
@@ -223,14 +223,13 @@ class Job:
     def _fetch(self, cancellation: Cancellation) -> list[Tensor | None]:
         try:
             self._wait(None, cancellation)
-            tensors, self.stats = self._connection.fetch(
-                self.id, self._expected, Progress(self._progress), cancellation
-            )
+            results = self._connection.fetch(self.id, self._expected, Progress(self._progress), cancellation)
         except PatchwireError as found:
             raise found.with_traceback(None) from None
+        self.stats = results.stats
         if self._settle is not None:
-            self._settle(tensors, self.stats)
-        return tensors
+            self._settle(results)
+        return results.saved
 
     def __await__(self) -> Generator[Any, None, list[Tensor | None]]:
         return in_thread(self._fetch).__await__()

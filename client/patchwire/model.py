@@ -20,6 +20,7 @@ from patchwire import graph as g
 from patchwire.connection import Connection
 from patchwire.errors import GraphError, InputError, SiteError, here
 from patchwire.inputs import ModelTokenizer, to_invoke
+from patchwire.loops import BatchPrompt
 from patchwire.proxy import Value
 from patchwire.scanning import Scan
 from patchwire.session import Session
@@ -397,7 +398,7 @@ class Model(Module):
         Args:
             blocking: As for `trace`, of the whole session.
         """
-        return Session(self.connection, progress=self.progress, blocking=blocking)
+        return Session(self.connection, progress=self.progress, blocking=blocking, model=self)
 
     def scan(self, given: Any = None) -> Scan:
         """A block that is recorded and checked as by `trace`, and not run: shapes and dtypes only.
@@ -479,6 +480,9 @@ class Model(Module):
     def _invoke(self, given: Any) -> tuple[g.Invoke, Any]:
         """The rows of a prompt, and their embeddings if it gives these instead of tokens."""
         embeddings = None
+        if isinstance(given, BatchPrompt):
+            batches = given.rows(self.name, lambda batch: self._rows(batch).rows)
+            return g.Invoke(batches[0], batches), None
         if isinstance(given, Mapping) and given.get("inputs_embeds") is not None:
             given, embeddings = self._embedded(given)
         return self._rows(given), embeddings

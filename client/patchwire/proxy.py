@@ -11,6 +11,7 @@ A `Structure` stands for a tuple or mapping of tensors, such as the output of an
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -32,6 +33,7 @@ from patchwire.errors import (
     nearest,
 )
 from patchwire.graph import Change, Site
+from patchwire.kept import Kept
 from patchwire.sites import Address, Leaf, Path, Step
 
 if TYPE_CHECKING:
@@ -120,9 +122,26 @@ class Value(torch.fx.Proxy):
         self.recorder.save(value, dtype)
         return value
 
+    def keep(self, *, seconds: float = 3600.0) -> Kept:
+        """Have the server keep the tensor beyond the request, so that later blocks can use it without sending it.
+
+        Args:
+            seconds: For how long.
+
+        Returns:
+            A handle, which in every later block on this server is a value.
+
+        Raises:
+            GraphError: the block has ended, or this is the body of a loop.
+        """
+        return self.recorder.active.keep(self, seconds)
+
     @property
-    def value(self) -> Tensor:
+    def value(self) -> Any:
         """The tensor, on the CPU.
+
+        What was saved in the body of a loop is one tensor, with a dimension for the iterations in front; a list of
+        tensors, if they differ in shape from iteration to iteration.
 
         Raises:
             BranchError: the block has not ended.
@@ -138,7 +157,7 @@ class Value(torch.fx.Proxy):
         return self._tensor is not None
 
     def _not_there(self, what: str) -> NoReturn:
-        if self.recorder.open:
+        if self.recorder.pending:
             raise BranchError(
                 f"The value exists only when the block has ended; {what} is not known while it is recorded.",
                 hint=(
@@ -201,14 +220,15 @@ class Value(torch.fx.Proxy):
         """
         if self._tensor is not None:
             return self._tensor.grad
-        loss = self.recorder.loss
+        recorder = self.recorder.active
+        loss = recorder.loss
         if loss is None:
             raise GraphError(
                 "There is no gradient yet.",
                 hint="Write `loss.backward()` first, or `patchwire.grad(loss, value)`.",
                 lines=here(),
             )
-        return self.recorder.grad(loss, None, [self])[0]
+        return recorder.grad(loss, None, [self])[0]
 
     # --- what is known while recording -------------------------------------------------------------------------------
 
@@ -225,7 +245,7 @@ class Value(torch.fx.Proxy):
     @property
     def shape(self) -> torch.Size:
         """The lengths of its dimensions."""
-        return self.fake.shape
+        return self.recorder.shape(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -252,15 +272,17 @@ class Value(torch.fx.Proxy):
 
     def numel(self) -> int:
         """How many elements it has."""
-        return self.fake.numel()
+        return int(math.prod(self.shape))
 
     def __len__(self) -> int:
-        return len(self.fake)
+        if not self.ndim:
+            raise TypeError("len() of a 0-d tensor")
+        return int(self.shape[0])
 
     def __iter__(self) -> Iterator[Any]:
         if self._tensor is not None:
             return iter(self._tensor)
-        return iter([self[index] for index in range(len(self.fake))])  # type: ignore[index]
+        return iter([self[index] for index in range(len(self))])  # type: ignore[index]
 
     # --- operations --------------------------------------------------------------------------------------------------
 
@@ -321,13 +343,13 @@ class Value(torch.fx.Proxy):
         return int(self.value)
 
     def __index__(self) -> int:
-        return self.value.__index__()
+        return int(self.value.__index__())
 
     def __contains__(self, item: Any) -> bool:
         return item in self.value
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.value.__array__(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self.value.__array__(*args, **kwargs)
 
     def __format__(self, spec: str) -> str:
         if self._tensor is None and spec:
@@ -416,7 +438,7 @@ class Backward:
     """What `loss.backward()` returns: `with loss.backward():` limits what follows to gradients of `loss`."""
 
     def __init__(self, loss: Value, weights: Any) -> None:
-        self._recorder = loss.recorder
+        self._recorder = loss.recorder.active
         self._before = self._recorder.loss
         self._mine = _scalar(loss, weights)
         # One loss that is the sum of all: what does not depend on some of them still has its part of the others.

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,9 +38,14 @@ from patchwire.errors import (
     user_line,
     with_code,
 )
-from patchwire.graph import Graph, Site
+from patchwire.graph import Graph, KeptTensor, Site
+from patchwire.kept import Kept
 from patchwire.proxy import Memory, Structure, Value, values_in
 from patchwire.sites import OUTPUT, Axis, Catalogue, Leaf, Location, spell
+
+if TYPE_CHECKING:
+    from patchwire.connection import Connection
+    from patchwire.results import Results
 
 _SETITEM = ops.OPERATIONS["operator.setitem"]
 _GETITEM = ops.OPERATIONS["operator.getitem"]
@@ -51,6 +58,11 @@ EVERYONE = -1
 
 class Recorder(TracerBase):
     """Turns what user code does with values into the nodes of one graph."""
+
+    inner: Recorder | None = None
+    """The recorder of the loop's body that user code is in, which records what happens meanwhile."""
+    parent: Recorder | None = None
+    """The recorder of the graph around this one, if this is of a loop's body."""
 
     def __init__(self, catalogue: Callable[[str], Catalogue], *, value_bytes: int | None = None) -> None:
         """
@@ -66,6 +78,12 @@ class Recorder(TracerBase):
         self.detached = False
         """Whether its run is a job that has not been fetched."""
         self.saved: list[tuple[Value, torch.dtype | None, int, SourceLine | None]] = []
+        self.bodies: list[Recorder] = []
+        """Those of the loops."""
+        self.kept: list[tuple[Kept, float, SourceLine | None]] = []
+        self.keeps = True
+        """Whether values can be kept beyond its run: not by a detached job."""
+        self._of_kept: dict[bytes, Value] = {}
         self.loss: Value | None = None
         """What `.grad` is the gradient of: the sum of everything that `backward()` was called on."""
         self._gradients: dict[tuple[torch.fx.Node, ...], Value] = {}
@@ -130,6 +148,8 @@ class Recorder(TracerBase):
         match value:
             case Value():
                 return self._value(value)
+            case Kept():
+                return self.of_kept(value).node
             case Tensor():
                 return self._constant(value)
             case int() if not -(2**63) <= value < 2**63:
@@ -160,8 +180,20 @@ class Recorder(TracerBase):
 
     def _value(self, value: Value) -> torch.fx.Node:
         if value.ready:
+            if isinstance(value.value, list):
+                hint = "Take that of one: `value.value[0]`."
+                raise GraphError(
+                    "This value has a tensor of another shape for each iteration.", hint=hint, lines=here()
+                )
             return self._constant(value.value)
         if value.recorder is not self:
+            if value.recorder.parent is not None:
+                raise GraphError(
+                    "This value belongs to the body of a loop.",
+                    hint="Carry it: `x = loop.carry(start)`, `loop.update(x, value)`, and after the loop "
+                    "`loop.result(x)`.",
+                    lines=here(),
+                )
             raise GraphError(
                 "This value belongs to another trace, and was not saved there.",
                 hint="Write `.save()` in that trace and use it after its block, or record both in one trace.",
@@ -182,6 +214,21 @@ class Recorder(TracerBase):
         node = self._create(g.constant, (len(self.request.constants) - 1,))
         self._constants[id(tensor)] = (tensor, copy, node)
         return node
+
+    def of_kept(self, kept: Kept) -> Value:
+        """The value that something kept is in this graph."""
+        if self.inner is not None:
+            return self.inner.of_kept(kept)
+        if kept.source.recorder is self:
+            return kept.source
+        return self.on_server(kept.tensor)
+
+    def on_server(self, tensor: KeptTensor) -> Value:
+        """The value that a tensor which the server keeps is in this graph."""
+        if tensor.handle not in self._of_kept:
+            self.request.constants.append(tensor)
+            self._of_kept[tensor.handle] = Value(self, self._create(g.constant, (len(self.request.constants) - 1,)))
+        return self._of_kept[tensor.handle]
 
     # --- operations ---------------------------------------------------------------------------------------------------
 
@@ -244,6 +291,8 @@ class Recorder(TracerBase):
             ShapeError: it cannot be done with values of these shapes.
             OperationError: it is not possible in a graph.
         """
+        if self.inner is not None:
+            return self.inner.call(operation, args, kwargs, function)
         if not self.open:
             return (function or operation.function)(*_tensors(args), **_tensors(kwargs))
         if refused := ops.forbidden_argument(operation, args, kwargs):
@@ -253,8 +302,6 @@ class Recorder(TracerBase):
                 lines=here(),
             )
         kwargs = {name: each for name, each in kwargs.items() if name not in ops.FORBIDDEN_ARGUMENTS}
-        if not args and "input" in kwargs:  # whose memory a view shares
-            args = (kwargs.pop("input"),)
         if not args and "input" in kwargs:  # `torch.softmax(input=value)`
             args = (kwargs.pop("input"),)
         if operation.kind == "inplace":
@@ -417,6 +464,8 @@ class Recorder(TracerBase):
             SiteError: there is no such site.
         """
         self.not_in_a_branch(f"write `{site}`")
+        if isinstance(value, Kept):
+            value = self.of_kept(value)
         known_here = isinstance(value, Value) and not value.ready
         if not known_here and isinstance(value, (Value, Tensor, np.ndarray)):
             value = Value(self, self.argument(value))
@@ -556,6 +605,8 @@ class Recorder(TracerBase):
 
     def grad(self, loss: Value, weights: Any, values: Sequence[Value | Tensor]) -> list[Value]:
         """The gradients of a value with respect to others."""
+        if self.inner is not None:
+            return self.inner.grad(loss, weights, values)
         if not values:
             raise GraphError("A gradient is with respect to something.", hint="Name a value.", lines=here())
         if weights is not None and not isinstance(weights, (Value, Tensor)):
@@ -708,6 +759,30 @@ class Recorder(TracerBase):
         value._saved = True
         self.saved.append((value, dtype, value.memory.version, user_line()))
 
+    def keep(self, value: Value, seconds: float) -> Kept:
+        """Ask that a value be kept beyond the request.
+
+        Raises:
+            GraphError: the block has ended, or the value belongs to another one.
+        """
+        if not self.open:
+            raise GraphError(
+                "The block has ended: nothing can be kept any more.", hint="Write `.keep()` inside it.", lines=here()
+            )
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
+            raise GraphError(f"A value cannot be kept for {seconds!r} seconds.", hint="Give a time.", lines=here())
+        if not self.keeps:
+            raise GraphError(
+                "A detached job cannot keep values: nobody waits for their handles.",
+                hint="Save it, or leave `blocking=False` out.",
+                lines=here(),
+            )
+        self.not_in_a_branch("keep a value")
+        self._value(value)
+        kept = Kept(value)
+        self.kept.append((kept, float(seconds), user_line()))
+        return kept
+
     def log(self, parts: Iterable[Any]) -> None:
         """Ask what values look like.
 
@@ -754,18 +829,61 @@ class Recorder(TracerBase):
                 node = self._create(g.save, (value.node, dtype))
                 node.meta["line"] = line
                 self._warn_if_edited(value, version, line)
+            for kept, seconds, line in self.kept:
+                self._create(g.keep, (self._value(kept.source), seconds)).meta["line"] = line
         finally:
             self.open = False
         self.graph.eliminate_dead_code()
         self._drop_unused_constants()
         return self.request
 
-    def resolve(self, tensors: Sequence[Tensor | None]) -> None:
-        """Give every saved value its tensor; None for one that never existed."""
-        for (value, *_), tensor in zip(self.saved, tensors, strict=True):
+    @property
+    def asked_for(self) -> bool:
+        """Whether anything is to come of it."""
+        return bool(self.saved or self.logs or self.kept or any(each.asked_for for each in self.bodies))
+
+    @property
+    def active(self) -> Recorder:
+        """The recorder that records what happens to its values now."""
+        return self.inner or self
+
+    @property
+    def pending(self) -> bool:
+        """Whether what is saved has still to come."""
+        return self.open or (self.parent is not None and self.parent.open)
+
+    def shape(self, value: Value) -> torch.Size:
+        """The lengths of a value's dimensions."""
+        return value.fake.shape
+
+    def token_ids(self, trace: int, invoke: int) -> Value:
+        """The token ids of an invoke."""
+        return Value(self, self._create(g.token_ids, (trace, invoke)))
+
+    def loop(self, loop: g.Loop, model: str, inputs: Sequence[torch.fx.Node]) -> Value:
+        """The values that a loop ends with, a tuple; it becomes the next entry of the graph's traces."""
+        self.request.traces.append(g.Trace(model, loop=loop))
+        return Value(self, self._create(g.loop, (len(self.request.traces) - 1, tuple(inputs))))
+
+    def carry(self, index: int, node: torch.fx.Node, line: SourceLine | None) -> None:
+        """Say what a value from outside is in the next iteration."""
+        self._create(g.carry, (index, node)).meta["line"] = line
+
+    def item(self, values: Value, index: int) -> Value:
+        """One of several results."""
+        return Value(self, self._create(operator.getitem, (values.node, index), None, _GETITEM))
+
+    def resolve(self, results: Results, connection: Connection) -> None:
+        """Give every saved value its tensor, and every kept one its handle."""
+        for (value, *_), tensor in zip(self.saved, results.saved, strict=True):
             value._tensor = tensor
             value._absent = tensor is None
         self.detached = False
+        for (kept, *_), (there, seconds) in zip(self.kept, results.kept, strict=True):
+            assert there.fake is not None
+            kept.arrived(there.handle, there.fake, datetime.now() + timedelta(seconds=seconds), connection)
+        for each in self.bodies:
+            each.resolve(results, connection)
 
     def _warn_if_edited(self, value: Value, version: int, line: SourceLine | None) -> None:
         for editor, where in value.memory.edits[version:]:
@@ -785,7 +903,7 @@ class Recorder(TracerBase):
                 return
 
     def _drop_unused_constants(self) -> None:
-        kept: list[Tensor | bytes] = []
+        kept: list[Tensor | bytes | g.KeptTensor] = []
         for node in self.graph.find_nodes(op="call_function", target=g.constant):
             kept.append(self.request.constants[node.args[0]])
             node.args = (len(kept) - 1,)

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from rich.progress import BarColumn, DownloadColumn, ProgressColumn, TaskID, TextColumn, TransferSpeedColumn
 from rich.progress import Progress as RichProgress
+from torch import Tensor
 
 from patchwire import logs
 from patchwire.errors import SourceLine
+from patchwire.graph import KeptTensor
 from patchwire.v1 import service_pb2
 
 _SHOWN_FROM_BYTES = 32 << 20
@@ -52,6 +54,20 @@ OnTokens = Callable[[int, int, list[int]], None]
 """Takes new tokens of a generation: its trace, its invoke, and an id for each row."""
 
 
+@dataclass
+class Results:
+    """What came back from a request."""
+
+    stats: Stats
+    """What it cost."""
+    saved: list[Tensor | None]
+    """The saved tensors, in the order of the graph's saves; None for what was not reached."""
+    kept: list[tuple[KeptTensor, float]]
+    """What the server keeps, in the order of the graph's keeps, and for how many seconds from its arrival on."""
+    loops: dict[int, list[list[Tensor | None]]]
+    """Of each loop, by its position in the graph's traces: the saved tensors of each iteration that it came to."""
+
+
 class Progress:
     """Shows a bar when a request brings many bytes, and a line when it has to wait."""
 
@@ -77,6 +93,16 @@ class Progress:
         """A pass has begun."""
         if self._bar is not None or (passes > 1 and self.show):
             self._describe(f"pass {number} of {passes}")
+
+    def iterated(self, done: int, count: int) -> None:
+        """A loop has come so far."""
+        if self.show:
+            self._describe(f"iteration {done:,} of {count:,}")
+
+    def interrupted(self) -> None:
+        """Somebody has pressed Ctrl-C."""
+        if self.show:
+            self._describe("ending after this iteration; Ctrl-C again to give up")
 
     def bytes(self, arrived: int, announced: int) -> None:
         """Bytes have arrived, or have been announced."""

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
 
 from patchwire import graph as g
 from patchwire.background import Cancellation, in_thread
@@ -21,7 +19,7 @@ from patchwire.connection import Connection
 from patchwire.errors import GraphError, PatchwireError, PatchwireWarning, here, trim, user_frame
 from patchwire.jobs import Job, submit
 from patchwire.recording import Recorder
-from patchwire.results import Progress, Stats
+from patchwire.results import Progress, Results, Stats
 from patchwire.sites import Catalogue
 
 if TYPE_CHECKING:
@@ -36,11 +34,18 @@ class Request:
         connection: Where it will run.
     """
 
-    def __init__(self, connection: Connection, *, progress: bool, recorder: type[Recorder] = Recorder) -> None:
+    def __init__(
+        self, connection: Connection, *, progress: bool, blocking: bool = True, recorder: type[Recorder] = Recorder
+    ) -> None:
         self.connection = connection
         self.progress = progress
         self.recorder = recorder(self._catalogue, value_bytes=connection.limits.value_bytes or None)
+        self.recorder.keeps = blocking
         self.failed = False
+        self.in_trace = False
+        """Whether user code is inside a trace."""
+        self.home = ""
+        """The name of a model that it is of."""
         self._models: dict[str, Model] = {}
         self._on_tokens: dict[int, Callable[[int, list[int]], None]] = {}
 
@@ -58,12 +63,25 @@ class Request:
                 lines=here(),
             )
         self._models[model.name] = model
+        self.home = self.home or model.name
+
+    @property
+    def active(self) -> Recorder:
+        """The recorder that new traces belong to: that of the loop's body, inside one."""
+        return self.recorder.active
 
     def _catalogue(self, name: str) -> Catalogue:
         return self._models[name].catalogue
 
     def on_tokens(self, trace: int, tell: Callable[[int, list[int]], None]) -> None:
-        """Have somebody told a generation's tokens as they are made: the invoke, and an id for each row."""
+        """Have somebody told a generation's tokens as they are made: the invoke, and an id for each row.
+
+        Raises:
+            GraphError: it is in a loop.
+        """
+        if self.active is not self.recorder:
+            hint = "Save the output of the generation instead."
+            raise GraphError("Tokens are not streamed out of a loop.", hint=hint, lines=here())
         self._on_tokens[trace] = tell
 
     def _tell_tokens(self, trace: int, invoke: int, ids: list[int]) -> None:
@@ -77,7 +95,7 @@ class Request:
             PatchwireWarning: nothing was saved.
         """
         graph = self.recorder.finish()
-        if not self.recorder.saved and not self.recorder.logs:
+        if not self.recorder.asked_for:
             frame = user_frame()
             warnings.warn_explicit(
                 PatchwireWarning("The block saved nothing, so nothing comes back. Write `.save()` on what you want."),
@@ -87,8 +105,8 @@ class Request:
             )
         return graph
 
-    def run(self, graph: g.Graph, cancellation: Cancellation) -> tuple[list[Tensor | None], Stats]:
-        """Send it and wait: the saved values and what it cost."""
+    def run(self, graph: g.Graph, cancellation: Cancellation) -> Results:
+        """Send it and wait: what came back."""
         return self.connection.run(graph, Progress(self.progress, self._tell_tokens), cancellation)
 
     def check_open(self) -> None:
@@ -170,13 +188,13 @@ class Block(ABC):
     def _run(self, graph: g.Graph, cancellation: Cancellation) -> None:
         request = self._request
         if self._blocking:
-            self._settle(*request.run(graph, cancellation))
+            self._settle(request.run(graph, cancellation))
             return
         self.job = submit(
             request.connection, graph, settle=self._settle, progress=request.progress, cancellation=cancellation
         )
         request.recorder.detached = True
 
-    def _settle(self, tensors: Sequence[Tensor | None], stats: Stats) -> None:
-        self._request.recorder.resolve(tensors)
-        self.stats = stats
+    def _settle(self, results: Results) -> None:
+        self._request.recorder.resolve(results, self._request.connection)
+        self.stats = results.stats

@@ -73,7 +73,7 @@ class Scan(Trace):
                 yield _note(node)
 
 
-_KINDS = {g.read: "read", g.write: "write", g.save: "save", g.log: "log"}
+_KINDS = {g.read: "read", g.write: "write", g.save: "save", g.keep: "keep", g.log: "log"}
 
 
 def _note(node: torch.fx.Node) -> str:

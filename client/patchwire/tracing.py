@@ -19,6 +19,7 @@ from patchwire import graph as g
 from patchwire import selecting
 from patchwire.cache import Cache
 from patchwire.errors import GraphError, InputError, PatchwireError, SiteError, here
+from patchwire.kept import RECORDER
 from patchwire.proxy import Value
 from patchwire.recording import EVERYONE, Recorder
 from patchwire.running import Block, Request, Stopped
@@ -155,7 +156,7 @@ class Trace(Block):
         request = session.request if session else self._request_alone()
         request.add(self._model)
         self._request = request
-        self._recorder = request.recorder
+        self._recorder = request.active
         self._index = len(self._recorder.request.traces)
         self._recorder.request.traces.append(self._trace)
         try:
@@ -164,11 +165,16 @@ class Trace(Block):
             self._request.give_up(error)
             raise
         self._token = _CURRENT.set(Scope(self._model, self._recorder, self._index, invoke))
+        self._recorder_token = RECORDER.set(request.recorder)
+        request.in_trace = True
         return self
 
     def _request_alone(self) -> Request:
         """The request of a trace that is in no session."""
-        return Request(self._model.connection, progress=self._model.progress, recorder=self._recorder_class)
+        model = self._model
+        return Request(
+            model.connection, progress=model.progress, blocking=self._blocking, recorder=self._recorder_class
+        )
 
     def _add(self, given: Any) -> int:
         if self._closed:
@@ -240,12 +246,21 @@ class Trace(Block):
         current("stop", self._model)
         raise Stopped(self)
 
-    def mask(self, invoke: int = 0) -> Tensor:
+    def token_ids(self, invoke: int = 0) -> Value:
+        """The token ids of an invoke as a value, `[batch, seq]` int64, with -1 before rows that are shorter.
+
+        In a loop over batches they are those of each iteration.
+        """
+        return self._recorder.token_ids(self._index, invoke)
+
+    def mask(self, invoke: int = 0) -> Tensor | Value:
         """Which positions hold tokens, `[batch, seq]` bool.
 
         Rows of different lengths end together; positions before a shorter row's first token hold NaN in every value,
-        so that they cannot go unnoticed into a result.
+        so that they cannot go unnoticed into a result. In a loop over batches this is a value: that of each iteration.
         """
+        if self._trace.invokes[invoke].batches:
+            return torch.ge(self.token_ids(invoke), 0)  # type: ignore[call-overload, no-any-return]
         lengths = torch.tensor(self._trace.invokes[invoke].lengths)
         longest = int(lengths.max())
         return torch.arange(longest)[None] >= (longest - lengths)[:, None]
@@ -301,12 +316,21 @@ class Trace(Block):
 
     @property
     def tokens(self) -> list[list[int]]:
-        """The token ids of every row."""
+        """The token ids of every row.
+
+        Raises:
+            GraphError: they change, as this is in a loop over batches.
+        """
+        if any(invoke.batches for invoke in self._trace.invokes):
+            hint = "Write `trace.token_ids()` for a value, that of each iteration."
+            raise GraphError("In a loop over batches, the tokens change.", hint=hint, lines=here())
         return [list(row) for invoke in self._trace.invokes for row in invoke.rows]
 
     def _end(self, error: BaseException | None) -> g.Graph | None:
         assert self._token is not None
         _CURRENT.reset(self._token)
+        RECORDER.reset(self._recorder_token)
+        self._request.in_trace = False
         if error is not None:
             # In a session too: half of a trace is not what was asked for, and cannot be told from the whole.
             self._request.give_up(error)

@@ -29,6 +29,7 @@ from patchwire_worker.admission import Admission, Admitted
 from patchwire_worker.config import Limits
 from patchwire_worker.executor import Execution
 from patchwire_worker.interleaving import Stopping
+from patchwire_worker.kept import KeptStore
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.models.loading import load
 from patchwire_worker.planner import Plan, plan
@@ -82,7 +83,7 @@ def worker(directory: str) -> None:
     plain = tiny()
     hosted = HostedModel(load(directory, name="gpt2"))
     limits = Limits()
-    admission = Admission({"gpt2": hosted}, limits, TensorStore(limits.stored_bytes))
+    admission = Admission({"gpt2": hosted}, limits, TensorStore(limits.stored_bytes), KeptStore(limits.kept_bytes))
     graph = g.Graph(traces=[g.Trace("gpt2", [g.Invoke((tuple(IDS),))])])
     read = graph.fx.call_function(g.read, (g.Site(0, 0, g.Address("layers.11.output")),))
     graph.fx.call_function(g.save, (read, None))

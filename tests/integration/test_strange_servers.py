@@ -51,7 +51,7 @@ def run(connection: Connection, dtype: torch.dtype | None = None) -> list[torch.
         message.nodes[1].save.dtype = tensors.dtype_to_proto(dtype)
     graph = g.graph_from_proto(message)
     graph.nodes[0].meta["fake"] = torch.empty(3, device="meta")
-    return connection.run(graph, Progress(show=False))[0]
+    return connection.run(graph, Progress(show=False)).saved
 
 
 def sends(tensor: torch.Tensor) -> Callable[[grpc.ServicerContext], Iterator[service_pb2.RunResponse]]:

@@ -31,7 +31,7 @@ def work(monkeypatch) -> Callable[[Callable[..., Any]], None]:
 
     def use(function: Callable[..., Any]) -> None:
         class Execution:
-            def __init__(self, admitted, plan, listener, stopping, *, result_bytes) -> None:
+            def __init__(self, admitted, plan, listener, stopping, *, result_bytes, store) -> None:
                 self.given = (admitted, stopping)
 
             def run(self) -> Cost:
@@ -185,7 +185,7 @@ class TestARunThatMayNotGetFarAhead:
         made: list[int] = []
 
         class Execution:
-            def __init__(self, admitted, plan, listener, stopping, *, result_bytes) -> None:
+            def __init__(self, admitted, plan, listener, stopping, *, result_bytes, store) -> None:
                 self.listener, self.stopping = listener, stopping
 
             def run(self) -> Cost:

@@ -7,7 +7,7 @@ order of sites are checked, all without touching a model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch.fx
 from torch import Tensor
@@ -18,8 +18,12 @@ from patchwire.errors import GraphError, InputError, LimitError, ModelNotFoundEr
 from patchwire.sites import Catalogue, Leaf
 from patchwire.v1 import graph_pb2
 from patchwire_worker.config import Limits
+from patchwire_worker.kept import KeptStore
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.store import TensorStore
+
+_MOST_SAVED = 1 << 20
+"""How many values a loop may save."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +40,23 @@ class Admitted:
     """What each site is."""
     positions: Mapping[torch.fx.Node, int]
     """Each node's place in the request."""
+    bodies: Mapping[int, Admitted] = field(default_factory=dict)
+    """The bodies of its loops, by the position of each in the graph's traces."""
+
+    @property
+    def all_models(self) -> set[HostedModel]:
+        """The models that it calls, in its loops too."""
+        return set(self.models).union(*(each.models for each in self.bodies.values()))
 
 
 class Admission:
     """Checks requests against the models and limits of a server."""
 
-    def __init__(self, models: Mapping[str, HostedModel], limits: Limits, store: TensorStore) -> None:
+    def __init__(self, models: Mapping[str, HostedModel], limits: Limits, store: TensorStore, kept: KeptStore) -> None:
         self.models = models
         self.limits = limits
         self.store = store
+        self.kept = kept
 
     def model(self, name: str) -> HostedModel:
         """The model of a name.
@@ -66,18 +78,75 @@ class Admission:
         Raises:
             PatchwireError: of the kind of what is wrong with it.
         """
-        if len(message.nodes) > self.limits.nodes:
+        nodes = len(message.nodes) + sum(len(trace.loop.body.nodes) for trace in message.traces)
+        if nodes > self.limits.nodes:
             raise LimitError(
-                f"The graph has {len(message.nodes):,} nodes; the server takes {self.limits.nodes:,}.",
+                f"The graph has {nodes:,} nodes; the server takes {self.limits.nodes:,}.",
                 hint="Split it into several traces.",
             )
         if not message.traces:
             raise GraphError("The graph has no trace.")
-        self._count_rows(message)
+        self._count_rows([*message.traces, *(each for trace in message.traces for each in trace.loop.body.traces)])
         models = [self.model(trace.model) for trace in message.traces]
         for trace, model in zip(message.traces, models, strict=True):
-            self._check_rows(trace, model)
+            if not trace.HasField("loop"):
+                self._check_rows(trace, [[row.ids for row in each.rows] for each in trace.invokes], model)
         graph = g.graph_from_proto(message, constant_bytes=self.limits.constant_bytes)
+        admitted = self._checked(graph, models)
+        return replace(
+            admitted,
+            bodies={
+                node.args[0]: self._body(graph.loops[node.args[0]], node, models[node.args[0]])
+                for node in graph.fx.find_nodes(op="call_function", target=g.loop)
+            },
+        )
+
+    def _body(self, loop: g.Loop, node: torch.fx.Node, home: HostedModel) -> Admitted:
+        """The body of a loop that a node runs, on a model's queue."""
+        if loop.count > self.limits.iterations:
+            raise at(
+                node,
+                LimitError(
+                    f"A loop of {loop.count:,} iterations is too long; the server runs {self.limits.iterations:,}.",
+                    hint="Keep what it comes to, and go on from there in another request.",
+                ),
+            )
+        body = loop.body
+        models = [self.model(trace.model) for trace in body.traces]
+        for trace, model in zip(body.traces, models, strict=True):
+            changing, tokens = any(each.batches for each in trace.invokes), 0
+            for iteration in range(loop.count if changing else 1):
+                invokes = [each.at(iteration).rows for each in trace.invokes]
+                tokens += self._check_rows(trace, invokes, model)
+            tokens *= 1 if changing else loop.count
+            if tokens > self.limits.loop_tokens:
+                raise at(
+                    node,
+                    LimitError(
+                        f"A loop's iterations have {tokens:,} tokens; the server takes {self.limits.loop_tokens:,}.",
+                        hint="Split it over several requests.",
+                    ),
+                )
+        body.outside = [fake_of(each) for each in node.args[1]]  # type: ignore[union-attr, arg-type]
+        if any(isinstance(each, tuple) for each in body.outside):
+            raise at(node, GraphError("A tuple cannot be given to a loop as one value."))
+        extremes = loop.extremes
+        admitted = self._checked(body, models or [home], times=1 if len(extremes) > 1 else loop.count)
+        for iteration in extremes[1:]:
+            Checker(body.at(iteration), self._catalogue, value_bytes=self.limits.value_bytes).all()
+        saves = sum(each.target in (g.save, g.log) for each in body.fx.nodes)
+        if saves * loop.count > _MOST_SAVED:
+            raise at(
+                node,
+                LimitError(
+                    f"A loop saves and logs {saves * loop.count:,} values; the server sends {_MOST_SAVED:,}.",
+                    hint="Carry a tensor, and save what it ends as.",
+                ),
+            )
+        return admitted
+
+    def _checked(self, graph: g.Graph, models: Sequence[HostedModel], times: int = 1) -> Admitted:
+        """A graph that is found to be in order; it runs so many times."""
         self._look_up_constants(graph)
         for each in graph.traces:
             if each.generation is not None:
@@ -85,7 +154,8 @@ class Admission:
         checker = Checker(graph, self._catalogue, value_bytes=self.limits.value_bytes)
         checker.all()
         nodes = graph.nodes
-        self._check_results(nodes)
+        self._check_results(nodes, times)
+        self._check_kept(nodes)
         leaves = {node.args[0]: checker.leaf(node.args[0]) for node in nodes if node.target in (g.read, g.write)}  # type: ignore[arg-type]
         self._check_writes(nodes, leaves)  # type: ignore[arg-type]
         return Admitted(graph, models, checker, leaves, {node: index for index, node in enumerate(nodes)})  # type: ignore[arg-type]
@@ -93,9 +163,9 @@ class Admission:
     def _catalogue(self, name: str) -> Catalogue:
         return self.model(name).catalogue
 
-    def _count_rows(self, message: graph_pb2.Graph) -> None:
+    def _count_rows(self, all_traces: Sequence[graph_pb2.Trace]) -> None:
         """Refuse more traces, invokes and rows than the limits allow, before anything looks at each of them."""
-        traces, rows = len(message.traces), 0
+        traces, rows = len(all_traces), 0
         if traces > self.limits.nodes:
             raise LimitError(
                 f"The graph has {traces:,} traces; the server takes {self.limits.nodes:,}.",
@@ -103,20 +173,24 @@ class Admission:
             )
         # A row has a token at least, and a trace that is good for anything an operation.
         most = self.limits.tokens + self.limits.nodes
-        for trace in message.traces:
+        for trace in all_traces:
             rows += len(trace.invokes)
             if rows <= most:
-                rows += sum(max(len(invoke.rows) - 1, 0) for invoke in trace.invokes)
+                rows += sum(max(len(invoke.rows) - 1, 0) + len(invoke.batches) for invoke in trace.invokes)
+            if rows <= most:
+                rows += sum(len(batch.rows) for invoke in trace.invokes for batch in invoke.batches)
             if rows > most:
                 raise LimitError(
                     f"The traces have more than {most:,} rows; the server takes no more.",
                     hint="Split them over several requests.",
                 )
 
-    def _check_rows(self, trace: graph_pb2.Trace, model: HostedModel) -> None:
-        """Check the rows of a trace."""
-        rows = [row.ids for invoke in trace.invokes for row in invoke.rows]
-        if not trace.invokes or any(not invoke.rows for invoke in trace.invokes):
+    def _check_rows(
+        self, trace: graph_pb2.Trace | g.Trace, invokes: Sequence[Sequence[Sequence[int]]], model: HostedModel
+    ) -> int:
+        """Check the rows of each invoke of a trace; how many tokens they have."""
+        rows = [row for invoke in invokes for row in invoke]
+        if not invokes or not all(invokes):
             raise InputError("A trace has no rows.")
         longest = max(map(len, rows))
         if min(map(len, rows)) == 0:
@@ -130,14 +204,23 @@ class Admission:
             )
         if any(min(row) < 0 or max(row) >= model.vocabulary for row in rows):
             raise InputError(f"Token ids go from 0 to {model.vocabulary - 1}.")
-        if trace.HasField("generation"):
-            self._check_generation(trace, model, rows)
-        if not model.pads and any(len({len(row.ids) for row in invoke.rows}) > 1 for invoke in trace.invokes):
+        new = 0
+        if trace.generation is not None and (isinstance(trace, g.Trace) or trace.HasField("generation")):
+            new = trace.generation.max_new_tokens
+            self._check_generation(new, invokes, model, rows)
+        if not model.pads and any(len(set(map(len, invoke))) > 1 for invoke in invokes):
             raise InputError(f"{model.name} is not causal: give it prompts of one length, or one trace for each.")
+        return len(rows) * (longest + new)
 
-    def _check_generation(self, trace: graph_pb2.Trace, model: HostedModel, rows: Sequence[Sequence[int]]) -> None:
-        new, longest = trace.generation.max_new_tokens, max(map(len, rows))
-        if any(len({len(row.ids) for row in invoke.rows}) > 1 for invoke in trace.invokes):
+    def _check_generation(
+        self,
+        new: int,
+        invokes: Sequence[Sequence[Sequence[int]]],
+        model: HostedModel,
+        rows: Sequence[Sequence[int]],
+    ) -> None:
+        longest = max(map(len, rows))
+        if any(len(set(map(len, invoke))) > 1 for invoke in invokes):
             raise InputError(
                 "The prompts of one generation have the same length.",
                 hint="Give prompts of other lengths invokes of their own: `with trace.invoke(prompt):`.",
@@ -156,9 +239,27 @@ class Admission:
         if names:
             found = dict(zip(names, self.store.get(names), strict=True))
             graph.constants = [found[each] if isinstance(each, bytes) else each for each in graph.constants]
+        for node in graph.fx.find_nodes(op="call_function", target=g.constant):
+            constant = graph.constants[node.args[0]]
+            if isinstance(constant, g.KeptTensor):
+                try:
+                    graph.constants[node.args[0]] = self.kept.get(constant.handle)
+                except GraphError as error:
+                    raise at(node, error) from None
 
-    def _check_results(self, nodes: list[torch.fx.Node]) -> None:
-        total = saved_bytes(nodes)
+    def _check_kept(self, nodes: list[torch.fx.Node]) -> None:
+        for node in nodes:
+            seconds = node.args[1] if node.target is g.keep else 1.0
+            if not 0 < seconds <= self.limits.kept_seconds:  # type: ignore[operator]
+                error = LimitError(
+                    f"A value cannot be kept for {seconds:g} seconds; the server keeps it for "
+                    f"{self.limits.kept_seconds:g} at most.",
+                    hint="Ask for less: `value.keep(seconds=…)`.",
+                )
+                raise at(node, error)
+
+    def _check_results(self, nodes: list[torch.fx.Node], times: int) -> None:
+        total = saved_bytes(nodes) * times
         if total > self.limits.result_bytes:
             raise LimitError(
                 f"The saved values have {total:,} bytes; the server sends {self.limits.result_bytes:,}.",

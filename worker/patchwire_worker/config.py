@@ -39,6 +39,14 @@ class Limits:
     """Bytes of the results of all of them, on the disk."""
     job_seconds: float = 24 * 3600.0
     """Seconds that a job is kept after its end; also the longest that it may take until then."""
+    iterations: int = 100_000
+    """Iterations of a loop."""
+    loop_tokens: int = 1 << 26
+    """Tokens of all iterations of a loop, the padding of short rows included."""
+    kept_bytes: int = 4 * GIB
+    """Bytes of all values that are kept beyond their requests."""
+    kept_seconds: float = 86_400.0
+    """For how long a value may be kept."""
 
     def to_proto(self) -> service_pb2.Limits:
         """These limits as a message."""

@@ -40,8 +40,13 @@ from patchwire.sites import spell
 from patchwire_worker import containers
 from patchwire_worker.admission import Admitted, at
 from patchwire_worker.interleaving import SiteMediator, StopPass, Stopping
+from patchwire_worker.kept import KeptStore
+from patchwire_worker.looping import Iterations
 from patchwire_worker.models.hosted import HostedModel
-from patchwire_worker.planner import Access, Pass, Plan, Work
+from patchwire_worker.planner import Access, Looping, Pass, Plan, Work
+
+Iteration = tuple[int, int]
+"""A loop, by its position in the request's traces, and the number of an iteration, from 0."""
 
 
 class Listener(Protocol):
@@ -50,17 +55,23 @@ class Listener(Protocol):
     def running(self, number: int, passes: int) -> None:
         """A pass begins: its number, from 1, and how many there are."""
 
-    def saved(self, node: int, tensor: Tensor) -> None:
-        """A saved value exists: the save's position in the request, and a tensor on the CPU of its own."""
+    def saved(self, node: int, tensor: Tensor, iteration: Iteration | None = None) -> None:
+        """A saved value exists: the save's position in the request, or in a loop's body; a CPU tensor of its own."""
 
-    def absent(self, node: int) -> None:
-        """A value will not exist that a save, by its position in the request, was for."""
+    def kept(self, node: int, handle: bytes, tensor: Tensor, seconds: float) -> None:
+        """A value is kept beyond the request: the node's position, what it is called now, and for how long."""
+
+    def absent(self, node: int, iteration: Iteration | None = None) -> None:
+        """A value will not exist that a save, by its position in the request or in a loop's body, was for."""
+
+    def iterated(self, loop: int, done: int, count: int, *, last: bool) -> None:
+        """So many iterations of a loop, by its position in the request's traces, are done; these may be the last."""
 
     def tokens(self, trace: int, invoke: int, ids: list[int]) -> None:
         """A generation has a new token for each row."""
 
-    def logged(self, node: int, text: str) -> None:
-        """The values of a log, by its position in the request, exist, and look like this."""
+    def logged(self, node: int, text: str, iteration: Iteration | None = None) -> None:
+        """The values of a log, by its position in the request or in a loop's body, exist, and look like this."""
 
 
 @dataclass
@@ -72,10 +83,51 @@ class Cost:
     modules_skipped: int = 0
     seconds: float = 0.0
     result_bytes: int = 0
+    logged: int = 0
+
+    def add(self, part: Cost) -> None:
+        """Count what an iteration took; its seconds are in the whole, and what it sends was counted on from before."""
+        self.passes += part.passes
+        self.rows += part.rows
+        self.modules_skipped += part.modules_skipped
+        self.result_bytes, self.logged = part.result_bytes, part.logged
+
+
+@dataclass(frozen=True)
+class _Within:
+    """Listens to an iteration, and tells the loop's own listener."""
+
+    listener: Listener
+    iteration: Iteration
+
+    def running(self, number: int, passes: int) -> None:
+        pass
+
+    def saved(self, node: int, tensor: Tensor, iteration: Iteration | None = None) -> None:
+        self.listener.saved(node, tensor, self.iteration)
+
+    def kept(self, node: int, handle: bytes, tensor: Tensor, seconds: float) -> None:
+        raise AssertionError("nothing is kept in the body of a loop")
+
+    def absent(self, node: int, iteration: Iteration | None = None) -> None:
+        self.listener.absent(node, self.iteration)
+
+    def iterated(self, loop: int, done: int, count: int, *, last: bool) -> None:
+        raise AssertionError("there is no loop in a loop")
+
+    def tokens(self, trace: int, invoke: int, ids: list[int]) -> None:
+        pass
+
+    def logged(self, node: int, text: str, iteration: Iteration | None = None) -> None:
+        self.listener.logged(node, text, self.iteration)
 
 
 class Execution:
-    """Runs one plan."""
+    """Runs one plan.
+
+    Attributes:
+        carried: In the body of a loop: what its values from outside are next, by their positions.
+    """
 
     def __init__(
         self,
@@ -85,6 +137,7 @@ class Execution:
         stopping: Stopping,
         *,
         result_bytes: int | None = None,
+        store: KeptStore | None = None,
     ) -> None:
         """
         Args:
@@ -93,13 +146,16 @@ class Execution:
             listener: Is told what happens.
             stopping: Says when to give up.
             result_bytes: How many bytes the saved values may have.
+            store: Where values are kept beyond the request.
         """
         self.admitted = admitted
         self.plan = plan
         self.listener = listener
         self.stopping = stopping
         self.result_bytes = result_bytes
-        self._logged = 0
+        self.store = store
+        self.carried: dict[int, Tensor] = {}
+        self._handles: list[bytes] = []
         self.cost = Cost()
         self._values: dict[torch.fx.Node, Any] = {}
         self._missing: dict[torch.fx.Node, int] = {}
@@ -112,7 +168,7 @@ class Execution:
             if node in plan.needed:
                 self._missing[node] = len(node.all_input_nodes)
                 self._uses[node] = sum(1 for user in node.users if user in plan.needed)
-                if not node.all_input_nodes and node.target not in (g.read, g.generated):
+                if not node.all_input_nodes and node.target not in _MADE_BY_PASSES:
                     self._push(node)
 
     def run(self) -> Cost:
@@ -125,14 +181,21 @@ class Execution:
         try:
             with contextlib.ExitStack() as stack:
                 # In one order everywhere, so that two requests never wait for each other.
-                for model in sorted(set(self.admitted.models), key=lambda each: each.name):
+                for model in sorted(self.admitted.all_models, key=lambda each: each.name):
                     stack.enter_context(model.lock)
                 stack.enter_context(self._differentiating())
                 self._evaluate_ready()
                 for number, each in enumerate(self.plan.passes, start=1):
                     self.listener.running(number, len(self.plan.passes))
-                    self._run_pass(each)
+                    if isinstance(each, Looping):
+                        self._run_loop(each)
+                    else:
+                        self._run_pass(each)
             self._check_all_done()
+        except BaseException:
+            if self.store is not None:
+                self.store.forget(self._handles)  # nobody will ever hear of them
+            raise
         finally:
             # An error's traceback would keep them alive.
             self._values.clear()
@@ -215,6 +278,33 @@ class Execution:
             for node in each.generation.results:
                 self._set(node, generated)
             self._evaluate_ready()
+
+    def _run_loop(self, each: Looping) -> None:
+        inputs, loop = each.node.args[1], self.admitted.graph.traces[each.trace].loop
+        assert loop is not None
+        if self._missing[each.node]:
+            raise at(each.node, ExecutionError("A loop needs a value of a step that was not reached."))
+        outside = [self._values[node] for node in inputs]  # type: ignore[union-attr, index]
+        if not all(isinstance(value, Tensor) for value in outside):
+            raise at(each.node, ExecutionError("A tuple cannot be given to a loop as one value."))
+        outside = [value.detach() for value in outside]
+        for node in each.node.all_input_nodes:
+            self._use(node)
+        iterations = Iterations(self.admitted.bodies[each.trace])
+        for number in range(loop.count):
+            body, planned = iterations.at(number, outside)
+            listener = _Within(self.listener, (each.trace, number))
+            iteration = Execution(body, planned, listener, self.stopping, result_bytes=self.result_bytes)
+            iteration.cost.result_bytes, iteration.cost.logged = self.cost.result_bytes, self.cost.logged
+            self.cost.add(iteration.run())
+            for index, value in iteration.carried.items():
+                outside[index] = value
+            last = self.stopping.interrupted or number + 1 == loop.count
+            self.listener.iterated(each.trace, number + 1, loop.count, last=last)
+            if last:
+                break
+        self._set(each.node, tuple(outside[carry.args[0]] for carry in loop.carries))  # type: ignore[index]
+        self._evaluate_ready()
 
     def _at(self, work: Work, value: Any) -> Any:
         """What happens at a site: its value is taken, everything that became ready runs, and its new value is given."""
@@ -309,7 +399,7 @@ class Execution:
         for user in node.users:
             if user in self._missing:
                 self._missing[user] -= 1
-                if self._missing[user] == 0 and user.target is not g.write:
+                if self._missing[user] == 0 and user.target not in (g.write, g.loop):
                     self._push(user)
 
     def _use(self, node: torch.fx.Node) -> None:
@@ -340,6 +430,15 @@ class Execution:
             match node.target:
                 case target if target is g.save:
                     return self._save(node, args[0], args[1])  # type: ignore[arg-type]
+                case target if target is g.outside:
+                    return self.admitted.graph.outside[args[0]]  # type: ignore[index]
+                case target if target is g.carry:
+                    return self._carry(args[0], args[1])  # type: ignore[arg-type]
+                case target if target is g.keep:
+                    return self._keep(node, args[0], args[1])  # type: ignore[arg-type]
+                case target if target is g.token_ids:
+                    rows = self.admitted.graph.traces[args[0]].invokes[args[1]].rows  # type: ignore[index]
+                    return _ended_together(rows).to(self.admitted.models[0].device)
                 case target if target is g.log:
                     return self._log(node, args[0])  # type: ignore[arg-type]
                 case target if target is g.constant:
@@ -428,15 +527,34 @@ class Execution:
         tensor = tensor.to("cpu", dtype or tensor.dtype, copy=True).contiguous()
         self.cost.result_bytes += tensor.nbytes
         if self.result_bytes is not None and self.cost.result_bytes > self.result_bytes:
-            raise LimitError(f"The saved values have more than {self.result_bytes:,} bytes.")
+            raise LimitError(
+                f"The saved values have more than {self.result_bytes:,} bytes.", hint="Save less of each, or fewer."
+            )
         self.listener.saved(self.admitted.positions[node], tensor)
+
+    def _carry(self, index: int, value: Any) -> None:
+        before = self.admitted.graph.outside[index]
+        assert before is not None
+        if not isinstance(value, Tensor) or (value.shape, value.dtype) != (before.shape, before.dtype):
+            raise ShapeError(f"The value that is carried is {describe(before)} and cannot become {describe(value)}.")
+        self.carried[index] = value.detach().clone()
+
+    def _keep(self, node: torch.fx.Node, value: Any, seconds: float) -> None:
+        if not isinstance(value, Tensor):
+            raise ExecutionError(f"A {type(value).__name__} cannot be kept: it is not a tensor.")
+        assert self.store is not None
+        # On the CPU: the device's memory is for models.
+        tensor = value.detach().to("cpu", copy=True).contiguous()
+        handle = self.store.put(tensor, seconds)
+        self._handles.append(handle)
+        self.listener.kept(self.admitted.positions[node], handle, tensor, seconds)
 
     def _log(self, node: torch.fx.Node, parts: Sequence[str | Tensor]) -> None:
         if not all(isinstance(each, (str, Tensor)) for each in parts):
             raise ExecutionError("A value that is not one tensor cannot be logged.")
         text = logs.to_text(parts)
-        self._logged += len(text)
-        if self._logged > logs.MAX_TOTAL:
+        self.cost.logged += len(text)
+        if self.cost.logged > logs.MAX_TOTAL:
             raise LimitError(
                 f"The logs of the request have more than {logs.MAX_TOTAL:,} characters.",
                 hint="Log less of each value: `value.norm()`, `value[0, -1, :5]`.",
@@ -482,6 +600,8 @@ class Execution:
             site = each.args[0]
             if each.target is g.save:
                 self.listener.absent(self.admitted.positions[each])
+            elif each.target in (g.keep, g.carry):
+                raise at(each, ExecutionError("A value of a step that was not reached cannot be kept or carried."))
             elif each.target is g.write and isinstance(site, g.Site) and not site.open:
                 raise at(
                     each, ExecutionError(f"`{site}` was to be changed with a value of a step that was not reached.")
@@ -496,8 +616,17 @@ class Execution:
 
     def _check_all_done(self) -> None:
         for node, missing in self._missing.items():
-            if node.target in (g.save, g.log) and missing >= 0:
+            if node.target in g.SINKS and missing >= 0:
                 raise at(node, ExecutionError("A saved or logged value never came into being."))
+
+
+_MADE_BY_PASSES = (g.read, g.generated, g.loop)
+
+
+def _ended_together(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows of token ids `[batch, seq]`, short ones after -1."""
+    longest = max(map(len, rows))
+    return torch.tensor([[-1] * (longest - len(row)) + list(row) for row in rows])
 
 
 def _copied(value: Any, lent: list[Tensor]) -> Any:

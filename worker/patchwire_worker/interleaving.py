@@ -90,6 +90,8 @@ class Stopping:
     """Says whether a pass has to end before it is done, and why."""
 
     def __init__(self) -> None:
+        self.interrupted = False
+        """Whether loops end after the iteration that they are in."""
         self._reason: PatchwireError | None = None
         self._late: tuple[float, PatchwireError] | None = None
 

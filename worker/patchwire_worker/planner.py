@@ -86,10 +86,20 @@ class Generating:
 
 
 @dataclass(frozen=True)
+class Looping:
+    """A loop, which runs between the passes."""
+
+    trace: int
+    """The loop, as a position in the graph's traces."""
+    node: torch.fx.Node
+    """The node whose value are its results."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a request needs."""
 
-    passes: list[Pass]
+    passes: list[Pass | Looping]
     """In the order in which they run."""
     needed: set[torch.fx.Node]
     """The nodes that have to be evaluated."""
@@ -110,6 +120,7 @@ def plan(admitted: Admitted) -> Plan:
     needed = _needed(admitted)
     accesses: _Accesses = defaultdict(lambda: defaultdict(list))
     weights: defaultdict[int, list[torch.fx.Node]] = defaultdict(list)
+    loops: dict[int, torch.fx.Node] = {}
     for node in admitted.graph.fx.nodes:
         if node in needed and node.target in (g.read, g.write):
             accesses[node.args[0].trace][node.args[0].invoke].append(node)
@@ -117,13 +128,18 @@ def plan(admitted: Admitted) -> Plan:
             accesses[node.args[0]][node.args[1]].append(node)
         elif node in needed and node.target is g.assign:
             weights[node.args[0]].append(node)
+        elif node in needed and node.target is g.loop:
+            loops[node.args[0]] = node
     gradients = [node for node in needed if node.target is g.grad]
     differentiated = {value for node in gradients for value in node.args[1]}  # type: ignore[union-attr]
     for node in differentiated:
         _check_stays(admitted, node)  # type: ignore[arg-type]
     behind = cache(lambda: _invokes_behind(admitted, needed))
-    passes: list[Pass] = []
+    passes: list[Pass | Looping] = []
     for index, trace in enumerate(admitted.graph.traces):
+        if trace.loop is not None:
+            passes += [Looping(index, loops[index])] if index in loops else []
+            continue
         for invokes in _groups(admitted, index, trace, accesses[index], differentiated, behind):  # type: ignore[arg-type]
             made = _pass(admitted, index, invokes, accesses[index], weights[index])
             if made.works or (made.generation and made.generation.results):
@@ -171,7 +187,7 @@ def _needed(admitted: Admitted) -> set[torch.fx.Node]:
     last_read: dict[int, _Moment] = defaultdict(tuple)
     writes: dict[int, list[tuple[_Moment, torch.fx.Node]]] = defaultdict(list)
     for node in admitted.graph.fx.nodes:
-        if node.target in (g.save, g.log):
+        if node.target in g.SINKS or (node.target is g.loop and _saves(admitted, node)):
             need(node)
         elif node.target in (g.write, g.assign):
             writes[_trace_of(node)].append((_moment(admitted, node), node))
@@ -181,6 +197,13 @@ def _needed(admitted: Admitted) -> set[torch.fx.Node]:
             if moment < last_read[trace]:
                 need(node)
     return needed
+
+
+def _saves(admitted: Admitted, node: torch.fx.Node) -> bool:
+    """Whether a loop saves or logs something in its body."""
+    loop = admitted.graph.traces[node.args[0]].loop  # type: ignore[index]
+    assert loop is not None
+    return any(each.target in (g.save, g.log) for each in loop.body.fx.nodes)
 
 
 _Moment = tuple[Any, ...]

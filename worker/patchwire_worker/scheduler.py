@@ -21,8 +21,9 @@ from torch import Tensor
 from patchwire.errors import BusyError, CancelledError, ConnectionLostError, PatchwireError, TimeoutError
 from patchwire_worker.admission import Admitted
 from patchwire_worker.config import Limits
-from patchwire_worker.executor import Cost, Execution
+from patchwire_worker.executor import Cost, Execution, Iteration
 from patchwire_worker.interleaving import Stopping
+from patchwire_worker.kept import KeptStore
 from patchwire_worker.planner import Plan
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,17 @@ class Saved:
 
     node: int
     tensor: Tensor
+    iteration: Iteration | None = None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A value is kept beyond the request."""
+
+    node: int
+    handle: bytes
+    tensor: Tensor
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,16 @@ class Absent:
     """A saved value will not exist."""
 
     node: int
+    iteration: Iteration | None = None
+
+
+@dataclass(frozen=True)
+class Iterated:
+    """Iterations of a loop are done."""
+
+    loop: int
+    done: int
+    count: int
 
 
 @dataclass(frozen=True)
@@ -79,6 +101,7 @@ class Logged:
 
     node: int
     text: str
+    iteration: Iteration | None = None
 
 
 @dataclass(frozen=True)
@@ -89,12 +112,13 @@ class Done:
     seconds_queued: float
 
 
-Event = Queued | Running | Saved | Absent | Tokens | Logged | Done
+Event = Queued | Running | Saved | Kept | Absent | Iterated | Tokens | Logged | Done
 
 
 _LOOK_SECONDS = 0.02
 _WAKE_BYTES = 64 * 1024
 _STOP_SECONDS = 0.1
+_TELL_SECONDS = 0.05
 
 
 @dataclass(eq=False)
@@ -157,28 +181,39 @@ class _Teller:
 
     def __init__(self, job: _Job) -> None:
         self._job = job
+        self._told = 0.0
 
     def running(self, number: int, passes: int) -> None:
         self._job.tell(Running(number, passes))
 
-    def saved(self, node: int, tensor: Tensor) -> None:
-        self._job.tell(Saved(node, tensor))
+    def saved(self, node: int, tensor: Tensor, iteration: Iteration | None = None) -> None:
+        self._job.tell(Saved(node, tensor, iteration))
 
-    def absent(self, node: int) -> None:
-        self._job.tell(Absent(node))
+    def kept(self, node: int, handle: bytes, tensor: Tensor, seconds: float) -> None:
+        self._job.tell(Kept(node, handle, tensor, seconds))
+
+    def absent(self, node: int, iteration: Iteration | None = None) -> None:
+        self._job.tell(Absent(node, iteration))
+
+    def iterated(self, loop: int, done: int, count: int, *, last: bool) -> None:
+        now = time.perf_counter()
+        if last or now - self._told > _TELL_SECONDS:
+            self._told = now
+            self._job.tell(Iterated(loop, done, count))
 
     def tokens(self, trace: int, invoke: int, ids: list[int]) -> None:
         self._job.tell(Tokens(trace, invoke, ids))
 
-    def logged(self, node: int, text: str) -> None:
-        self._job.tell(Logged(node, text))
+    def logged(self, node: int, text: str, iteration: Iteration | None = None) -> None:
+        self._job.tell(Logged(node, text, iteration))
 
 
 class Scheduler:
     """The queue of one model. Belongs to one event loop."""
 
-    def __init__(self, name: str, limits: Limits) -> None:
+    def __init__(self, name: str, limits: Limits, kept: KeptStore | None = None) -> None:
         self.limits = limits
+        self._kept = kept
         self._jobs: set[_Job] = set()
         self._waiting: list[_Job] = []
         self._running: _Job | None = None
@@ -219,13 +254,14 @@ class Scheduler:
             return None if place is None else place + (self._running is not None)
 
     async def run(
-        self, admitted: Admitted, plan: Plan, *, ahead: int | None = None
+        self, admitted: Admitted, plan: Plan, stopping: Stopping | None = None, *, ahead: int | None = None
     ) -> AsyncGenerator[list[Event], None]:
         """Run a plan when its turn has come, and tell what happens, several events at a time.
 
         Args:
             admitted: The graph.
             plan: Its passes.
+            stopping: By which somebody else may stop or interrupt it.
             ahead: Bytes of saved values that may wait to be taken, before the pass waits for whoever takes them. None
                 never has it wait: somebody far away must not hold up the model.
 
@@ -238,7 +274,7 @@ class Scheduler:
             PatchwireError: of the kind of what went wrong.
         """
         position = self.check_room()
-        job = _Job(admitted, plan, queued=position > 0, ahead=ahead)
+        job = _Job(admitted, plan, queued=position > 0, ahead=ahead, stopping=stopping or Stopping())
         try:
             self._jobs.add(job)
             self._waiting.append(job)
@@ -304,6 +340,7 @@ class Scheduler:
                 _Teller(job),
                 job.stopping,
                 result_bytes=self.limits.result_bytes,
+                store=self._kept,
             )
             return Done(execution.run(), queued)
         except PatchwireError as error:

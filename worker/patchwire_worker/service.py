@@ -47,7 +47,10 @@ from patchwire.version import PROTOCOL_VERSION, VERSION
 from patchwire_worker import scheduler
 from patchwire_worker.admission import Admission, saved_bytes
 from patchwire_worker.config import MIB, ServerConfig
+from patchwire_worker.executor import Iteration
+from patchwire_worker.interleaving import Stopping
 from patchwire_worker.jobs import Jobs, stopped
+from patchwire_worker.kept import KeptStore
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.planner import plan
 from patchwire_worker.scheduler import InternalError, Scheduler
@@ -66,6 +69,7 @@ _MOST_LEARNT = 512
 _SMALL_BYTES = 64 * 1024
 _THREADS = 4
 _AHEAD_OF_DISK = 64 * MIB
+_LONGEST_ID = 64
 
 
 Refusal = tuple[grpc.StatusCode, str, Any]
@@ -130,9 +134,11 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         self.models = models
         self.config = config
         self.store = TensorStore(config.limits.stored_bytes)
-        self.admission = Admission(models, config.limits, self.store)
-        self.schedulers = {name: Scheduler(name, config.limits) for name in models}
+        self.kept = KeptStore(config.limits.kept_bytes)
+        self.admission = Admission(models, config.limits, self.store, self.kept)
+        self.schedulers = {name: Scheduler(name, config.limits, self.kept) for name in models}
         self.jobs = Jobs(config.jobs, config.limits)
+        self._stoppings: dict[bytes, Stopping] = {}
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="requests")
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizers")  # these bear no two threads at a time
         # One for each model, so that nobody waits for another model's pass to end.
@@ -250,6 +256,31 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
     def _keep(self, assembly: tensors.Assembly) -> bytes:
         return self.store.put(assembly.tensor())
 
+    @contextlib.contextmanager
+    def _interruptible(self, name: bytes) -> Iterator[Stopping]:
+        """What stops a request, which can be interrupted by its name if it has one."""
+        stopping = Stopping()
+        if len(name) > _LONGEST_ID or name in self._stoppings:
+            raise GraphError("The request's id is too long, or another's.")
+        if name:
+            self._stoppings[name] = stopping
+        try:
+            yield stopping
+        finally:
+            if name:
+                del self._stoppings[name]
+
+    @_answering
+    async def Interrupt(self, request: service_pb2.InterruptRequest, context: Context) -> service_pb2.InterruptResponse:
+        stopping = self._stoppings.get(request.id)
+        if stopping is not None:
+            stopping.interrupted = True
+        return service_pb2.InterruptResponse(found=stopping is not None)
+
+    @_answering
+    async def Forget(self, request: service_pb2.ForgetRequest, context: Context) -> service_pb2.ForgetResponse:
+        return service_pb2.ForgetResponse(forgotten=self.kept.forget(request.handles))
+
     @_answering
     async def Check(self, request: service_pb2.CheckRequest, context: Context) -> service_pb2.CheckResponse:
         admitted = (await self._admit(request.graph))[0]
@@ -340,12 +371,13 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
 
     async def _run(self, request: service_pb2.RunRequest) -> AsyncGenerator[service_pb2.RunResponse, None]:
         _check_compression(request.compression)
-        admitted, planned = await self._admit(request.graph)
-        events = self.schedulers[admitted.models[0].name].run(admitted, planned)
-        async with contextlib.aclosing(events):
-            async for news in events:
-                for message in _messages(service_pb2.RunResponse, news, request.compression):
-                    yield message
+        with self._interruptible(request.id) as stopping:
+            admitted, planned = await self._admit(request.graph)
+            events = self.schedulers[admitted.models[0].name].run(admitted, planned, stopping)
+            async with contextlib.aclosing(events):
+                async for news in events:
+                    for message in _messages(service_pb2.RunResponse, news, request.compression):
+                        yield message
 
 
 def _sites(message: graph_pb2.Graph) -> Iterator[graph_pb2.Site]:
@@ -354,6 +386,9 @@ def _sites(message: graph_pb2.Graph) -> Iterator[graph_pb2.Site]:
         kind = node.WhichOneof("body")
         if kind in ("read", "write"):
             yield getattr(node, kind).site
+    for trace in message.traces:
+        if trace.HasField("loop"):
+            yield from _sites(trace.loop.body)
 
 
 class JobService(job_pb2_grpc.JobServiceServicer):
@@ -371,6 +406,11 @@ class JobService(job_pb2_grpc.JobServiceServicer):
     async def SubmitJob(self, request: job_pb2.SubmitJobRequest, context: Context) -> job_pb2.SubmitJobResponse:
         _check_compression(request.compression)
         admitted, planned = await self.service._admit(request.graph)
+        if admitted.bodies or any(node.target is g.keep for node in admitted.graph.nodes):
+            raise GraphError(
+                "A detached job cannot loop, or keep values: nobody waits for it.",
+                hint="Run it as an ordinary request.",
+            )
         queue = self.service.schedulers[admitted.models[0].name]
         queue.check_room()
         job = await self.jobs.submit(
@@ -456,6 +496,10 @@ def _messages(
     yield message
 
 
+def _iteration(iteration: Iteration | None) -> service_pb2.Iteration | None:
+    return None if iteration is None else service_pb2.Iteration(loop=iteration[0], number=iteration[1])
+
+
 def _parts(event: scheduler.Event, compression: tensor_pb2.Compression) -> Iterator[service_pb2.Event]:
     match event:
         case scheduler.Queued():
@@ -464,15 +508,24 @@ def _parts(event: scheduler.Event, compression: tensor_pb2.Compression) -> Itera
             yield service_pb2.Event(running=service_pb2.Running(number=event.number, passes=event.passes))
         case scheduler.Saved():
             header = tensors.header(event.tensor, compression)
-            yield service_pb2.Event(saved=service_pb2.Saved(node=event.node, header=header))
+            saved = service_pb2.Saved(node=event.node, header=header, iteration=_iteration(event.iteration))
+            yield service_pb2.Event(saved=saved)
             for chunk in tensors.chunks(event.tensor, compression=compression):
                 yield service_pb2.Event(chunk=chunk)
+        case scheduler.Kept():
+            kept = service_pb2.Kept(node=event.node, handle=event.handle, seconds=event.seconds)
+            kept.header.CopyFrom(tensors.header(event.tensor))
+            yield service_pb2.Event(kept=kept)
         case scheduler.Absent():
-            yield service_pb2.Event(absent=service_pb2.Absent(node=event.node))
+            absent = service_pb2.Absent(node=event.node, iteration=_iteration(event.iteration))
+            yield service_pb2.Event(absent=absent)
+        case scheduler.Iterated():
+            yield service_pb2.Event(iterated=service_pb2.Iterated(**vars(event)))
         case scheduler.Tokens():
             yield service_pb2.Event(tokens=service_pb2.Tokens(trace=event.trace, invoke=event.invoke, ids=event.ids))
         case scheduler.Logged():
-            yield service_pb2.Event(logged=service_pb2.Logged(node=event.node, text=event.text))
+            logged = service_pb2.Logged(node=event.node, text=event.text, iteration=_iteration(event.iteration))
+            yield service_pb2.Event(logged=logged)
         case scheduler.Done():
             cost = event.cost
             yield service_pb2.Event(

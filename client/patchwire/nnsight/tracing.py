@@ -14,6 +14,7 @@ from patchwire.errors import GraphError, InputError, here
 from patchwire.nnsight.cache import Cache, CacheView
 from patchwire.nnsight.values import TensorRecorder
 from patchwire.proxy import Value
+from patchwire.results import Results, Stats
 from patchwire.session import Session
 from patchwire.tracing import Generation, Scope, Steps, Trace, current, move, within
 
@@ -182,7 +183,8 @@ class Scan(Tracer, scanning.Scan):
     def _graph(self) -> None:
         super()._graph()
         mode = FakeTensorMode()
-        self._recorder.resolve([self._fake(mode, value, dtype) for value, dtype, *_ in self._recorder.saved])
+        fakes: list[torch.Tensor | None] = [self._fake(mode, value, dtype) for value, dtype, *_ in self._recorder.saved]
+        self._recorder.resolve(Results(Stats(), fakes, [], {}), self._model.connection)
 
     @staticmethod
     def _fake(mode: FakeTensorMode, value: Value, dtype: torch.dtype | None) -> torch.Tensor:

@@ -7,17 +7,18 @@ name, list and attribute that referred to the value refers to a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 import torch.fx
 from torch import Tensor
 
+from patchwire.connection import Connection
 from patchwire.errors import BranchError, GraphError, here
 from patchwire.graph import Graph
 from patchwire.proxy import Backward, Value, values_in
 from patchwire.recording import Recorder
+from patchwire.results import Results
 
 _AlsoTensor: Any = Tensor
 """As `Any`, because a value and a tensor do not agree on the types of what they have in common."""
@@ -218,9 +219,9 @@ class TensorRecorder(Recorder):
                 self._kept.append((value, gradient))
         return super().finish()
 
-    def resolve(self, tensors: Sequence[Tensor | None]) -> None:
+    def resolve(self, results: Results, connection: Connection) -> None:
         """Have every saved value become its tensor, and containers lose what never existed."""
-        super().resolve(tensors)
+        super().resolve(results, connection)
         for value, *_ in self.saved:
             if isinstance(value, TensorValue) and value._tensor is not None:
                 _become(value, value._tensor)
