@@ -180,7 +180,7 @@ class TestResults:
                 other.logits[:0].save()
                 shifted.long().sum().save()
             trace.job.fetch()
-        found = model.connection.fetch(trace.job.id, None, patchwire.results.Progress(False))[0]
+        found = model.connection.fetch(trace.job.id, None, patchwire.results.Progress(False)).saved
 
         assert torch.equal(shifted.value, large)
         assert torch.equal(half.value, large.bfloat16())
