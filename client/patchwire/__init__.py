@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from patchwire.client import Client, connect, local
     from patchwire.connection import TLS
     from patchwire.model import Model, Module
-    from patchwire.proxy import Structure, Value, grad, save
+    from patchwire.proxy import Structure, Value, grad
     from patchwire.results import Stats
     from patchwire.session import Session
     from patchwire.tracing import Generation, Trace
@@ -64,7 +64,6 @@ _HOMES = {
     "connect": "client",
     "grad": "proxy",
     "local": "client",
-    "save": "proxy",
 }
 """Where the names live that need torch, which takes seconds to import: they are looked up when they are first used."""
 
@@ -75,6 +74,19 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(f"patchwire.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
+
+
+def save(values: Any) -> Any:
+    """Save every value in a list, tuple or mapping of them: `patchwire.save(value.topk(3))`.
+
+    Returns:
+        The same containers; after the block, the values in them behave as their tensors.
+    """
+    # Not looked up as the others: nnsight, in a program with an embedded worker, gives every object a `save`, and what
+    # an object has is not asked for here.
+    from patchwire import proxy
+
+    return proxy.save(values)
 
 
 def __dir__() -> list[str]:

@@ -50,3 +50,14 @@ def test_stops_when_it_is_forgotten_on_its_own_thread(hosted):
 
     assert not thread.is_alive()
     assert loop.is_closed()
+
+
+def test_several_values_are_saved_beside_it(hosted):
+    server = EmbeddedServer(hosted)
+    with patchwire.connect(server.address, token=server.token) as client:
+        model = client.model("gpt2")
+        with model.trace([1, 2, 3]):
+            values, indices = patchwire.save(model.logits.topk(2))
+    server.stop()
+
+    assert values.shape == indices.shape == (1, 3, 2)
