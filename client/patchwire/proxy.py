@@ -3,7 +3,8 @@
 A `Value` stands for one tensor. Inside the block every operator, method and `torch.*` function on it adds a node to the
 graph; after the block a saved value behaves as its tensor. It keeps PyTorch's rules of memory: a view shares what it
 views, and an in-place edit is seen through every alias. Underneath there is no memory but a chain of edited copies: the
-aliases share a `Memory`, which knows the newest one.
+aliases share a `Memory`, which knows the newest one. A site's value is contiguous, whatever strides the model's own
+tensor has, so that `flatten` and `reshape` of it are views and never copies.
 
 A `Structure` stands for a tuple or mapping of tensors, such as the output of an attention module.
 """

@@ -172,7 +172,9 @@ class _Run:
     def _visit(self, path: str, side: str, value: Any) -> Any:
         if self._unseen or (path, side) != self._wanted or greenlet.getcurrent() is not self._forward:
             return None if side == "output" else value
-        copies = {steps: tensor.clone() for steps, tensor in hooks.tensors_in(value, side)}
+        # Contiguous, as every value of a trace is: else `flatten` would be a view in one and a copy in the other.
+        contiguous = torch.contiguous_format
+        copies = {steps: tensor.clone(memory_format=contiguous) for steps, tensor in hooks.tensors_in(value, side)}
         tensors = self._found[path, side] = dict(copies)
         self._program.switch()
         for steps, tensor in tensors.items():

@@ -13,6 +13,7 @@ import torch
 
 import tiny
 from conformance.eager import EagerModel, Results, assert_invokes_agree, assert_program_agrees
+from conformance.hooks import assert_same, changed_logits
 from conformance.places import PARTS
 
 PROMPT = tiny.prompt(9)
@@ -662,6 +663,26 @@ def test_a_trace_and_pytorch_agree_when(each: Any, pair: Any) -> None:
 
 
 # --- tuples, and several prompts --------------------------------------------------------------------
+
+
+def test_a_value_is_contiguous_whatever_strides_the_model_gave_it(served: Any, references: Any) -> None:
+    """Mamba hands its output projection a transposed tensor: `flatten` of that would be a copy, its edit lost."""
+    model, reference = served["mamba"], references["mamba"]
+    site = ("backbone.layers.1.mixer.out_proj", "input", ("args", 0))
+
+    with model.trace(PROMPT):
+        value = model.module(site[0]).input
+        value.flatten(1)[:, 5:9] = 2.0
+        seen, logits = value.save(), model.logits.save()
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        assert not tensor.is_contiguous()
+        tensor = tensor.contiguous()
+        tensor.flatten(1)[:, 5:9] = 2.0
+        return tensor
+
+    assert (seen[0, 0, 5:9] == 2.0).all()
+    assert_same(logits.value, changed_logits(reference, PROMPT, {site: change}))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])

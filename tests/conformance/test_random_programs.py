@@ -9,6 +9,7 @@ alone, and is the same for both. No step jumps where a value crosses a threshold
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -56,7 +57,7 @@ VIEWS: list[Callable[[Any], Any]] = [
     lambda v: v.view_as(v),
     lambda v: v.tensor_split(3, -1)[0],
     lambda v: v.ravel(),
-    lambda v: v.squeeze(),
+    lambda v: v.squeeze() if v.numel() > 1 else v,
     lambda v: v.detach(),
     lambda v: v.to(v.dtype),
     lambda v: v.type_as(v),
@@ -101,7 +102,7 @@ def edit_last(v: Any, w: Any) -> None:
 
 
 def edit_copy(v: Any, w: Any) -> None:
-    v.copy_(w) if v.shape == w.shape else v.fill_(0.0625)
+    v.copy_(w.clone()) if v.shape == w.shape else v.fill_(0.0625)
 
 
 def edit_minus_mean(v: Any, w: Any) -> None:
@@ -197,15 +198,28 @@ sessions = st.lists(traces, min_size=1, max_size=2)
 """Of each trace: its invokes, what the invoke for all rows does if there is one, whether all prompts are as long."""
 
 
+@dataclass(eq=False)
+class _Memory:
+    """What aliases share."""
+
+    passed: bool = False
+    """Whether it must not be edited any more, because its site has passed."""
+    edited: int = -1
+    """The site at which it was edited the last time."""
+
+
 class _Value:
     """A tensor, eager or not, with what decides what may be done with it."""
 
-    def __init__(self, tensor: Any, memory: list[bool], order: int) -> None:
+    def __init__(self, tensor: Any, memory: _Memory, order: int) -> None:
         self.tensor = tensor
         self.memory = memory
-        """Shared by aliases; true once it must not be edited any more: its site has passed."""
-        self.order = order
+        self._order = order
+
+    @property
+    def order(self) -> int:
         """The last site that it may depend on."""
+        return max(self._order, self.memory.edited)
 
 
 class _Machine:
@@ -218,13 +232,15 @@ class _Machine:
         self.order = -1
         self.values: list[_Value] = [_Value(each.tensor, each.memory, -1) for each in earlier]
         self._earlier = len(self.values)
-        self.here: list[list[bool]] = []
+        self.here: list[_Memory] = []
         """The memories that the current site is bound to."""
 
     def run(self, steps: list[Step]) -> None:
         self.site(0, 0, 0)
         for kind, *numbers in steps:
             getattr(self, kind)(*numbers)
+        for memory in self.here:
+            memory.passed = True
 
     @property
     def own(self) -> list[_Value]:
@@ -240,13 +256,14 @@ class _Machine:
         return self.sites[self.order][1]
 
     def pick(self, number: int) -> _Value:
-        return self.values[-1 - number % len(self.values)]
+        known = [each for each in self.values if each.order <= self.order]
+        return known[-1 - number % len(known)]
 
     def other(self, number: int) -> Any:
-        known = [*self.values, *(each for each in self.foreign if each.order <= self.order)]
+        known = [each for each in (*self.values, *self.foreign) if each.order <= self.order]
         return known[-1 - number % len(known)].tensor
 
-    def keep(self, tensor: Any, memory: list[bool]) -> None:
+    def keep(self, tensor: Any, memory: _Memory) -> None:
         if tensor.numel() <= MAX_ELEMENTS:
             self.values.append(_Value(tensor, memory, self.order))
 
@@ -255,9 +272,9 @@ class _Machine:
         if order >= len(self.sites):
             return
         for memory in self.here:
-            memory[0] = True
+            memory.passed = True
         self.order = order
-        memory = [False]
+        memory = _Memory()
         self.here = [memory]
         self.keep(getattr(self.module, self.side), memory)
 
@@ -269,18 +286,19 @@ class _Machine:
         self.keep(VIEWS[b % len(VIEWS)](value.tensor), value.memory)
 
     def math(self, a: int, b: int, c: int) -> None:
-        self.keep(MATHS[b % len(MATHS)](self.pick(a).tensor, self.other(c)), [False])
+        self.keep(MATHS[b % len(MATHS)](self.pick(a).tensor, self.other(c)), _Memory())
 
     def edit(self, a: int, b: int, c: int) -> None:
         value = self.pick(a)
-        if not value.memory[0]:
+        if not value.memory.passed:
             EDITS[b % len(EDITS)](value.tensor, self.other(c))
+            value.memory.edited = self.order
 
     def assign(self, a: int, b: int, c: int) -> None:
         value = self.pick(a)
         place = getattr(self.module, self.side)
-        if value.tensor.shape != place.shape or value.memory[0] or (value.memory in self.here):
-            value = _Value(place * 0.5 + value.tensor.mean(), [False], self.order)
+        if value.tensor.shape != place.shape or value.memory.passed or (value.memory in self.here):
+            value = _Value(place * 0.5 + value.tensor.mean(), _Memory(), self.order)
             self.values.append(value)
         setattr(self.module, self.side, value.tensor)
         self.here.append(value.memory)
@@ -312,11 +330,14 @@ def session_of(session: list[Any], sites: list[Place]) -> Callable[[Any, Callabl
         found: Results = {}
         earlier: list[_Value] = []
         for number, (invokes, everyone, alike) in enumerate(session):
+            # All rows together are as long: what PyTorch's attention makes of NaN depends on lengths.
             foreign = [_Value(each.tensor, each.memory, -1) for each in earlier]
             machines: list[_Machine] = []
             with open_trace(together=everyone is not None) as trace:
                 for index, (length, steps) in enumerate(invokes):
-                    with trace.invoke(tiny.prompt(invokes[0][0] if alike else length, seed=index)):
+                    with trace.invoke(
+                        tiny.prompt(invokes[0][0] if alike or everyone is not None else length, seed=index)
+                    ):
                         machine = _Machine(model, sites, foreign, earlier)
                         machine.run(steps)
                         if everyone is None:
@@ -337,7 +358,10 @@ def session_of(session: list[Any], sites: list[Place]) -> Callable[[Any, Callabl
             earlier = [value for each in machines for value in each.own] if everyone is None else machines[-1].own
             earlier = earlier[-6:]
             for value in earlier:
-                value.memory[0] = False  # the trace has ended: it is a tensor like any other
+                value.memory.passed, value.memory.edited = (
+                    False,
+                    -1,
+                )  # its trace has ended: it is a tensor like any other
         return found
 
     return run
