@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +41,23 @@ async def logits(model: patchwire.Model, ids: list[int]) -> torch.Tensor:
 
 async def endless(model: patchwire.Model) -> None:
     """Many minutes of work."""
-    async with model.trace([1, 2, 3]):
+    async with model.trace([1, 2, 3]) as trace:
         value = model.layers[0].output.new_ones(2048, 2048)
+        trace.log("busy", value[0, 0])
         for _ in range(3_000):
             value = value @ value
         value.sum().save()
 
 
-async def until_busy(client: patchwire.Client, model: patchwire.Model) -> None:
-    """Return once the model runs something: whoever comes then has to wait."""
-    while True:
-        async with model.trace([1], blocking=False) as trace:
-            model.logits.save()
-        status = await asyncio.to_thread(lambda: trace.job.status)
-        await asyncio.to_thread(trace.job.forget)
-        if status == "queued":
-            return
+@pytest.fixture
+def until_busy(capsys) -> Callable[[], Coroutine[Any, Any, None]]:
+    """Return once the model runs what is endless: whoever comes then has to wait."""
+
+    async def until_busy() -> None:
+        while "busy" not in capsys.readouterr().out:
+            await asyncio.sleep(0.01)
+
+    return until_busy
 
 
 class TestManyAtOnce:
@@ -107,10 +108,10 @@ class TestManyAtOnce:
 
         assert within(both())[0] == 3
 
-    def test_another_model_answers_while_one_is_busy(self, client, served, references):
+    def test_another_model_answers_while_one_is_busy(self, served, references, until_busy):
         async def both() -> torch.Tensor:
             busy = asyncio.create_task(endless(served["gpt2"]))
-            await until_busy(client, served["gpt2"])
+            await until_busy()
             found = await logits(served["llama"], [1, 2, 3])
             assert not busy.done()
             busy.cancel()
@@ -120,10 +121,10 @@ class TestManyAtOnce:
             wanted = references["llama"](torch.tensor([[1, 2, 3]])).logits
         torch.testing.assert_close(within(both()), wanted)
 
-    def test_more_wait_than_a_pool_has_threads(self, client, model):
+    def test_more_wait_than_a_pool_has_threads(self, model, until_busy):
         async def everybody() -> int:
             busy = asyncio.create_task(endless(model))
-            await until_busy(client, model)
+            await until_busy()
             waiting = [asyncio.create_task(logits(model, [1, 2])) for _ in range(60)]
             await asyncio.to_thread(lambda: None)  # the program's own threads are free
             busy.cancel()
@@ -133,10 +134,10 @@ class TestManyAtOnce:
 
 
 class TestCancelling:
-    def test_a_task_stops_its_pass(self, client, model):
+    def test_a_task_stops_its_pass(self, model, until_busy):
         async def cancelled() -> torch.Tensor:
             task = asyncio.create_task(endless(model))
-            await until_busy(client, model)
+            await until_busy()
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -144,10 +145,10 @@ class TestCancelling:
 
         assert within(cancelled()).shape == (1, 2, 61)
 
-    def test_a_task_that_waits_leaves_the_queue(self, client, model):
+    def test_a_task_that_waits_leaves_the_queue(self, model, until_busy):
         async def cancelled() -> torch.Tensor:
             first, second = (asyncio.create_task(endless(model)) for _ in range(2))
-            await until_busy(client, model)
+            await until_busy()
             second.cancel()
             first.cancel()
             await asyncio.wait([first, second])
@@ -247,10 +248,10 @@ class TestJobs:
         with torch.no_grad():
             torch.testing.assert_close(within(awaited()), reference(torch.tensor([[1, 2, 3]])).logits)
 
-    def test_go_on_when_nobody_awaits_them_any_more(self, client, model):
+    def test_go_on_when_nobody_awaits_them_any_more(self, model, until_busy):
         async def given_up() -> patchwire.JobStatus:
             busy = asyncio.create_task(endless(model))
-            await until_busy(client, model)
+            await until_busy()
             async with model.trace([1, 2, 3], blocking=False) as trace:
                 model.logits.save()
             with pytest.raises(TimeoutError):
