@@ -36,6 +36,7 @@ T = TypeVar("T")
 _CONNECT_SECONDS = 10.0
 _REMEMBERED_UPLOADS = 65536
 _LARGEST_RESULT = 1 << 36
+_STRANGE = "Compare `patchwire doctor` here and there."
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ class Connection:
 
         stored = self._call(self._stub.Upload, parts()).hashes
         if list(stored) != list(wanted):
-            raise GraphError("The server stored other tensors than were sent.")
+            raise GraphError("The server stored other tensors than were sent.", hint=_STRANGE)
         with self._lock:
             if len(self._uploaded) > _REMEMBERED_UPLOADS:
                 self._uploaded.clear()
@@ -396,13 +397,13 @@ class Connection:
                     case "saved":
                         current = event.saved.node
                         if current in found or (announced is not None and current not in announced):
-                            raise GraphError("The server sent a value that was not asked for.")
+                            raise GraphError("The server sent a value that was not asked for.", hint=_STRANGE)
                         _check_header(event.saved.header, None if announced is None else announced[current])
                         assembly = tensors.Assembly(event.saved.header, _LARGEST_RESULT)
                         progress.bytes(0, assembly.total)
                     case "chunk":
                         if assembly is None:
-                            raise GraphError("The server sent bytes of no value.")
+                            raise GraphError("The server sent bytes of no value.", hint=_STRANGE)
                         assembly.add(event.chunk)
                         progress.bytes(len(event.chunk), 0)
                     case "absent":
@@ -411,7 +412,7 @@ class Connection:
                         progress.tokens(event.tokens.trace, event.tokens.invoke, list(event.tokens.ids))
                     case "logged":
                         if logs is not None and event.logged.node not in logs:
-                            raise GraphError("The server sent a log that was not asked for.")
+                            raise GraphError("The server sent a log that was not asked for.", hint=_STRANGE)
                         progress.logged(event.logged.text, logs.pop(event.logged.node) if logs is not None else None)
                     case "done":
                         stats = Stats.from_proto(event.done)
@@ -429,9 +430,9 @@ class Connection:
                 call.cancel()
             progress.close()
         if stats is None:
-            raise ConnectionLostError(f"The server at {self.address} ended the request early.")
+            raise ConnectionLostError(f"The server at {self.address} ended the request early.", hint="Run it again.")
         if announced is not None and found.keys() != announced.keys():
-            raise GraphError("The server ended the request without all saved values.")
+            raise GraphError("The server ended the request without all saved values.", hint=_STRANGE)
         return [found[index] for index in sorted(found)], stats
 
 

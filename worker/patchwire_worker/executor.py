@@ -374,7 +374,9 @@ class Execution:
         except PatchwireError as error:
             raise at(node, error) from None
         except torch.OutOfMemoryError as error:
-            raise at(node, LimitError("The device has no memory for this operation.")) from error
+            raise at(
+                node, LimitError("The device has no memory for this operation.", hint="Give fewer or shorter prompts.")
+            ) from error
         except Exception as error:
             name = g.operation_of(node).name if g.operation_of(node) else node.target.__name__  # type: ignore[union-attr]
             hint = "It failed on the values that it was given: save them in a trace of their own, and look."
@@ -388,7 +390,9 @@ class Execution:
             # The way back is kept: there may be more than one gradient.
             found = torch.autograd.grad(self._values[loss], inputs, weigh, retain_graph=True)  # type: ignore[index]
         except torch.OutOfMemoryError as error:
-            raise at(node, LimitError("The device has no memory for this gradient.")) from error
+            raise at(
+                node, LimitError("The device has no memory for this gradient.", hint="Give fewer or shorter prompts.")
+            ) from error
         except Exception as error:
             if "modified by an inplace operation" in str(error):
                 message = "There is no gradient here: the model changes in place what its gradient needs."
@@ -423,17 +427,24 @@ class Execution:
 
     def _save(self, node: torch.fx.Node, value: Any, dtype: torch.dtype | None) -> None:
         if not isinstance(value, Tensor):
-            raise ExecutionError(f"A {type(value).__name__} cannot be saved: it is not a tensor.")
+            raise ExecutionError(
+                f"A {type(value).__name__} cannot be saved: it is not a tensor.",
+                hint="Take one of its items: `value[0]`.",
+            )
         tensor = value.detach()
         tensor = tensor.to("cpu", dtype or tensor.dtype, copy=True).contiguous()
         self.cost.result_bytes += tensor.nbytes
         if self.result_bytes is not None and self.cost.result_bytes > self.result_bytes:
-            raise LimitError(f"The saved values have more than {self.result_bytes:,} bytes.")
+            raise LimitError(
+                f"The saved values have more than {self.result_bytes:,} bytes.", hint="Save less: a slice, or a sum."
+            )
         self.listener.saved(self.admitted.positions[node], tensor)
 
     def _log(self, node: torch.fx.Node, parts: Sequence[str | Tensor]) -> None:
         if not all(isinstance(each, (str, Tensor)) for each in parts):
-            raise ExecutionError("A value that is not one tensor cannot be logged.")
+            raise ExecutionError(
+                "A value that is not one tensor cannot be logged.", hint="Take one of its items: `value[0]`."
+            )
         text = logs.to_text(parts)
         self._logged += len(text)
         if self._logged > logs.MAX_TOTAL:
@@ -484,7 +495,11 @@ class Execution:
                 self.listener.absent(self.admitted.positions[each])
             elif each.target is g.write and isinstance(site, g.Site) and not site.open:
                 raise at(
-                    each, ExecutionError(f"`{site}` was to be changed with a value of a step that was not reached.")
+                    each,
+                    ExecutionError(
+                        f"`{site}` was to be changed with a value of a step that was not reached.",
+                        hint="Generate `min_new_tokens` that are enough, or write values of steps that there are.",
+                    ),
                 )
             stack += [user for user in each.users if user in self._missing]
 
