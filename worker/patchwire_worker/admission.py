@@ -133,7 +133,10 @@ class Admission:
         if trace.HasField("generation"):
             self._check_generation(trace, model, rows)
         if not model.pads and any(len({len(row.ids) for row in invoke.rows}) > 1 for invoke in trace.invokes):
-            raise InputError(f"{model.name} is not causal: give it prompts of one length, or one trace for each.")
+            raise InputError(
+                f"{model.name} is not causal: its rows cannot be padded.",
+                hint="Give it prompts of one length, or one trace for each.",
+            )
 
     def _check_generation(self, trace: graph_pb2.Trace, model: HostedModel, rows: Sequence[Sequence[int]]) -> None:
         new, longest = trace.generation.max_new_tokens, max(map(len, rows))
@@ -148,7 +151,8 @@ class Admission:
             )
         if len(rows) * (longest + new) > self.limits.tokens:
             raise LimitError(
-                f"The rows would have {len(rows) * (longest + new):,} tokens; the server takes {self.limits.tokens:,}."
+                f"The rows would have {len(rows) * (longest + new):,} tokens; the server takes {self.limits.tokens:,}.",
+                hint="Generate fewer tokens, or for fewer prompts at once.",
             )
 
     def _look_up_constants(self, graph: g.Graph) -> None:

@@ -260,7 +260,8 @@ class Execution:
             raise at(
                 access.node,
                 ExecutionError(
-                    f"`{access.node.args[0]}` is {describe(tensor)} in this run, where {list(expected)} was expected."
+                    f"`{access.node.args[0]}` is {describe(tensor)} in this run, where {list(expected)} was expected.",
+                    hint="With this prompt the model does something else than with others: give it another one.",
                 ),
             )
         return tensor
@@ -476,7 +477,13 @@ class Execution:
             site = access.node.args[0]
             assert isinstance(site, g.Site)
             if site.step < calls:
-                raise at(access.node, SiteError(f"`{site}` was never reached in this run."))
+                raise at(
+                    access.node,
+                    SiteError(
+                        f"`{site}` was never reached in this run.",
+                        hint="Give it another prompt.",
+                    ),
+                )
             if not site.open:
                 hint = "Write `for step in gen.all():` for as many steps as there are."
                 raise at(access.node, SiteError(f"`{site}` was never reached: there were {calls} steps.", hint=hint))
