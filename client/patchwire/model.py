@@ -263,6 +263,7 @@ class Model(Module):
                 raise GraphError(
                     "The server described another function than was asked for.",
                     hint="Compare `patchwire doctor` here and there.",
+                    lines=here(),
                 )
             sources[inside] = found
             return found
