@@ -25,6 +25,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(EveryError())
 
 
+NOT_HERE = {
+    "The device has no memory for … rows of … tokens.": "only an accelerator says that its memory is used up",
+    "The device has no memory for this operation.": "the same",
+    "The device has no memory for this gradient.": "the same",
+}
+"""Errors that a machine without an accelerator cannot raise, and why."""
+
+
 class EveryError:
     """Notes every error of Patchwire that a run of the tests meets, and compares with the catalogue at the end."""
 
@@ -54,7 +62,7 @@ class EveryError:
     @functools.cache  # noqa: B019
     def missing(self) -> dict[str, list[catalogue.Entry]]:
         seen = {entry: [named for key, named in self.met.items() if key[0] == entry.kind and entry.matches(key[1])]
-                for entry in catalogue.entries()}  # fmt: skip
+                for entry in catalogue.entries() if entry.message not in NOT_HERE}  # fmt: skip
         return {
             "errors of docs/errors.md that no test raises": [each for each, found in seen.items() if not found],
             "errors of a block that never name a line": [

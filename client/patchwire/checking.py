@@ -271,11 +271,11 @@ class Checker:
             return None
         try:
             return _results(name, self._result(name, function, args, kwargs))
-        except NotImplementedError as error:
+        except NotImplementedError:
             if name in ops.DATA_DEPENDENT:
                 return None
             raise OperationError(
-                f"The size of `{name}` depends on values: {first_line(error)}",
+                f"The size of `{name}` depends on values here.",
                 hint="Save what it is given, and compute this after the block.",
             ) from None
 
@@ -339,7 +339,10 @@ class Checker:
         fake = fake_of(loss)
         if isinstance(fake, Tensor):
             if not fake.dtype.is_floating_point:
-                raise ShapeError(f"A gradient is of a floating-point value, not of {describe(fake)}.")
+                raise ShapeError(
+                    f"A gradient is of a floating-point value, not of {describe(fake)}.",
+                    hint="Take it of what the whole numbers were computed from.",
+                )
             if weights is None and fake.numel() != 1:
                 raise ShapeError(
                     f"A gradient is of one number, and this is {describe(fake)}.",
@@ -458,13 +461,16 @@ class Checker:
 
     def _save(self, node: torch.fx.Node) -> None:
         if isinstance(fake_of(node.args[0]), tuple):  # type: ignore[arg-type]
-            raise GraphError("A tuple cannot be saved as one value.")
+            raise GraphError("A tuple cannot be saved as one value.", hint="Take one of its items: `value[0]`.")
 
     def _log(self, node: torch.fx.Node) -> None:
         for part in node.args[0]:  # type: ignore[union-attr]
             fine = not isinstance(fake_of(part), tuple) if isinstance(part, torch.fx.Node) else isinstance(part, str)
             if not fine:
-                raise GraphError("A log is of texts and of values that are one tensor each.")
+                raise GraphError(
+                    "A log is of texts and of values that are one tensor each.",
+                    hint="Take one of its items: `value[0]`.",
+                )
 
     def check_size(self, fake: Any) -> None:
         """Refuse a value that is too large."""
@@ -553,7 +559,10 @@ def _results(name: str, result: Any) -> Any:
         return result
     if isinstance(result, (tuple, list)):
         return tuple(_results(name, each) for each in result)
-    raise OperationError(f"`{name}` gives a {type(result).__name__}, which is not a tensor.")
+    raise OperationError(
+        f"`{name}` gives a {type(result).__name__}, which is not a tensor.",
+        hint="Give it tensors: the items of a tuple, `value[0]`.",
+    )
 
 
 def _any_places(name: str, args: Any) -> Any:

@@ -414,7 +414,9 @@ def _ids(prompt: str) -> list[int]:
     try:
         return [int(each) for each in prompt.replace(",", " ").split()]
     except ValueError:
-        raise InputError("With --ids the prompt is numbers, separated by spaces.") from None
+        raise InputError(
+            "With --ids the prompt is numbers, separated by spaces.", hint='Write for example "12 7 3".'
+        ) from None
 
 
 def _model(

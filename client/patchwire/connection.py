@@ -42,6 +42,7 @@ _CONNECT_SECONDS = 10.0
 _REMEMBERED_UPLOADS = 65536
 _LARGEST_RESULT = 1 << 36
 _LONGEST_HANDLE = 64
+_STRANGE = "Compare `patchwire doctor` here and there."
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ class Connection:
 
         stored = self._call(self._stub.Upload, parts()).hashes
         if list(stored) != list(wanted):
-            raise GraphError("The server stored other tensors than were sent.")
+            raise GraphError("The server stored other tensors than were sent.", hint=_STRANGE)
         with self._lock:
             if len(self._uploaded) > _REMEMBERED_UPLOADS:
                 self._uploaded.clear()
@@ -433,7 +434,7 @@ class Connection:
                         progress.bytes(0, assembly.total)
                     case "chunk":
                         if assembly is None:
-                            raise GraphError("The server sent bytes of no value.")
+                            raise GraphError("The server sent bytes of no value.", hint=_STRANGE)
                         assembly.add(event.chunk)
                         progress.bytes(len(event.chunk), 0)
                     case "absent":
@@ -464,7 +465,7 @@ class Connection:
                 call.cancel()
             progress.close()
         if stats is None:
-            raise ConnectionLostError(f"The server at {self.address} ended the request early.")
+            raise ConnectionLostError(f"The server at {self.address} ended the request early.", hint="Run it again.")
         return arriving.results(stats)
 
 
@@ -534,7 +535,7 @@ class _Arriving:
         loop = message.iteration.loop if message.HasField("iteration") else None
         number = message.iteration.number if loop is not None else 0
         if loop is not None and number >= self.loops.get(loop, 0):
-            raise GraphError("The server runs another loop than it was asked to run.")
+            raise GraphError("The server runs another loop than it was asked to run.", hint=_STRANGE)
         return loop, message.node, number
 
     def key(self, message: service_pb2.Saved | service_pb2.Absent) -> _Key:
@@ -546,7 +547,7 @@ class _Arriving:
         loop, node, number = self._key(message)
         asked = (self.announced is None or node in self.announced) if loop is None else (loop, node) in self.in_loops
         if not asked or (loop, node, number) in self.found:
-            raise GraphError("The server sent a value that was not asked for.")
+            raise GraphError("The server sent a value that was not asked for.", hint=_STRANGE)
         return loop, node, number
 
     def expected(self, key: _Key) -> Expected | None:
@@ -565,14 +566,14 @@ class _Arriving:
         if self.logs is None:
             return None
         if key[:2] not in self.logs or key in self.logged:
-            raise GraphError("The server sent a log that was not asked for.")
+            raise GraphError("The server sent a log that was not asked for.", hint=_STRANGE)
         self.logged.add(key)
         return self.logs[key[:2]]
 
     def keep(self, message: service_pb2.Kept) -> None:
         """The server keeps a value."""
         if message.node not in self.keeps or message.node in self.kept or len(message.handle) > _LONGEST_HANDLE:
-            raise GraphError("The server kept a value that it was not asked to keep.")
+            raise GraphError("The server kept a value that it was not asked to keep.", hint=_STRANGE)
         tensors.size(message.header)
         dtype = tensors.dtype_from_proto(message.header.dtype)
         fake = torch.empty(tuple(message.header.shape), dtype=dtype, device="meta")
@@ -581,7 +582,7 @@ class _Arriving:
     def iterated(self, message: service_pb2.Iterated) -> None:
         """A loop has come so far."""
         if not self.done.get(message.loop, math.inf) <= message.done <= self.loops.get(message.loop, 0):
-            raise GraphError("The server runs another loop than it was asked to run.")
+            raise GraphError("The server runs another loop than it was asked to run.", hint=_STRANGE)
         self.done[message.loop] = message.done
 
     def results(self, stats: Stats) -> Results:
@@ -598,7 +599,7 @@ class _Arriving:
             or self.found.keys() - found.keys() != iterations
             or len(self.kept) != len(self.keeps)
         ):
-            raise GraphError("The server ended the request without all saved values.")
+            raise GraphError("The server ended the request without all saved values.", hint=_STRANGE)
 
         def saved(of: int, number: int) -> list[Tensor | None]:
             return [self.found[loop, node, number] for loop, node in self.in_loops if loop == of]

@@ -742,8 +742,6 @@ class _Decoder:
         args, kwargs = self.arguments(message)
         if refused := ops.forbidden_argument(operation, args, kwargs):
             raise self.error(f"`{operation.name}` takes no `{refused}` in a graph.", OperationError)
-        if operation.name == "torch.Tensor.to" and any(isinstance(each, str) for each in args):
-            raise self.error("Where values live is not for a graph to say.", OperationError)
         return operation.name, args, kwargs
 
     def count(self, items: Sized) -> None:

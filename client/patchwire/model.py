@@ -261,7 +261,11 @@ class Model(Module):
         def learn(inside: Inside) -> sites.Source:
             found = sites.Source.from_proto(connection.describe_source(name, *inside))
             if (found.module, found.path) != inside:
-                raise GraphError("The server described another function than was asked for.")
+                raise GraphError(
+                    "The server described another function than was asked for.",
+                    hint="Compare `patchwire doctor` here and there.",
+                    lines=here(),
+                )
             sources[inside] = found
             return found
 

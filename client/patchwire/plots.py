@@ -123,7 +123,11 @@ def _checked(values: Tensor, rows: Labels, columns: Labels, texts: Texts | None)
             lines=here(),
         )
     if texts is not None and [len(row) for row in texts] != [len(columns)] * len(rows):
-        raise ShapeError(f"The texts are not [{len(rows)}][{len(columns)}], as the values are.", lines=here())
+        raise ShapeError(
+            f"The texts are not [{len(rows)}][{len(columns)}], as the values are.",
+            hint="Give a text for each value.",
+            lines=here(),
+        )
     return values
 
 

@@ -203,7 +203,11 @@ class Recorder(TracerBase):
 
     def _constant(self, tensor: Tensor) -> torch.fx.Node:
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise GraphError("Only ordinary dense tensors can go into a graph.", lines=here())
+            raise GraphError(
+                "Only ordinary dense tensors can go into a graph.",
+                hint="Write `tensor.to_dense()` or `tensor.dequantize()`.",
+                lines=here(),
+            )
         # What counts is the tensor as it is now: the program may change it before it is used again or sent, and in
         # ways that PyTorch does not notice.
         known = self._constants.get(id(tensor))
@@ -613,7 +617,9 @@ class Recorder(TracerBase):
             raise GraphError("The weights of a gradient are a tensor or value of the loss's shape.", lines=here())
         if not all(isinstance(each, (Value, Tensor)) for each in values):
             raise GraphError(
-                "A gradient is with respect to values, or tensors that were used in the block.", lines=here()
+                "A gradient is with respect to values, or tensors that were used in the block.",
+                hint="Give it what was read: `patchwire.grad(loss, model.layers[0].output)`.",
+                lines=here(),
             )
         for each in values:
             self._differentiate_everyone(each)

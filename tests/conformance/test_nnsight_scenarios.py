@@ -135,6 +135,12 @@ def test_generation_of_several_tokens_ends_with_the_tokens_of_hugging_face(gpt2:
     assert gpt2.tokenizer.decode(output[0]).startswith(GARDEN)
 
 
+def test_a_trace_has_no_generated_text(gpt2: Any) -> None:
+    with pytest.raises(patchwire.GraphError) as caught, gpt2.trace(GARDEN):
+        gpt2.generator.output.save()
+    assert "model.generate" in refused(caught.value)
+
+
 def test_hidden_states_and_inputs_are_saved_as_tensors(gpt2: Any, reference: Any) -> None:
     with gpt2.generate("hello world"):
         before = gpt2.transformer.h[-1].input.save()
@@ -169,6 +175,12 @@ def test_an_assigned_product_replaces_the_output(gpt2: Any, reference: Any) -> N
     expected = Pass(reference, ids(gpt2, GARDEN), **{"transformer.wte": lambda value: value * 2})
     assert torch.equal(after, before * 2)
     same(logits, expected.logits)
+
+
+def test_a_tuple_is_not_replaced_by_a_tensor(gpt2: Any) -> None:
+    with pytest.raises(patchwire.SiteError) as caught, gpt2.trace(GARDEN):
+        gpt2.transformer.h[0].attn.output = gpt2.transformer.h[0].attn.input
+    assert "module.output = (value, None)" in refused(caught.value)
 
 
 def test_an_edit_in_one_invoke_is_not_seen_in_another(gpt2: Any, reference: Any) -> None:
@@ -304,6 +316,28 @@ def test_a_gradient_behind_an_edited_one_is_refused(gpt2: Any) -> None:
     assert "patchwire.grad(h, other, weights=edited)" in refused(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("use", "says"),
+    [
+        (lambda hidden, loss: hidden.requires_grad_(False), "cannot be turned off"),
+        (lambda hidden, loss: loss.backward(create_graph=True), "takes `gradient` and `retain_graph`"),
+        (lambda hidden, loss: setattr(hidden, "grad", hidden * 0), "assigned in `with loss.backward():`"),
+    ],
+)
+def test_a_gradient_that_there_is_not_is_refused(gpt2: Any, use: Any, says: str) -> None:
+    with pytest.raises(patchwire.GraphError) as caught, gpt2.trace("hello world"):
+        use(gpt2.transformer.h[1].output, gpt2.lm_head.output.sum())
+    assert says in refused(caught.value)
+
+
+def test_a_gradient_of_another_shape_is_refused(gpt2: Any) -> None:
+    with pytest.raises(patchwire.GraphError) as caught, gpt2.trace("hello world"):
+        hidden = gpt2.transformer.h[1].output
+        with gpt2.lm_head.output.sum().backward():
+            hidden.grad = hidden.grad[:, 0]
+    assert f"[1, 2, {tiny.WIDTH}] cannot become [1, {tiny.WIDTH}]" in refused(caught.value)
+
+
 def test_backward_runs_twice(gpt2: Any, reference: Any) -> None:
     with gpt2.trace() as tracer, tracer.invoke("hello world"):
         hidden = gpt2.transformer.h[-1].output
@@ -335,6 +369,13 @@ def test_the_numbers_of_a_weight_are_not_here(gpt2: Any) -> None:
     assert weight.shape == (tiny.VOCABULARY, tiny.WIDTH)
     with pytest.raises(patchwire.GraphError, match=r"Read it inside a block.*model.lm_head.weight"):
         weight.sum()
+
+
+def test_the_numbers_of_a_weight_are_not_here_in_another_tensor_either(gpt2: Any) -> None:
+    weight = dict(gpt2.named_parameters())["lm_head.weight"]
+    with pytest.raises(patchwire.GraphError) as caught:
+        torch.ops.aten.neg(weight)
+    assert "Read it inside a block" in refused(caught.value)
 
 
 # --- editing --------------------------------------------------------------------------------------------------------
@@ -416,6 +457,13 @@ def test_an_attached_module_that_was_not_applied_has_no_output(gpt2: Any) -> Non
     assert "hook=True" in refused(caught.value)
 
 
+def test_a_part_of_the_model_is_not_set(gpt2: Any) -> None:
+    """On purpose: the model is on the server, and others use it."""
+    with pytest.raises(patchwire.SiteError) as caught:
+        gpt2.transformer.h[0].mlp = Outer()
+    assert "under another name" in refused(caught.value)
+
+
 # --- conditions -----------------------------------------------------------------------------------------------------
 
 
@@ -425,6 +473,13 @@ def test_a_branch_on_a_value_is_refused_and_told_what_to_write(gpt2: Any) -> Non
         if torch.all(gpt2.transformer.h[2].output < 100000):
             gpt2.transformer.h[-1].output[:] = 0
     assert "torch.where" in refused(caught.value)
+
+
+def test_no_tensor_is_made_of_a_value_in_the_block(gpt2: Any) -> None:
+    """On purpose: the block runs before the model."""
+    with pytest.raises(patchwire.BranchError) as caught, gpt2.trace("hello world"):
+        Tensor.clone(Tensor.detach(Tensor.as_subclass(gpt2.lm_head.output, Tensor)))
+    assert "make the tensor after the block" in refused(caught.value)
 
 
 def test_a_condition_is_written_as_a_choice_between_values(gpt2: Any) -> None:
@@ -516,6 +571,12 @@ def test_an_invoke_tells_its_input_ids(gpt2: Any) -> None:
     assert torch.equal(found, ids(gpt2, "hello world"))
 
 
+def test_there_are_no_inputs_outside_of_an_invoke(gpt2: Any) -> None:
+    with pytest.raises(patchwire.GraphError) as caught, gpt2.trace() as tracer:
+        print(tracer.inputs)
+    assert "in one with a prompt" in refused(caught.value)
+
+
 def test_prompts_may_be_token_ids(gpt2: Any, reference: Any) -> None:
     first, second = ids(gpt2, TOWER), ids(gpt2, GARDEN)
     with gpt2.trace() as tracer:
@@ -555,6 +616,14 @@ def test_a_scan_refuses_a_write_of_another_shape(gpt2: Any) -> None:
         gpt2.transformer.h[0].mlp.c_proj.output[:] = torch.ones(1, 1, tiny.WIDTH)
         shape = gpt2.transformer.h[0].mlp.c_proj.output.shape
     assert shape == (1, 8, tiny.WIDTH)
+
+
+def test_a_scan_refuses_to_save_what_has_a_shape_only_in_a_run(gpt2: Any) -> None:
+    """On purpose: nnsight would run the block on numbers that are none."""
+    with pytest.raises(patchwire.GraphError) as caught, gpt2.scan(GARDEN):
+        hidden = gpt2.transformer.h[0].output
+        hidden[hidden > 0].save()
+    assert "depends on data" in refused(caught.value)
 
 
 def test_a_scan_needs_no_weights_here(gpt2: Any) -> None:
@@ -921,6 +990,12 @@ def test_a_cache_has_every_output(gpt2: Any, reference: Any) -> None:
     assert cache["model.transformer.h.0"].inputs is None
 
 
+def test_a_cache_is_read_after_its_block(gpt2: Any) -> None:
+    with pytest.raises(patchwire.GraphError) as caught, gpt2.trace(GARDEN) as tracer:
+        print(tracer.cache()["model.lm_head"])
+    assert "Read it after it" in refused(caught.value)
+
+
 def test_a_cache_has_outputs_and_inputs(gpt2: Any) -> None:
     with gpt2.trace(GARDEN) as tracer:
         cache = tracer.cache(include_inputs=True)
@@ -1091,6 +1166,21 @@ def test_a_name_that_is_taken_is_refused(address: str) -> None:
         named(address, {"mlp": "attn"})
 
 
+@pytest.mark.parametrize(
+    ("rename", "says"),
+    [
+        ({nn.Linear: "linear"}, "classes are on the server"),
+        ({"transformer.h.0.mlp": "lm_head"}, "is something else already"),
+        ({"transformer.wte": "lm_head.embedding"}, "under another module"),
+        ({"transformer.h.*": "block"}, f"means {LAYERS} modules"),
+    ],
+)
+def test_a_name_that_cannot_be_given_is_refused(address: str, rename: dict[Any, Any], says: str) -> None:
+    with pytest.raises(patchwire.SiteError) as caught:
+        named(address, rename)
+    assert says in refused(caught.value)
+
+
 # --- what else scripts do -------------------------------------------------------------------------------------------
 
 
@@ -1160,6 +1250,31 @@ def test_an_unknown_argument_of_generate_is_refused_by_name(gpt2: Any) -> None:
     with pytest.raises(patchwire.InputError) as caught:
         gpt2.generate("fish", num_beams=4)
     assert "num_beams" in refused(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("ask", "says"),
+    [
+        (lambda gpt2: LanguageModel("gpt2", task="fill-mask"), "The task 'fill-mask' is not known"),
+        (lambda gpt2: gpt2.to(torch.float16), "chosen where it was loaded"),
+        (lambda gpt2: gpt2.session(pause=True), "A session takes no pause"),
+        (lambda gpt2: gpt2.edit(pause=True), "An edit takes no pause"),
+        (lambda gpt2: gpt2.trace("fish", "hi"), "takes no more than a prompt"),
+        (lambda gpt2: gpt2.trace(pixel_values=1), "takes no `pixel_values`"),
+        (lambda gpt2: gpt2.tokenizer("fish", truncation=True), "takes no truncation"),
+        (lambda gpt2: gpt2.tokenizer(["fish", "a b"], return_tensors="pt"), "different lengths"),
+    ],
+)
+def test_what_is_asked_for_in_vain_is_refused_by_name(gpt2: Any, ask: Any, says: str) -> None:
+    with pytest.raises(patchwire.InputError) as caught:
+        ask(gpt2)
+    assert says in refused(caught.value)
+
+
+def test_a_dtype_that_the_model_is_not_loaded_in_is_refused(address: str) -> None:
+    with pytest.raises(patchwire.InputError) as caught:
+        LanguageModel("gpt2", server=address, torch_dtype=torch.bfloat16, progress=False)
+    assert "loaded in torch.float32, not in torch.bfloat16" in refused(caught.value)
 
 
 def test_a_tuple_is_unpacked_with_what_is_no_tensor_in_it(gpt2: Any, reference: Any) -> None:

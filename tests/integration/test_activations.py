@@ -351,3 +351,29 @@ class TestRefusals:
     def test_of_items_that_are_several_prompts(self, model):
         with refused(InputError, "Item 1 of the data set is 2 prompts", line=False):
             list(model.activations([PROMPTS[0], PROMPTS[:2]], SITES))
+
+    @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"start": -1}])
+    def test_of_batches_that_there_are_not(self, model, wrong):
+        with refused(patchwire.InputError, "There are no batches", hint="1 or more"):
+            next(model.activations(PROMPTS, "logits", **wrong))  # this line
+
+    def test_of_a_function_that_returns_other_names_for_other_prompts(self, model):
+        names = iter("ab")
+
+        with refused(patchwire.GraphError, "other names for other prompts", hint="same names"):
+            list(model.activations(PROMPTS[:2], lambda model: {next(names): model.logits}))  # this line
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            (lambda logits: logits.half() if logits.shape[1] == 3 else logits, "one real dtype"),
+            (lambda logits: logits.to(torch.complex64), "one real dtype"),
+            (lambda logits: logits[0] if logits.shape[1] == 3 else logits, "number of dimensions"),
+        ],
+    )
+    def test_of_a_store_of_tensors_that_do_not_fit_together(self, model, tmp_path, change, says):
+        def sites(model):
+            return {"x": change(model.logits)}
+
+        with refused(patchwire.StoreError, says):
+            list(model.activations(PROMPTS[:2], sites, path=tmp_path / "acts"))  # this line

@@ -18,6 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 import patchwire
+from integration.refusals import refused
 from patchwire import cli
 
 COMMAND = Path(sys.executable).parent / "patchwire"
@@ -341,6 +342,12 @@ def test_lens_names_the_models_near_an_unknown_one(serving: Serving) -> None:
 
 def test_lens_refuses_ids_that_are_words(serving: Serving) -> None:
     assert_one_message(run("lens", "tiny", "the cat", "--ids", "--server", serving.address), "numbers")
+
+
+def test_ids_that_are_words_are_refused_before_anything_is_connected() -> None:
+    with refused(patchwire.InputError, "With --ids", hint="12 7 3", line=False):
+        cli._ids("the cat")
+    assert cli._ids("1, 2 3") == [1, 2, 3]
 
 
 def test_lens_without_matplotlib_says_what_to_install() -> None:

@@ -245,6 +245,8 @@ def test_labels_that_do_not_fit_the_values_are_refused() -> None:
         plots.grid(torch.zeros(2, 3), rows=["0", "1"], columns=["a", "b"])
     with pytest.raises(patchwire.ShapeError, match=r"\[2, 3\].*\[1, 3\]"):
         plots.heatmap(torch.zeros(2, 3), rows=["0"], columns=["a", "b", "c"])
+    with pytest.raises(patchwire.ShapeError, match=r"not \[1\]\[2\]"):
+        plots.grid(torch.zeros(1, 2), rows=["0"], columns=["a", "b"], texts=[["only one"]])
 
 
 @pytest.mark.parametrize(

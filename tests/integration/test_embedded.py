@@ -8,9 +8,11 @@ import sys
 import threading
 
 import pytest
+import torch
 
 import patchwire
 import tiny
+from integration.refusals import refused
 from patchwire_worker.embedded import EmbeddedServer
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.models.loading import Loaded
@@ -37,6 +39,43 @@ class TestAttention:
     def test_of_a_loaded_model_stays_as_it_is(self):
         with pytest.raises(patchwire.ModelNotFoundError, match="as it was loaded"):
             patchwire.local(tiny.build("gpt2"), attention="eager")
+
+
+class TestLoading:
+    @pytest.mark.parametrize(
+        ("spec", "options", "says"),
+        [
+            ("./nowhere", {}, "There is no directory"),
+            ("nowhere.gguf", {}, "There is no file"),
+            (".", {}, "There is no model in"),
+            (".", {"dtype": "float1"}, "`float1` is not a dtype"),
+        ],
+    )
+    def test_what_is_not_there_is_refused(self, tmp_path, monkeypatch, spec, options, says):
+        monkeypatch.chdir(tmp_path)
+        with refused(patchwire.ModelNotFoundError, says, line=False):
+            patchwire.local(spec, **options)
+
+    def test_what_is_no_checkpoint_is_refused(self, tmp_path):
+        (tmp_path / "config.json").write_text("{}")
+        with refused(patchwire.ModelNotFoundError, "cannot be loaded", hint="config.json and weights", line=False):
+            patchwire.local(str(tmp_path))
+
+    def test_a_tokenizer_that_is_damaged_is_refused(self, tmp_path):
+        (tiny.save("gpt2", tmp_path) / "tokenizer.json").write_text("{")
+        with refused(patchwire.ModelNotFoundError, "The tokenizer in .* cannot be loaded", line=False):
+            patchwire.local(str(tmp_path))
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+    def test_a_device_that_is_not_there_is_refused(self, tmp_path):
+        with refused(patchwire.ModelNotFoundError, "no CUDA device", hint="doctor", line=False):
+            patchwire.local(str(tiny.save("gpt2", tmp_path)), device="cuda")
+
+    def test_without_the_worker_says_what_to_install(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "patchwire_worker.embedded", None)
+        with pytest.raises(patchwire.ModelNotFoundError, match="needs the worker") as caught:
+            patchwire.local("gpt2")
+        assert "pip install" in caught.value.hint
 
 
 def thread_of(loop: asyncio.AbstractEventLoop) -> threading.Thread:

@@ -25,8 +25,11 @@ from patchwire import (
     ShapeError,
     SiteError,
 )
+from patchwire import graph as g
 
 IDS = [1, 2, 3]
+LOGS = 5_000
+"""So many of the longest texts are more than a request may log."""
 
 
 @pytest.fixture
@@ -80,6 +83,10 @@ class TestUnknownSites:
     def test_an_argument_that_a_module_is_not_called_with(self, model):
         with refused(SiteError, "no_such_argument", hint="tensors there are"), model.trace(IDS):
             model.layers[0].inputs[1]["no_such_argument"].save()  # this line
+
+    def test_a_module_as_a_source(self, model):
+        with refused(SiteError, "is a module", hint=r"model\.module"):
+            patchwire.source.Source(model, "lm_head")  # this line
 
     def test_a_module_that_a_forward_pass_does_not_call(self, served):
         model = served["llama"]
@@ -162,6 +169,95 @@ class TestWrites:
     def test_of_a_tensor_to_a_tuple(self, model):
         with refused(SiteError, "tuple", hint="items"), model.trace(IDS):
             model.transformer.h[0].attn.output = torch.zeros(1, 3, 24)  # this line
+
+
+class TestBlocks:
+    def test_a_detached_trace_inside_a_session(self, model):
+        with refused(GraphError, "runs with it", hint=r"session\(blocking=False\)"), model.session():
+            model.trace(IDS, blocking=False).__enter__()  # this line
+
+    def test_an_edit_inside_a_session(self, model):
+        with refused(GraphError, "outside of sessions", hint="before"), model.session():
+            model.edit().__enter__()  # this line
+
+    def test_a_scan_inside_a_session(self, model):
+        with refused(GraphError, "outside of sessions", hint="before"), model.session():
+            model.scan(IDS).__enter__()  # this line
+
+    def test_activations_inside_a_session(self, model):
+        with refused(GraphError, "requests of their own", hint="outside"), model.session():
+            next(model.activations([IDS], "logits"))  # this line
+
+    def test_the_tokens_of_no_prompt(self, model):
+        with refused(GraphError, "that of an invoke", hint=r"gen\.invoke"), model.generate(max_new_tokens=2) as gen:
+            gen.output.save()  # this line
+
+
+class TestGradients:
+    @pytest.mark.parametrize("loss", [3, torch.ones(())])
+    def test_of_what_is_no_value(self, model, loss):
+        with refused(GraphError, "a value inside the block"), model.trace(IDS):
+            patchwire.grad(loss, model.layers[0].output)  # this line
+
+    def test_of_a_value_whose_block_has_ended(self, model):
+        with model.trace(IDS):
+            total = model.logits.sum().save()
+        with refused(GraphError, "a value inside the block", hint="After the block"):
+            total.backward()  # this line
+
+    def test_with_respect_to_a_name(self, model):
+        with refused(GraphError, "with respect to values"), model.trace(IDS):
+            patchwire.grad(model.logits.sum(), "layers.0.output")  # this line
+
+
+class TestOnlyInTheRun:
+    """What the server finds when it has the numbers."""
+
+    def test_a_model_that_fails_on_what_was_written(self, model):
+        with refused(ExecutionError, "The model failed: .*range", hint="write"), model.trace(IDS):
+            model.transformer.wte.input = torch.full((1, 3), 10**6)  # this line
+            model.logits.save()
+
+    def test_a_tuple_of_unknown_size_that_is_saved(self, model):
+        with refused(ExecutionError, "cannot be saved: it is not a tensor", hint="items"), model.trace(IDS):
+            hidden = model.layers[0].output
+            torch.topk(hidden[hidden > hidden.min()], 2).save()  # this line
+
+    def test_a_tuple_of_unknown_size_that_is_logged(self, model):
+        with refused(ExecutionError, "not one tensor", hint="items"), model.trace(IDS) as trace:
+            hidden = model.layers[0].output
+            trace.log(torch.topk(hidden[hidden > hidden.min()], 2))  # this line
+
+    def test_more_bytes_than_the_server_sends(self, chatty):
+        with refused(LimitError, "more than 500,000 bytes"), chatty.trace(IDS):
+            torch.nonzero(chatty.logits.new_ones(70_000)).save()  # this line
+
+    def test_more_log_than_a_request_may_have(self, model):
+        with refused(LimitError, "more than .* characters", hint="Log less"), model.trace(IDS) as trace:
+            for _ in range(LOGS):
+                trace.log("x" * g.LONGEST_TEXT, model.logits)  # this line
+
+    def test_a_write_of_a_step_that_the_generation_did_not_reach(self, model):
+        with refused(ExecutionError, "a step that was not reached", hint="min_new_tokens"), model.session():
+            with model.generate(IDS, max_new_tokens=20) as gen:
+                for _ in gen.all():
+                    late = model.layers[0].output
+                    model.lm_head.output[:, :, 0] = 1000  # the token that ends it
+            with model.trace(IDS):
+                model.layers[1].output = late[:, -1:].expand(1, 3, 24)  # this line
+                model.logits.save()
+
+    def test_changes_of_two_weights_that_are_one(self, model):
+        with refused(GraphError, "is tied to another weight", hint="one of them", line=False), model.trace(IDS):
+            model.lm_head.weight *= 2
+            model.transformer.wte.weight *= 3
+            model.logits.save()
+
+    def test_a_change_of_a_buffer(self, served):
+        model = served["llama"]
+        with refused(GraphError, "buffer", hint="computed from it", line=False), model.trace(IDS):
+            model.model.rotary_emb.inv_freq *= 2
+            model.logits.save()
 
 
 class TestPythonThatNeedsTheValue:
@@ -250,6 +346,18 @@ class TestOperations:
         with refused(ShapeError, "24", "61"), model.trace(IDS):
             model.lm_head(model.logits).save()  # this line
 
+    def test_a_tensor_that_is_not_dense(self, model):
+        with refused(GraphError, "ordinary dense tensors", hint="to_dense"), model.trace(IDS):
+            (model.layers[0].output @ torch.eye(24).to_sparse()).save()  # this line
+
+    def test_a_dtype_by_its_name(self, model):
+        with refused(GraphError, "'bf16' is not a dtype", hint=r"torch\.bfloat16"), model.trace(IDS):
+            model.layers[0].output.save(dtype="bf16")  # this line
+
+    def test_a_size_that_depends_on_values(self, model):
+        with refused(OperationError, "The size of", hint="after the block"), model.trace(IDS):
+            torch.meshgrid(model.layers[0].output, indexing="ij")  # this line
+
     def test_an_argument_that_is_no_data(self, model):
         with refused(GraphError, "cannot be used inside the block", hint="Numbers, strings"), model.trace(IDS):
             model.layers[0].output.sum(object())  # this line
@@ -270,6 +378,10 @@ class TestOperations:
 
 
 class TestStructures:
+    def test_an_item_by_no_number_or_name(self, model):
+        with refused(SiteError, "tuple or mapping, not a tensor", hint=r"output\[0\]"), model.trace(IDS):
+            model.transformer.h[0].attn.output[:, -1].save()  # this line
+
     def test_a_tuple_used_as_a_tensor(self, model):
         with refused(SiteError, "tuple", hint=r"output\[0\]"), model.trace(IDS):
             model.transformer.h[0].attn.output.mean().save()  # this line

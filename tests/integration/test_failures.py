@@ -116,6 +116,19 @@ class TestAFullQueue:
         assert until(strict_stub.Run(small("deep"), metadata=authorized, timeout=PATIENCE), "done")
         assert until(strict_stub.Run(small("chatty"), metadata=authorized, timeout=PATIENCE), "done")
 
+    def test_refuses_who_asks_what_is_inside_a_model_meanwhile(self, strict_stub, authorized):
+        running = strict_stub.Run(service_pb2.RunRequest(graph=messages.slow("deep")), metadata=authorized)
+        until(running, "running")
+        requests = [service_pb2.DescribeSourceRequest(model="deep", module=f"layers.{index}.mlp") for index in range(3)]
+        asked = [strict_stub.DescribeSource.future(each, metadata=authorized) for each in requests]
+        refusals = [error_from_call(each.exception(PATIENCE), "here") for each in asked if each.exception(PATIENCE)]
+        running.cancel()
+
+        assert len(refusals) == 1
+        assert type(refusals[0]) is patchwire.BusyError
+        assert "what is inside this model" in refusals[0].message
+        assert "Try again" in refusals[0].hint
+
 
 class TestManyClients:
     def test_each_get_their_own_numbers(self, server, references):

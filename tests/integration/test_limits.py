@@ -66,6 +66,26 @@ class TestFoundByTheServer:
         assert all(figure in error.message for figure in figures)
 
     @pytest.mark.parametrize("method", ["Check", "Run"])
+    def test_of_many_traces(self, strict_stub, authorized, method):
+        graph = messages.graph("chatty", messages.read("logits"), messages.save(0))
+        graph.traces.extend([graph.traces[0]] * 60)
+
+        error = answer(strict_stub, graph, authorized, method)
+
+        assert type(error) is patchwire.LimitError
+        assert "61 traces; the server takes 60" in error.message
+
+    @pytest.mark.parametrize("method", ["Check", "Run"])
+    def test_of_the_tokens_that_a_generation_may_add(self, strict_stub, authorized, method):
+        graph = messages.graph("chatty", messages.read("logits"), messages.save(0))
+        graph.traces[0].generation.max_new_tokens = 38
+
+        error = answer(strict_stub, graph, authorized, method)
+
+        assert type(error) is patchwire.LimitError
+        assert "would have 41 tokens; the server takes 40" in error.message
+
+    @pytest.mark.parametrize("method", ["Check", "Run"])
     def test_before_anything_looks_at_each_of_many_invokes(self, strict_stub, authorized, method):
         graph = messages.graph("chatty", messages.read("logits"), messages.save(0))
         graph.traces[0].invokes.extend(graph_pb2.Invoke() for _ in range(50_000))

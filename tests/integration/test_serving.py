@@ -18,6 +18,7 @@ import torch
 import patchwire
 import tiny
 from integration import messages
+from integration.refusals import refused
 from patchwire.status import error_from_call
 from patchwire.v1 import service_pb2
 from patchwire_worker import server as worker
@@ -123,6 +124,16 @@ def test_one_more_than_a_server_answers_at_a_time_is_told_so(hosted, monkeypatch
         serving.end()
 
     assert type(error_from_call(caught.value, "here")) is patchwire.BusyError
+
+
+def test_a_tensor_that_does_not_fit_into_the_store_is_refused_with_figures(hosted):
+    serving = Serving(hosted, Limits(stored_bytes=1000))
+    with (
+        patchwire.connect(serving.server.address, progress=False) as client,
+        refused(patchwire.LimitError, "4,004 bytes does not fit", "keeps 1,000", hint="smaller", line=False),
+    ):
+        client.connection.upload([torch.zeros(1001)])
+    serving.end()
 
 
 class TestTheLoop:

@@ -11,12 +11,16 @@ import torch
 
 import patchwire
 from integration import messages
+from integration.refusals import refused
 from patchwire import graph as g
 from patchwire import tensors
 from patchwire.connection import Connection
+from patchwire.jobs import JobStatus
 from patchwire.results import Progress
-from patchwire.v1 import service_pb2, service_pb2_grpc
+from patchwire.v1 import job_pb2, model_pb2, service_pb2, service_pb2_grpc
 from patchwire.version import PROTOCOL_VERSION
+
+LIMITS = service_pb2.Limits(constant_bytes=1000)
 
 
 class Strange(service_pb2_grpc.PatchwireServiceServicer):
@@ -24,8 +28,25 @@ class Strange(service_pb2_grpc.PatchwireServiceServicer):
 
     answer: Callable[[grpc.ServicerContext], Iterator[service_pb2.RunResponse]]
 
+    protocol_version = PROTOCOL_VERSION
+
     def Handshake(self, request, context):
-        return service_pb2.HandshakeResponse(protocol_version=PROTOCOL_VERSION)
+        return service_pb2.HandshakeResponse(
+            protocol_version=self.protocol_version, server_version="9.9", limits=LIMITS
+        )
+
+    def Upload(self, request_iterator, context):
+        return service_pb2.UploadResponse(hashes=[b"another" for each in request_iterator if each.HasField("header")])
+
+    def ListModels(self, request, context):
+        return service_pb2.ListModelsResponse(models=[model_pb2.ModelSummary(name="any")])
+
+    def DescribeModel(self, request, context):
+        modules = [model_pb2.Module(path="", class_name="Any", calls=1)]
+        return service_pb2.DescribeModelResponse(model=model_pb2.ModelDescription(modules=modules))
+
+    def DescribeSource(self, request, context):
+        return service_pb2.DescribeSourceResponse(source=model_pb2.Source(module="another", path=["function_0"]))
 
     def Run(self, request, context):
         yield from self.answer(context)
@@ -61,6 +82,13 @@ def sends(tensor: torch.Tensor) -> Callable[[grpc.ServicerContext], Iterator[ser
         yield service_pb2.RunResponse(events=[saved, *chunks, service_pb2.Event(done=service_pb2.Done())])
 
     return answer
+
+
+def tells(*events: service_pb2.Event) -> Callable[[grpc.ServicerContext], Iterator[service_pb2.RunResponse]]:
+    return lambda context: iter([service_pb2.RunResponse(events=events)])
+
+
+DONE = service_pb2.Event(done=service_pb2.Done())
 
 
 def goes_away(context: grpc.ServicerContext) -> Iterator[service_pb2.RunResponse]:
@@ -100,3 +128,55 @@ def test_a_value_of_the_dtype_that_was_asked_for_is_taken(strange, dtype):
     servicer.answer = sends(torch.ones(3, dtype=dtype))
 
     assert run(connection, dtype)[0].dtype is (dtype or torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("events", "kind", "says"),
+    [
+        ([], patchwire.ConnectionLostError, "ended the request early"),
+        ([DONE], patchwire.GraphError, "without all saved values"),
+        ([service_pb2.Event(saved=service_pb2.Saved(node=7))], patchwire.GraphError, "a value that was not asked for"),
+        ([service_pb2.Event(chunk=b"1234")], patchwire.GraphError, "bytes of no value"),
+        ([service_pb2.Event(logged=service_pb2.Logged(node=7))], patchwire.GraphError, "a log that was not asked for"),
+    ],
+)
+def test_what_was_not_asked_for_is_not_taken(strange, events, kind, says):
+    servicer, connection = strange
+    servicer.answer = tells(*events)
+
+    with refused(kind, says, line=False):
+        run(connection)
+
+
+def test_one_of_another_protocol_is_not_asked_anything(strange):
+    servicer, connection = strange
+    servicer.protocol_version = PROTOCOL_VERSION + 1
+
+    with refused(patchwire.VersionError, rf"protocol {PROTOCOL_VERSION + 1} \(version 9\.9\)", line=False):
+        Connection(connection.address)
+
+
+def test_one_that_keeps_other_tensors_is_not_trusted(strange):
+    _, connection = strange
+
+    with refused(patchwire.GraphError, "other tensors than were sent", line=False):
+        connection.upload([torch.ones(3)])
+
+
+def test_one_that_describes_another_function_is_not_believed(strange):
+    _, connection = strange
+    model = patchwire.Client(connection).model("any")
+
+    with refused(patchwire.GraphError, "another function than was asked for"):
+        print(model.source)  # this line
+
+
+def test_a_job_in_a_state_of_the_future_is_not_guessed_at():
+    with refused(patchwire.VersionError, "state 99", hint="same version", line=False):
+        JobStatus.from_proto(job_pb2.Job(state=99))
+
+
+@pytest.mark.parametrize("address", ["gpu-box", "http://gpu-box:50051", "gpu-box:port"])
+def test_what_is_no_address_is_refused_before_anything_is_sent(address):
+    with refused(patchwire.ConnectionFailedError, "is not an address", hint="host:port", line=False):
+        patchwire.connect(address)

@@ -76,6 +76,38 @@ class TestFakes:
         assert fake_of(request.zeros(1 << 40)).is_meta
 
 
+class TestWords:
+    def test_of_a_gradient_of_whole_numbers_names_the_line(self, asked):
+        hidden = asked.read("layers.0.output")
+        where = asked.add("torch.argmax", hidden)
+
+        with pytest.raises(ShapeError, match="of a floating-point value, not of") as caught:
+            asked.add(g.grad, where, (hidden,), None)
+        assert caught.value.lines
+
+    def test_of_the_tokens_of_a_trace_that_generates_none(self, asked):
+        with pytest.raises(GraphError, match="generates no tokens") as caught:
+            asked.add(g.generated, 0, 0)
+        assert "model.generate" in caught.value.hint
+
+    def test_of_a_tuple_as_one_value_names_the_line(self, asked):
+        pair = asked.add("torch.topk", asked.read("layers.0.output"), 2)
+
+        for kind, says, add in (
+            (GraphError, "one tensor each", lambda: asked.add(g.log, ("pair", pair))),
+            (GraphError, "cannot be saved as one value", lambda: asked.add(g.save, pair)),
+        ):
+            with pytest.raises(kind, match=says) as caught:
+                add()
+            assert caught.value.lines
+            assert "value[0]" in caught.value.hint
+
+    def test_of_a_source_that_nobody_can_describe(self, catalogue):
+        with pytest.raises(SiteError, match="is not known here") as caught:
+            catalogue.source("head")
+        assert "Ask a server" in caught.value.hint
+
+
 class TestOrder:
     def test_a_value_may_be_written_where_it_was_read_and_later(self, asked):
         early = asked.read("layers.0.output")

@@ -167,6 +167,13 @@ def test_an_integer_that_does_not_fit_into_64_bits_is_refused(value):
         g.graph_to_proto(with_arguments((value,), {}))
 
 
+@pytest.mark.parametrize("value", [object(), b"bytes"])
+def test_what_is_no_plain_data_is_refused(value):
+    with pytest.raises(GraphError, match=f"A {type(value).__name__} cannot be an argument") as caught:
+        g.graph_to_proto(with_arguments((value,), {}))
+    assert "Numbers, strings" in caught.value.hint
+
+
 # --- hostile messages -------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +227,7 @@ ZERO = pb.Call(op="torch.Tensor.zero_")
         ([READ, SAVE, pb.Node(save=pb.Save(value=1))], "Node 1 has no value"),
         ([pb.Node(read=pb.Read(site=pb.Site(trace=1)))], "no trace 1"),
         ([pb.Node(read=pb.Read(site=pb.Site(invoke=1)))], "Trace 0 has no invoke 1"),
+        ([pb.Node(read=pb.Read(site=pb.Site(path=[pb.Item(index=0)] * 17)))], "path of a site is too long"),
         ([READ, pb.Node(write=pb.Write(site=pb.Site(trace=9), value=0))], "no trace 9"),
         ([pb.Node(apply=pb.Apply(trace=1))], "no trace 1"),
         ([pb.Node(parameter=pb.Parameter(trace=1))], "no trace 1"),

@@ -12,8 +12,9 @@ import torch.fx
 from patchwire import graph as g
 from patchwire import ops
 from patchwire.checking import Checker
-from patchwire.errors import OrderError, SourceLine
+from patchwire.errors import LimitError, OrderError, SourceLine
 from patchwire.sites import Address
+from patchwire_worker import planner
 from patchwire_worker.admission import Admitted
 from patchwire_worker.planner import Plan, plan
 
@@ -95,3 +96,15 @@ def test_a_long_chain_of_invokes_is_ordered_at_once(catalogue):
 
     assert lengths_of(planned) == [4, 3] * 1000
     assert time.process_time() - start < 20
+
+
+def test_too_many_invokes_that_depend_on_each_other_are_refused_naming_a_line(catalogue, monkeypatch):
+    monkeypatch.setattr(planner, "_MAX_ENTRIES", 50)
+    request = Request(catalogue, *[3, 4] * 20)
+    for source in range(39):
+        request.carry(source, source + 1)
+
+    with pytest.raises(LimitError, match="Too many invokes") as caught:
+        request.plan()
+    assert caught.value.lines
+    assert "in a second" in caught.value.hint

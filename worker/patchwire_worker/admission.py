@@ -209,7 +209,10 @@ class Admission:
             new = trace.generation.max_new_tokens
             self._check_generation(new, invokes, model, rows)
         if not model.pads and any(len(set(map(len, invoke))) > 1 for invoke in invokes):
-            raise InputError(f"{model.name} is not causal: give it prompts of one length, or one trace for each.")
+            raise InputError(
+                f"{model.name} is not causal: its rows cannot be padded.",
+                hint="Give it prompts of one length, or one trace for each.",
+            )
         return len(rows) * (longest + new)
 
     def _check_generation(
@@ -231,7 +234,8 @@ class Admission:
             )
         if len(rows) * (longest + new) > self.limits.tokens:
             raise LimitError(
-                f"The rows would have {len(rows) * (longest + new):,} tokens; the server takes {self.limits.tokens:,}."
+                f"The rows would have {len(rows) * (longest + new):,} tokens; the server takes {self.limits.tokens:,}.",
+                hint="Generate fewer tokens, or for fewer prompts at once.",
             )
 
     def _look_up_constants(self, graph: g.Graph) -> None:

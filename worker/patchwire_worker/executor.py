@@ -45,6 +45,9 @@ from patchwire_worker.looping import Iterations
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.planner import Access, Looping, Pass, Plan, Work
 
+_ITEM = "Take one of its items: `value[0]`."
+_STEPS = "Generate `min_new_tokens` that are enough, or use values of steps that there are."
+
 Iteration = tuple[int, int]
 """A loop, by its position in the request's traces, and the number of an iteration, from 0."""
 
@@ -283,10 +286,10 @@ class Execution:
         inputs, loop = each.node.args[1], self.admitted.graph.traces[each.trace].loop
         assert loop is not None
         if self._missing[each.node]:
-            raise at(each.node, ExecutionError("A loop needs a value of a step that was not reached."))
+            raise at(each.node, ExecutionError("A loop needs a value of a step that was not reached.", hint=_STEPS))
         outside = [self._values[node] for node in inputs]  # type: ignore[union-attr, index]
         if not all(isinstance(value, Tensor) for value in outside):
-            raise at(each.node, ExecutionError("A tuple cannot be given to a loop as one value."))
+            raise at(each.node, ExecutionError("A tuple cannot be given to a loop as one value.", hint=_ITEM))
         outside = [value.detach() for value in outside]
         for node in each.node.all_input_nodes:
             self._use(node)
@@ -350,7 +353,8 @@ class Execution:
             raise at(
                 access.node,
                 ExecutionError(
-                    f"`{access.node.args[0]}` is {describe(tensor)} in this run, where {list(expected)} was expected."
+                    f"`{access.node.args[0]}` is {describe(tensor)} in this run, where {list(expected)} was expected.",
+                    hint="With this prompt the model does something else than with others: give it another one.",
                 ),
             )
         return tensor
@@ -473,7 +477,9 @@ class Execution:
         except PatchwireError as error:
             raise at(node, error) from None
         except torch.OutOfMemoryError as error:
-            raise at(node, LimitError("The device has no memory for this operation.")) from error
+            raise at(
+                node, LimitError("The device has no memory for this operation.", hint="Give fewer or shorter prompts.")
+            ) from error
         except Exception as error:
             name = g.operation_of(node).name if g.operation_of(node) else node.target.__name__  # type: ignore[union-attr]
             hint = "It failed on the values that it was given: save them in a trace of their own, and look."
@@ -487,7 +493,9 @@ class Execution:
             # The way back is kept: there may be more than one gradient.
             found = torch.autograd.grad(self._values[loss], inputs, weigh, retain_graph=True)  # type: ignore[index]
         except torch.OutOfMemoryError as error:
-            raise at(node, LimitError("The device has no memory for this gradient.")) from error
+            raise at(
+                node, LimitError("The device has no memory for this gradient.", hint="Give fewer or shorter prompts.")
+            ) from error
         except Exception as error:
             if "modified by an inplace operation" in str(error):
                 message = "There is no gradient here: the model changes in place what its gradient needs."
@@ -522,13 +530,13 @@ class Execution:
 
     def _save(self, node: torch.fx.Node, value: Any, dtype: torch.dtype | None) -> None:
         if not isinstance(value, Tensor):
-            raise ExecutionError(f"A {type(value).__name__} cannot be saved: it is not a tensor.")
+            raise ExecutionError(f"A {type(value).__name__} cannot be saved: it is not a tensor.", hint=_ITEM)
         tensor = value.detach()
         tensor = tensor.to("cpu", dtype or tensor.dtype, copy=True).contiguous()
         self.cost.result_bytes += tensor.nbytes
         if self.result_bytes is not None and self.cost.result_bytes > self.result_bytes:
             raise LimitError(
-                f"The saved values have more than {self.result_bytes:,} bytes.", hint="Save less of each, or fewer."
+                f"The saved values have more than {self.result_bytes:,} bytes.", hint="Save less: a slice, or a sum."
             )
         self.listener.saved(self.admitted.positions[node], tensor)
 
@@ -541,7 +549,7 @@ class Execution:
 
     def _keep(self, node: torch.fx.Node, value: Any, seconds: float) -> None:
         if not isinstance(value, Tensor):
-            raise ExecutionError(f"A {type(value).__name__} cannot be kept: it is not a tensor.")
+            raise ExecutionError(f"A {type(value).__name__} cannot be kept: it is not a tensor.", hint=_ITEM)
         assert self.store is not None
         # On the CPU: the device's memory is for models.
         tensor = value.detach().to("cpu", copy=True).contiguous()
@@ -551,7 +559,7 @@ class Execution:
 
     def _log(self, node: torch.fx.Node, parts: Sequence[str | Tensor]) -> None:
         if not all(isinstance(each, (str, Tensor)) for each in parts):
-            raise ExecutionError("A value that is not one tensor cannot be logged.")
+            raise ExecutionError("A value that is not one tensor cannot be logged.", hint=_ITEM)
         text = logs.to_text(parts)
         self.cost.logged += len(text)
         if self.cost.logged > logs.MAX_TOTAL:
@@ -583,7 +591,9 @@ class Execution:
             site = access.node.args[0]
             assert isinstance(site, g.Site)
             if site.step < calls:
-                raise at(access.node, SiteError(f"`{site}` was never reached in this run."))
+                raise at(
+                    access.node, SiteError(f"`{site}` was never reached in this run.", hint="Give it another prompt.")
+                )
             if not site.open:
                 hint = "Write `for step in gen.all():` for as many steps as there are."
                 raise at(access.node, SiteError(f"`{site}` was never reached: there were {calls} steps.", hint=hint))
@@ -601,10 +611,17 @@ class Execution:
             if each.target is g.save:
                 self.listener.absent(self.admitted.positions[each])
             elif each.target in (g.keep, g.carry):
-                raise at(each, ExecutionError("A value of a step that was not reached cannot be kept or carried."))
+                raise at(
+                    each,
+                    ExecutionError("A value of a step that was not reached cannot be kept or carried.", hint=_STEPS),
+                )
             elif each.target is g.write and isinstance(site, g.Site) and not site.open:
                 raise at(
-                    each, ExecutionError(f"`{site}` was to be changed with a value of a step that was not reached.")
+                    each,
+                    ExecutionError(
+                        f"`{site}` was to be changed with a value of a step that was not reached.",
+                        hint=_STEPS,
+                    ),
                 )
             stack += [user for user in each.users if user in self._missing]
 

@@ -253,7 +253,7 @@ class Jobs:
             case pb.JOB_STATE_FAILED:
                 raise error_from_proto(job.record.error)
             case pb.JOB_STATE_CANCELLED:
-                raise CancelledError("The job was cancelled.")
+                raise CancelledError("The request was cancelled.")
             case pb.JOB_STATE_EXPIRED:
                 raise self._expired()
             case pb.JOB_STATE_DONE:

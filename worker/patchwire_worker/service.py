@@ -19,7 +19,6 @@ from importlib import metadata
 from typing import Any, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 from torch import Tensor
 
@@ -82,10 +81,6 @@ def _refusal(error: Exception) -> Refusal:
         return grpc.StatusCode.CANCELLED, error.message, ()
     if isinstance(error, ConnectionLostError):
         return grpc.StatusCode.UNAVAILABLE, error.message, ()
-    if isinstance(error, DecodeError):
-        error = GraphError(
-            "A message is not of the protocol.", hint="Install the same version of patchwire on both sides."
-        )
     if isinstance(error, PatchwireError):
         status = rpc_status.to_status(error_to_status(_short(error), VERSION))
         return status.code, status.details or "", status.trailing_metadata or ()

@@ -27,7 +27,10 @@ class TensorStore:
             LimitError: it alone is larger than the store.
         """
         if tensor.nbytes > self.limit:
-            raise LimitError(f"A tensor of {tensor.nbytes:,} bytes does not fit; the server keeps {self.limit:,}.")
+            raise LimitError(
+                f"A tensor of {tensor.nbytes:,} bytes does not fit; the server keeps {self.limit:,}.",
+                hint="Use a smaller one.",
+            )
         name = tensors.digest(tensor)
         with self._lock:
             if name not in self._tensors:

@@ -388,7 +388,11 @@ class LanguageModel(Envoy, Model):
         """
         kept = {name: value for name, value in named.items() if name not in _ELSEWHERE}
         if unknown := set(kept) - {"prompt_only"}:
-            raise InputError(f"An edit takes no {', '.join(sorted(unknown))}.", lines=here())
+            raise InputError(
+                f"An edit takes no {', '.join(sorted(unknown))}.",
+                hint="It takes `inplace` and `prompt_only`.",
+                lines=here(),
+            )
         return Editing(self, inplace=inplace, prompt_only=bool(kept.get("prompt_only")))
 
     def clear_edits(self) -> None:
@@ -450,7 +454,7 @@ class LanguageModel(Envoy, Model):
     def session(self, **named: Any) -> TensorSession:
         """A block of many traces that are sent as one request; `remote` means nothing."""
         if unknown := set(named) - _ELSEWHERE:
-            raise InputError(f"A session takes no {', '.join(sorted(unknown))}.", lines=here())
+            raise InputError(f"A session takes no {', '.join(sorted(unknown))}.", hint="Leave it out.", lines=here())
         return TensorSession(self.connection, progress=self.progress)
 
     def __call__(self, *inputs: Any, hook: bool = False, **named: Any) -> Any:

@@ -190,7 +190,11 @@ class Scan(Tracer, scanning.Scan):
     def _fake(mode: FakeTensorMode, value: Value, dtype: torch.dtype | None) -> torch.Tensor:
         known = value._node.meta.get("fake")
         if not isinstance(known, torch.Tensor):
-            raise GraphError("The shape of a saved value depends on data, which a scan does not have.", lines=here())
+            raise GraphError(
+                "The shape of a saved value depends on data, which a scan does not have.",
+                hint="Save it in a trace.",
+                lines=here(),
+            )
         return FakeTensor(mode, known.detach().to(dtype or known.dtype), torch.device("cpu"))
 
 

@@ -179,7 +179,9 @@ class TensorRecorder(Recorder):
             gradient = former * 0 + gradient
         if tuple(gradient.shape) != tuple(value.shape):
             raise GraphError(
-                f"The gradient of a value {list(value.shape)} cannot become {list(gradient.shape)}.", lines=here()
+                f"The gradient of a value {list(value.shape)} cannot become {list(gradient.shape)}.",
+                hint="Assign a tensor of the value's shape.",
+                lines=here(),
             )
         self._replaced[self._asked(value)] = gradient
 

@@ -187,7 +187,10 @@ class HostedModel:
             _restore(slots)
             self._slots = list(self._find(new)) if new else []
             if len({id(own) for _, _, _, own, _ in self._slots}) < len(new):
-                raise GraphError("Only parameters can be changed, and one of these is a buffer.")
+                raise GraphError(
+                    "Only parameters can be changed, and one of these is a buffer.",
+                    hint="Write the values that are computed from it.",
+                )
             self._replaced = {(module, name): own for module, _, name, own, _ in self._slots}
             for _, table, name, _, tensor in self._slots:
                 table[name] = tensor

@@ -97,7 +97,7 @@ def _source(spec: str) -> tuple[str, dict[str, Any]]:
     path = Path(spec).expanduser()
     if spec.endswith(".gguf"):
         if not path.is_file():
-            raise ModelNotFoundError(f"There is no file {path}.")
+            raise ModelNotFoundError(f"There is no file {path}.", hint="Give the path of a .gguf file.")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -106,7 +106,7 @@ def _source(spec: str) -> tuple[str, dict[str, Any]]:
             raise ModelNotFoundError(f"There is no model in {path}.", hint=hint)
         return str(path), {}
     if spec.startswith((".", "/", "~")) or spec.count("/") > 1:
-        raise ModelNotFoundError(f"There is no directory {path}.")
+        raise ModelNotFoundError(f"There is no directory {path}.", hint="Give a hub id or a directory that is there.")
     return spec, {}
 
 
@@ -134,7 +134,10 @@ def _tokenizer(source: str, options: dict[str, Any]) -> Any | None:
         return AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         if local:
-            raise ModelNotFoundError(f"The tokenizer in {source} cannot be loaded: {first_line(error)}") from error
+            raise ModelNotFoundError(
+                f"The tokenizer in {source} cannot be loaded: {first_line(error)}",
+                hint="Save it there again with `tokenizer.save_pretrained`, or remove its files.",
+            ) from error
         return None
 
 

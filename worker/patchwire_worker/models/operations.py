@@ -157,7 +157,7 @@ def learn(learner: Learner, inside: Inside, repeated: bool) -> tuple[Source, set
     if not path:
         function = f"{type(learner.module.get_submodule(module)).__name__}.{function}"
     if len(compiled.source) > _MAX_TEXT or len(compiled.names) > _MAX_OPERATIONS:
-        raise LimitError(f"`{function}` is too long to look into.")
+        raise LimitError(f"`{function}` is too long to look into.", hint="Look into a module in it.")
     loops, statements = _positions(compiled)
     operations = {}
     for name in compiled.names:
