@@ -1,4 +1,4 @@
-"""The command line: `patchwire serve`, `models`, `jobs`, `lens`, `demo`, `doctor`.
+"""The command line: `patchwire serve`, `models`, `jobs`, `lens`, `zoo`, `demo`, `doctor`.
 
 Every command works on what the library offers to any program. What takes long to import is imported by the command
 that needs it.
@@ -115,7 +115,8 @@ def serve(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="MODEL…", help="A hub id, a directory or a .gguf file; NAME=MODEL gives it another name."
+            metavar="MODEL…",
+            help="A hub id, a directory, a .gguf file or zoo:NAME; NAME=MODEL gives it another name.",
         ),
     ],
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
@@ -370,7 +371,8 @@ def lens(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="A hub id, a directory or a .gguf file; with --server, the name of one of its models."
+            metavar="MODEL",
+            help="A hub id, a directory, a .gguf file or zoo:NAME; with --server, the name of one of its models.",
         ),
     ],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt.")],
@@ -426,6 +428,32 @@ def _model(
         return patchwire.connect(server, token=token, tls=tls).model(name)
     with _loading(name):
         return patchwire.local(name, device=device, dtype=dtype)
+
+
+# --- zoo --------------------------------------------------------------------------------------------------------------
+
+
+@app.command(name="zoo")
+def zoo_(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Show the card of this model.", show_default=False)
+    ] = None,
+) -> None:
+    """List the small trained models that come with the worker, or tell all about one of them."""
+    try:
+        from patchwire_worker import zoo
+    except ModuleNotFoundError as error:
+        raise _no_worker(error) from None
+    if name is not None:
+        out.print(Text(zoo.card(name.removeprefix(zoo.PREFIX))), soft_wrap=True)
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("model", style="bold", no_wrap=True)
+    table.add_column("about", overflow="fold")
+    for entry in zoo.ENTRIES:
+        for each in entry.names:
+            table.add_row(f"{zoo.PREFIX}{each}", entry.about if each == entry.name else "")
+    out.print(table)
 
 
 # --- demo and doctor --------------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def local(model: Any, *, progress: bool = True, **options: Any) -> Model:
     """A model on this machine, behind a server in this process: the same experiments over the same wire.
 
     Args:
-        model: A Hugging Face hub id, a local directory, a `.gguf` file, or a loaded Hugging Face model.
+        model: A Hugging Face hub id, a local directory, a `.gguf` file, `zoo:NAME`, or a loaded Hugging Face model.
         progress: Whether to show progress bars.
         options: `device`, `dtype`, `tokenizer`, `attention` and `name`, as for `patchwire_worker.embedded.start`.
 

@@ -126,12 +126,12 @@ def test_help_names_every_command_and_shows_examples() -> None:
     result = run("--help")
 
     assert result.returncode == 0
-    for command in ("serve", "models", "jobs", "lens", "demo", "doctor"):
+    for command in ("serve", "models", "jobs", "lens", "zoo", "demo", "doctor"):
         assert re.search(rf"│ {command}\b", result.stdout)
     assert "Examples" in result.stdout
 
 
-@pytest.mark.parametrize("command", ["serve", "models", "jobs", "lens", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["serve", "models", "jobs", "lens", "zoo", "demo", "doctor"])
 def test_every_command_has_help(command: str) -> None:
     result = CliRunner().invoke(cli.app, [command, "--help"], prog_name="patchwire")
 
@@ -357,6 +357,35 @@ def test_lens_without_matplotlib_says_what_to_install() -> None:
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------
+
+
+def test_zoo_lists_its_models() -> None:
+    result = run("zoo")
+
+    assert result.returncode == 0
+    assert re.search(r"^zoo:facts-mamba +Mamba, 4 layers", result.stdout, re.MULTILINE)
+    assert re.search(r"^zoo:superposition@dense", result.stdout, re.MULTILINE)
+
+
+def test_zoo_shows_a_card_and_refuses_a_name_it_does_not_have() -> None:
+    assert run("zoo", "induction-2l").stdout.startswith("# zoo:induction-2l\n")
+    refused_name = run("zoo", "induction")
+    assert refused_name.returncode == 1
+    assert "zoo:induction-2l" in refused_name.stderr
+
+
+def test_zoo_without_the_worker_says_what_to_install() -> None:
+    result = run_without("patchwire_worker", "zoo")
+
+    assert result.returncode == 1
+    assert "pip install" in result.stderr
+
+
+def test_serve_takes_a_model_of_the_zoo() -> None:
+    serving = start("zoo:modular-addition@500")
+    with patchwire.connect(serving.address, progress=False) as client:
+        assert [each.name for each in client.models()] == ["modular-addition-500"]
+    assert serving.end(signal.SIGTERM) == 0
 
 
 def test_doctor_tells_versions_and_parts() -> None:

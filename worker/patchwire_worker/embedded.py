@@ -65,7 +65,7 @@ def start(spec: str | nn.Module, **options: Any) -> EmbeddedServer:
     """Load a model and serve it on this machine.
 
     Args:
-        spec: A hub id, a directory, a `.gguf` file, or a loaded Hugging Face model.
+        spec: A hub id, a directory, a `.gguf` file, `zoo:NAME`, or a loaded Hugging Face model.
         options: As for `patchwire_worker.models.loading.load`: `name`, `device`, `dtype`, `tokenizer`, `attention`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Loading a model: a hub id, a local directory, a `.gguf` file, or a Hugging Face model that is loaded already.
+"""Loading a model: a hub id, a local directory, a `.gguf` file, `zoo:NAME`, or a Hugging Face model that is loaded.
 
 Hugging Face's `transformers` loads it; code that comes with a checkpoint is never run (`trust_remote_code=False`).
 """
@@ -16,6 +16,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from patchwire.errors import ModelNotFoundError, first_line
+from patchwire_worker import zoo
+from patchwire_worker.zoo import toy
 
 DTYPES = {
     "float32": torch.float32,
@@ -49,7 +51,7 @@ def load(
     """Load a model.
 
     Args:
-        spec: A hub id, a directory, a `.gguf` file, or a loaded model, which is taken as it is.
+        spec: A hub id, a directory, a `.gguf` file, `zoo:NAME`, or a loaded model, which is taken as it is.
         name: What clients call it; the last part of the path or id if left out.
         device: "cpu", "cuda", "cuda:1", "auto" (a GPU if there is one), or "balanced" (spread over all GPUs).
         dtype: "float32", "bfloat16", "float16", "float64", or "auto" (as the checkpoint has it).
@@ -79,6 +81,7 @@ def load(
     options |= {"trust_remote_code": False}
     chosen = {} if attention is None else {"attn_implementation": attention}
     place = _place(device)
+    toy.register()
     try:
         module = AutoModelForCausalLM.from_pretrained(
             source, dtype=wanted, **options, **chosen, **({"device_map": "auto"} if place == "balanced" else {})
@@ -94,6 +97,8 @@ def load(
 
 
 def _source(spec: str) -> tuple[str, dict[str, Any]]:
+    if spec.startswith(zoo.PREFIX):
+        return str(zoo.path(spec.removeprefix(zoo.PREFIX))), {}
     path = Path(spec).expanduser()
     if spec.endswith(".gguf"):
         if not path.is_file():
@@ -119,6 +124,7 @@ def _place(device: str) -> str:
 
 
 def _name_of(spec: str) -> str:
+    spec = spec.removeprefix(zoo.PREFIX)
     name = (
         os.path.basename(spec.rstrip("/")).removesuffix(".gguf") if os.sep in spec or spec.endswith(".gguf") else spec
     )
