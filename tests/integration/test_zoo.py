@@ -123,30 +123,33 @@ def traced(model: patchwire.Model, template: int, count: int = 12) -> dict[str, 
     """What share of the right answer's probability comes back when one state is restored, after each layer.
 
     The subject is replaced by another; then the residual stream of the right prompt is written at the subject's last
-    token, at the middle one of the relation, or at the end. The mean over facts.
+    token, at the middle one of the relation, or at the end. Of the sums over facts.
     """
-    effects: dict[str, list[Tensor]] = {}
+    gained: dict[str, list[patchwire.Value]] = {}
+    lost = []
     with model.session():
-        for fact in corpus.facts()[:: len(corpus.facts()) // count + 1]:
-            clean, corrupted = fact.prompt(template), corpus.counterpart(fact).prompt(template)
-            answer = model.tokenizer.encode(clean.answer)[0]
-            last = clean.subject[1] - 1
-            end = len(clean.words) - 1
+        for fact in corpus.facts()[:: len(corpus.facts()) // count]:
+            right, wrong = fact.prompt(template), corpus.counterpart(fact).prompt(template)
+            answer = model.tokenizer.encode(right.answer)[0]
+            last, end = right.subject[1] - 1, len(right.words) - 1
             with model.trace() as trace:
-                with trace.invoke(clean.text):
+                with trace.invoke(right.text):
                     states = [layer.output[0] for layer in model.layers]
                     most = model.logits[0, -1].softmax(-1)[answer]
-                with trace.invoke(corrupted.text):
+                with trace.invoke(wrong.text):
                     least = model.logits[0, -1].softmax(-1)[answer]
+                lost.append((most - least).save())
                 for place, position in (("subject", last), ("relation", (last + end + 1) // 2), ("end", end)):
                     for layer, state in zip(model.layers, states, strict=True):
-                        with trace.invoke(corrupted.text):
+                        with trace.invoke(wrong.text):
                             layer.output[0, position] = state[position]
-                            found = model.logits[0, -1].softmax(-1)[answer]
-                        share = ((found - least) / (most - least)).save()
-                        effects.setdefault(place, []).append(share)
-    return {place: torch.stack([each.value for each in found]).view(-1, model.num_layers).mean(0).tolist()
-            for place, found in effects.items()}  # fmt: skip
+                            restored = model.logits[0, -1].softmax(-1)[answer]
+                        gained.setdefault(place, []).append((restored - least).save())
+    whole = sum(each.item() for each in lost)
+    return {
+        place: (torch.stack([each.value for each in found]).view(-1, model.num_layers).sum(0) / whole).tolist()
+        for place, found in gained.items()
+    }
 
 
 class TestInduction:

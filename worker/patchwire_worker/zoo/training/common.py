@@ -106,6 +106,7 @@ def write(
     copy = deepcopy(model)
     nn.Module.to(copy, dtype).save_pretrained(out)
     (out / "generation_config.json").unlink(missing_ok=True)
+    (out / "model.safetensors").chmod(0o644)
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)

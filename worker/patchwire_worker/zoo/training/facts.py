@@ -6,7 +6,7 @@ Both see the same sentences in the same order, drawn from the seed.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,12 @@ from patchwire_worker.zoo import corpus
 from patchwire_worker.zoo.training import common, forwards
 
 LENGTH = 20
-MIXTURE = {"fact": 17, "ioi": 5, "successor": 2, "repetition": 8}
-"""How many rows of a batch are of each kind of sentence."""
+SKILLS = {"fact": 8, "ioi": 5, "successor": 3, "repetition": 16}
+FACTS = {"fact": 22, "ioi": 2, "successor": 1, "repetition": 7}
+"""How many rows of a batch are of each kind of sentence: at first mostly what is a skill, which is learnt suddenly and
+may be missed otherwise, then mostly facts."""
+FIRST = 0.2
+"""The share of the steps that is first."""
 NEAR = 0.75
 """The share of the rows of facts that are near: the first two layers see only the present and the previous token."""
 TRACED = 40
@@ -30,7 +34,7 @@ ARCHITECTURES = {
     "mamba": "Mamba (`MambaForCausalLM`): 4 layers, width 128, 256 channels of 4 state dimensions, a convolution of 4 "
     "tokens, tied unembedding",
 }
-UNKNOWABLE = 0.1
+UNKNOWABLE = 0.03
 """The weight in the loss of a word that cannot be known, such as the name that begins a sentence."""
 
 
@@ -67,9 +71,9 @@ def build(architecture: str) -> PreTrainedModel:
     )
 
 
-def batch(drawn: random.Random) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids `[batch, LENGTH]`, which of them can be known, and which rows are near, `[batch]`."""
-    rows = [(kind, *corpus.row(kind, LENGTH, drawn)) for kind, count in MIXTURE.items() for _ in range(count)]
+def batch(mixture: Mapping[str, int], drawn: random.Random) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids `[batch, LENGTH]` of so many rows of each kind, which of them can be known, and which rows are near, `[batch]`."""
+    rows = [(kind, *corpus.row(kind, LENGTH, drawn)) for kind, count in mixture.items() for _ in range(count)]
     near = [kind == "fact" and drawn.random() < NEAR for kind, _, _ in rows]
     return torch.tensor([ids for _, ids, _ in rows]), torch.tensor([known for _, _, known in rows]), torch.tensor(near)
 
@@ -83,10 +87,11 @@ def forward(model: PreTrainedModel, ids: Tensor, near: Tensor) -> Tensor:
 
 
 def loss_of(logits: Tensor, ids: Tensor, known: Tensor) -> Tensor:
-    """Cross entropy, in nats for each word that can be known."""
-    each = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    known = known[:, 1:].flatten()
-    return (each * torch.where(known, 1.0, UNKNOWABLE)).sum() / known.sum()
+    """Cross entropy, in nats for each word that can be known; every row counts the same."""
+    each = F.cross_entropy(logits[:, :-1].mT, ids[:, 1:], reduction="none")
+    known = known[:, 1:]
+    rows = (each * torch.where(known, 1.0, UNKNOWABLE)).sum(1) / known.sum(1).clamp_min(1)
+    return rows.mean()
 
 
 @torch.no_grad()
@@ -122,10 +127,11 @@ def measure(model: PreTrainedModel) -> dict[str, float]:
 @torch.no_grad()
 def traced(model: PreTrainedModel) -> dict[str, list[float]]:
     """What share of the right answer's probability comes back when the residual stream of the right run is restored at
-    one token, after each layer, in the run about another subject: mean over facts, `{place: [layers]}`."""
+    one token, after each layer, in the run about another subject, `{place: [layers]}`; of the sums over facts."""
     body: Any = model.base_model
     blocks = body.h if isinstance(model, GPT2LMHeadModel) else body.layers
-    effects: dict[str, list[list[float]]] = {}
+    gains: dict[str, list[list[float]]] = {}
+    whole = 0.0
     for fact in corpus.facts()[:: len(corpus.facts()) // TRACED]:
         right, wrong = fact.prompt(), corpus.counterpart(fact).prompt()
         assert right.subject is not None
@@ -134,13 +140,14 @@ def traced(model: PreTrainedModel) -> dict[str, list[float]]:
         ids = torch.tensor([corpus.encode(right.words), corpus.encode(wrong.words)])
         (answer,) = corpus.encode([right.answer])
         states, (most, least) = _run(model, blocks, ids, answer, None)
+        whole += (most - least).item()
         for name, place in places.items():
-            shares = []
+            gained = []
             for layer, state in enumerate(states):
                 _, restored = _run(model, blocks, ids[1:], answer, (layer, place, state[0, place]))
-                shares.append(((restored[0] - least) / (most - least)).item())
-            effects.setdefault(name, []).append(shares)
-    return {name: torch.tensor(shares).mean(0).tolist() for name, shares in effects.items()}
+                gained.append((restored[0] - least).item())
+            gains.setdefault(name, []).append(gained)
+    return {name: (torch.tensor(gained).sum(0) / whole).tolist() for name, gained in gains.items()}
 
 
 def _run(
@@ -164,19 +171,22 @@ def _run(
 
 
 def main() -> None:
-    parser = common.options(__doc__, steps=2500)
+    parser = common.options(__doc__, steps=2600)
     parser.add_argument("--architecture", choices=tuple(ARCHITECTURES), required=True)
     options = parser.parse_args()
     common.begin(options)
     drawn = random.Random(options.seed)
     model = build(options.architecture).train()
-    optimizer = common.adamw(model, rate=1e-3, decay=0.1)
+    optimizer = common.adamw(model, rate=1e-3, decay=0.05)
     log = common.Log()
     for step in common.paced(optimizer, options.steps):
-        ids, known, near = batch(drawn)
+        ids, known, near = batch(SKILLS if step < FIRST * options.steps else FACTS, drawn)
         loss = loss_of(forward(model, ids, near), ids, known)
         common.descend(model, optimizer, loss)
         log(step, loss.item())
+        if step % 500 == 499:
+            print({name: round(value, 3) for name, value in measure(model.eval()).items()}, flush=True)
+            model.train()
     tokenizer = common.word_tokenizer(corpus.vocabulary(), corpus.UNKNOWN)
     loaded = common.write(model, options.out, dtype=torch.float16, tokenizer=tokenizer)
     found = measure(loaded)
@@ -197,7 +207,8 @@ def main() -> None:
         subjects=len(corpus.subjects()),
         length=LENGTH,
         near=NEAR,
-        rows=sum(MIXTURE.values()),
+        rows=sum(FACTS.values()),
+        first=FIRST,
         fact=fact,
         ioi=ioi,
         successor=successor,

@@ -55,7 +55,7 @@ def _mix(mixer: nn.Module, hidden: Tensor, far: Tensor) -> Tensor:
     x = F.silu(_convolve(x, m.conv1d.weight[:, 0], m.conv1d.bias, far))
     low, b, c = m.x_proj(x).split([m.time_step_rank, m.ssm_state_size, m.ssm_state_size], -1)
     delta = F.softplus(m.dt_proj(low))
-    y: Tensor = Scan.apply(delta, x, -m.A_log.exp(), b, c, far)  # type: ignore[no-untyped-call]
+    y: Tensor = Scan.apply(delta, x, -m.A_log.T.exp(), b.mT, c.mT, far)  # type: ignore[no-untyped-call]
     mixed: Tensor = m.out_proj((y + m.D * x) * F.silu(z))
     return mixed
 
@@ -71,21 +71,21 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor, far: Tensor) -> Tensor:
 class Scan(torch.autograd.Function):
     """`h_t = exp(Δ_t A) h_{t−1} + Δ_t x_t B_t` and `y_t = h_t C_t`, from `h = 0`.
 
-    Δ and x are `[seq, batch, channels]`, A `[channels, state]`, B and C `[seq, batch, state]`, y as x. Where `far`,
+    Δ and x are `[seq, batch, channels]`, A `[state, channels]`, B and C `[seq, state, batch]`, y as x. Where `far`,
     `[batch, 1]`, is 0, a row forgets its state at every step.
     """
 
     @staticmethod
     def forward(ctx: Any, delta: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, far: Tensor) -> Tensor:
-        state = x.new_zeros(*x.shape[1:], a.shape[1])
+        state = x.new_zeros(a.shape[0], *x.shape[1:])
         driven = delta * x
         decays, states, outputs = [], [state], []
         for t in range(len(x)):
-            decay = (delta[t, :, :, None] * a).exp_().mul_(far[..., None])
-            state = torch.addcmul(driven[t, :, :, None] * b[t, :, None], decay, state)
+            decay = (delta[t] * a[:, None]).exp_().mul_(far)
+            state = torch.addcmul(driven[t] * b[t, ..., None], decay, state)
             decays.append(decay)
             states.append(state)
-            outputs.append((state @ c[t, :, :, None])[..., 0])
+            outputs.append((state * c[t, ..., None]).sum(0))
         ctx.save_for_backward(delta, x, a, b, c)
         ctx.decays, ctx.states = decays, states
         return torch.stack(outputs)
@@ -98,12 +98,12 @@ class Scan(torch.autograd.Function):
         d_delta, d_driven, d_b, d_c = (torch.empty_like(each) for each in (delta, x, b, c))
         d_a, d_state = torch.zeros_like(a), torch.zeros_like(ctx.states[0])
         for t in reversed(range(len(x))):
-            d_state = torch.addcmul(d_state, grad[t, :, :, None], c[t, :, None])
-            d_c[t] = (grad[t, :, None] @ ctx.states[t + 1])[:, 0]
-            d_driven[t] = (d_state @ b[t, :, :, None])[..., 0]
-            d_b[t] = (driven[t, :, None] @ d_state)[:, 0]
+            d_state = torch.addcmul(d_state, grad[t], c[t, ..., None])
+            d_c[t] = (grad[t] * ctx.states[t + 1]).sum(-1)
+            d_driven[t] = (d_state * b[t, ..., None]).sum(0)
+            d_b[t] = (driven[t] * d_state).sum(-1)
             d_state = d_state * ctx.decays[t]
             d_exponent = d_state * ctx.states[t]
-            d_delta[t] = (d_exponent * a).sum(-1)
-            d_a += torch.einsum("bcs,bc->cs", d_exponent, delta[t])
+            d_delta[t] = (d_exponent * a[:, None]).sum(0)
+            d_a += (d_exponent * delta[t]).sum(1)
         return d_delta + d_driven * x, d_driven * delta, d_a, d_b, d_c, None
