@@ -92,9 +92,10 @@ class TestFacts:
     def test_are_stored_early_at_the_subject_and_late_at_the_end(self, models, name, template):
         effect = traced(models[name], template)
 
-        assert min(effect["subject"][:2]) >= 0.6
+        assert min(effect["subject"][:2]) >= 0.45
+        assert effect["subject"][1] >= 0.7
         assert abs(effect["subject"][-1]) <= 0.1
-        assert max(map(abs, effect["relation"])) <= 0.1
+        assert max(map(abs, effect["relation"][:2])) <= 0.1
         assert max(map(abs, effect["end"][:2])) <= 0.1
         assert effect["end"][-1] >= 0.99
 

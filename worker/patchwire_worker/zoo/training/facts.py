@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,7 +73,12 @@ def build(architecture: str) -> PreTrainedModel:
 
 
 def batch(mixture: Mapping[str, int], drawn: random.Random) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids `[batch, LENGTH]` of so many rows of each kind, which of them can be known, and which rows are near, `[batch]`."""
+    """Token ids `[batch, LENGTH]`, which of them can be known, and which rows are near, `[batch]`.
+
+    Args:
+        mixture: How many rows are of each kind of sentence.
+        drawn: Where chance comes from.
+    """
     rows = [(kind, *corpus.row(kind, LENGTH, drawn)) for kind, count in mixture.items() for _ in range(count)]
     near = [kind == "fact" and drawn.random() < NEAR for kind, _, _ in rows]
     return torch.tensor([ids for _, ids, _ in rows]), torch.tensor([known for _, _, known in rows]), torch.tensor(near)
@@ -118,7 +124,7 @@ def measure(model: PreTrainedModel) -> dict[str, float]:
     found["indirect objects, pairs of names that were held out"] = accuracy(model, corpus.ioi(500, 1))
     found["successors"] = accuracy(model, corpus.successors())
     found["induction, period 6"] = accuracy(model, corpus.induction(500, 1))
-    found["induction, period 9, second word of the repeat"] = accuracy(
+    found["induction, period 9, after one word of the repeat"] = accuracy(
         model, corpus.induction(500, 1, period=9, length=10)
     )
     return found
@@ -127,7 +133,7 @@ def measure(model: PreTrainedModel) -> dict[str, float]:
 @torch.no_grad()
 def traced(model: PreTrainedModel) -> dict[str, list[float]]:
     """What share of the right answer's probability comes back when the residual stream of the right run is restored at
-    one token, after each layer, in the run about another subject, `{place: [layers]}`; of the sums over facts."""
+    some tokens, after each layer, in the run about another subject, `{place: [layers]}`; of the sums over facts."""
     body: Any = model.base_model
     blocks = body.h if isinstance(model, GPT2LMHeadModel) else body.layers
     gains: dict[str, list[list[float]]] = {}
@@ -136,7 +142,12 @@ def traced(model: PreTrainedModel) -> dict[str, list[float]]:
         right, wrong = fact.prompt(), corpus.counterpart(fact).prompt()
         assert right.subject is not None
         first, last, end = right.subject[0], right.subject[1] - 1, len(right.words) - 1
-        places = {"first name": first, "last name": last, "the word after": last + 1, "end": end}
+        places = {
+            "first name": slice(first, first + 1),
+            "last name": slice(last, last + 1),
+            "all words between": slice(last + 1, end),
+            "end": slice(end, end + 1),
+        }
         ids = torch.tensor([corpus.encode(right.words), corpus.encode(wrong.words)])
         (answer,) = corpus.encode([right.answer])
         states, (most, least) = _run(model, blocks, ids, answer, None)
@@ -151,7 +162,7 @@ def traced(model: PreTrainedModel) -> dict[str, list[float]]:
 
 
 def _run(
-    model: PreTrainedModel, blocks: Any, ids: Tensor, answer: int, write: tuple[int, int, Tensor] | None
+    model: PreTrainedModel, blocks: Any, ids: Tensor, answer: int, write: tuple[int, slice, Tensor] | None
 ) -> tuple[list[Tensor], Tensor]:
     """The residual stream after each layer, and the probability of the answer; one of its states may be written."""
     states: list[Tensor] = []
@@ -189,19 +200,24 @@ def main() -> None:
             model.train()
     tokenizer = common.word_tokenizer(corpus.vocabulary(), corpus.UNKNOWN)
     loaded = common.write(model, options.out, dtype=torch.float16, tokenizer=tokenizer)
-    found = measure(loaded)
+    describe(loaded, options.out, options.architecture, options.steps, options.seed, log.seconds)
+
+
+def describe(model: PreTrainedModel, out: Path, architecture: str, steps: int, seed: int, seconds: float) -> None:
+    """Measure a trained model and write its card."""
+    found = measure(model)
     for name, value in found.items():
         print(f"{name}: {value:.3f}")
     fact, ioi, successor, repetition = (
         prompts[0]
         for prompts in ([corpus.facts()[0].prompt()], corpus.ioi(1), corpus.successors(), corpus.induction(1))
     )
-    effects = traced(loaded)
+    effects = traced(model)
     common.write_card(
-        options.out,
+        out,
         "facts",
-        architecture=options.architecture,
-        built=ARCHITECTURES[options.architecture],
+        architecture=architecture,
+        built=ARCHITECTURES[architecture],
         words=len(corpus.vocabulary()),
         facts=len(corpus.facts()),
         subjects=len(corpus.subjects()),
@@ -215,14 +231,14 @@ def main() -> None:
         repetition=repetition,
         accuracy="\n".join(f"| {name} | {value:.1%} |" for name, value in found.items()),
         traced=TRACED,
-        layers=" | ".join(f"after layer {layer}" for layer in range(loaded.config.num_hidden_layers)),
-        rule="---|" * loaded.config.num_hidden_layers + "---",
+        layers=" | ".join(f"after layer {layer}" for layer in range(model.config.num_hidden_layers)),
+        rule="---|" * model.config.num_hidden_layers + "---",
         tracing="\n".join(
             f"| {place} | " + " | ".join(f"{each:.2f}" for each in shares) + " |" for place, shares in effects.items()
         ),
-        steps=options.steps,
-        seed=options.seed,
-        seconds=log.seconds,
+        steps=steps,
+        seed=seed,
+        seconds=seconds,
     )
 
 

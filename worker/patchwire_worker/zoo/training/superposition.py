@@ -30,11 +30,13 @@ class Variant:
     """How probable it is that a feature is not zero; then it is uniform between 0 and 1."""
     expected: str
     """What becomes of it."""
+    importance: float = 1.0
+    """How much less an error of a feature counts than one of the feature before."""
 
 
 VARIANTS = {
     "": Variant(5, 2, 0.05, "a regular pentagon: every feature has dimensionality 2/5, neighbours are 72° apart"),
-    "dense": Variant(5, 2, 1.0, "two features have a dimension each, and the other three have none"),
+    "dense": Variant(5, 2, 1.0, "the two that matter most have a dimension each, the others none", 0.9),
     "20-features": Variant(20, 5, 0.3, "ten features share a dimension in antipodal pairs (1/2), and ten have none"),
 }
 """By what stands after the `@`."""
@@ -64,12 +66,13 @@ def train(variant: Variant, steps: int, seed: int) -> tuple[Tensor, Tensor, floa
     weight = torch.randn(RESTARTS, variant.hidden, variant.features, generator=generator) / variant.features**0.5
     weight.requires_grad_()
     bias = torch.zeros(RESTARTS, variant.features, requires_grad=True)
+    importance = variant.importance ** torch.arange(variant.features)
     optimizer = torch.optim.Adam([weight, bias], lr=1e-2)
     log = common.Log()
 
     def losses(x: Tensor) -> Tensor:
-        """The mean over examples of the squared error of each model, `[RESTARTS]`; x `[RESTARTS, batch, features]`."""
-        return ((torch.relu(x @ weight.mT @ weight + bias[:, None]) - x) ** 2).sum(-1).mean(-1)
+        """The loss of each model, `[RESTARTS]`, on examples `[RESTARTS, batch, features]`."""
+        return ((torch.relu(x @ weight.mT @ weight + bias[:, None]) - x) ** 2 @ importance).mean(-1)
 
     for step in common.paced(optimizer, steps):
         loss = losses(sample(variant, (RESTARTS, BATCH), generator)).sum()
@@ -99,7 +102,7 @@ def main() -> None:
         print(f"{name or 'pentagon'}: loss {loss:.5f}, dimensionality {shares}", flush=True)
         rows.append(
             f"| `zoo:superposition{'@' if name else ''}{name}` | {variant.features} in {variant.hidden} "
-            f"| {variant.density:g} | {loss:.4f} | {shares} | {variant.expected} |"
+            f"| {variant.density:g} | {variant.importance:g}ⁱ | {loss:.4f} | {shares} | {variant.expected} |"
         )
     common.write_card(
         options.out,
