@@ -23,7 +23,7 @@ from serving import Server
 
 PAIR = ("facts-gpt2", "facts-mamba")
 SERVED = (
-    *PAIR, "induction-2l", "modular-addition", "modular-addition@500", "modular-addition@1500", "modular-addition@3000",
+    *PAIR, "induction-2l", "modular-addition", "modular-addition@500", "modular-addition@3000", "modular-addition@5000",
     "superposition", "superposition@dense", "superposition@20-features",
 )  # fmt: skip
 EVERY = [name for entry in zoo.ENTRIES for name in entry.names]
@@ -64,7 +64,7 @@ class TestTheCatalogue:
 
     @pytest.mark.parametrize(
         ("wrong", "hint"),
-        [("facts-gpt", "`zoo:facts-gpt2`"), ("modular-addition@1", "`zoo:modular-addition@1500`"), ("../zoo", "`zoo:")],
+        [("facts-gpt", "`zoo:facts-gpt2`"), ("modular-addition@1", "`zoo:modular-addition@500`"), ("../zoo", "`zoo:")],
     )
     def test_refuses_what_it_does_not_have_and_names_the_nearest(self, wrong, hint):
         with refused(patchwire.ModelNotFoundError, f"There is no `zoo:{wrong}`", hint=hint, line=False):

@@ -39,13 +39,13 @@ ENTRIES = (
     Entry("facts-gpt2", "GPT-2, 4 layers: 800 facts, indirect objects, successors, induction"),
     Entry("facts-mamba", "Mamba, 4 layers, trained on the same text as facts-gpt2"),
     Entry("induction-2l", "2 layers of attention alone, on random tokens that repeat"),
-    Entry("modular-addition", "1 layer, adds modulo 59, past grokking; @STEP for earlier", ("500", "1500", "3000")),
+    Entry("modular-addition", "1 layer, adds modulo 59, past grokking; @STEP for earlier", ("500", "3000", "5000")),
     Entry("superposition", "toy model: 5 sparse features in 2 dimensions", ("dense", "20-features")),
 )
 
 
 def path(name: str) -> Path:
-    """The folder of a model: `path("facts-gpt2")`, `path("modular-addition@1500")`.
+    """The folder of a model: `path("facts-gpt2")`, `path("modular-addition@3000")`.
 
     Raises:
         ModelNotFoundError: there is no such model; the hint has the nearest names.

@@ -112,8 +112,8 @@ def measure(model: PreTrainedModel, seed: int = 0) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = common.options(__doc__, steps=6000)
-    parser.add_argument("--checkpoints", default="500,1500,3000", help="steps to keep, beside the last")
+    parser = common.options(__doc__, steps=10_000)
+    parser.add_argument("--checkpoints", default="500,3000,5000", help="steps to keep, beside the last")
     options = parser.parse_args()
     kept = {int(each) for each in options.checkpoints.split(",") if each} | {options.steps}
     common.begin(options)
