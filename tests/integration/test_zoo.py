@@ -153,13 +153,15 @@ def traced(model: patchwire.Model, template: int, count: int = 12) -> dict[str, 
     }
 
 
-class TestInduction:
-    @pytest.fixture(scope="class")
-    def repeats(self) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        rows = [torch.randperm(64, generator=generator)[:25] + 1 for _ in range(6)]
-        return torch.stack([torch.cat([torch.zeros(1, dtype=torch.long), *[row] * 4]) for row in rows])
+@pytest.fixture(scope="module")
+def repeats() -> Tensor:
+    """25 random words that come four times, after the beginning: `[6, 101]`."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randperm(64, generator=generator)[:25] + 1 for _ in range(6)]
+    return torch.stack([torch.cat([torch.zeros(1, dtype=torch.long), *[row] * 4]) for row in rows])
 
+
+class TestInduction:
     def test_tokens_that_came_before_are_known(self, models, repeats):
         assert loss_on_repeats(models["induction-2l"], repeats) < 0.2
 
