@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from patchwire import display, sites
+from patchwire import canonical, display, sites
 from patchwire import graph as g
 from patchwire.connection import Connection
 from patchwire.errors import GraphError, InputError, SiteError, here
@@ -79,11 +79,12 @@ class Module(Sided):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        child = self._child(name)
-        named = self._catalogue.names.get(child or "")
+        named = self._catalogue.named(f"{self._name}.{name}" if self._name else name)
         if named is not None and named.value is not None:
-            assert child is not None
-            return self._read(Address(child))
+            return self._read(Address(named.name))
+        if named is not None and not named.is_module:
+            return canonical.read(self._model, named)
+        child = self._child(name)
         if child is not None:
             return self._model._at(child)
         return self._parameter(name)
@@ -106,9 +107,11 @@ class Module(Sided):
             object.__setattr__(self, name, value)
             return
         full = f"{self._name}.{name}" if self._name else name
-        named = self._catalogue.names.get(full)
+        named = self._catalogue.named(full)
         if named is not None and named.value is not None:
             self._write(Address(full), value)
+        elif named is not None and not named.is_module:
+            canonical.assign(self._model, named, value)
         elif isinstance(self._child(name) or self._parameter(name), (Value, Parameter)):
             scope = current(spell(full), self._model)
             scope.recorder.assign_parameter(scope.trace, full, value)

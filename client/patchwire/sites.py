@@ -29,6 +29,7 @@ import torch
 from patchwire.errors import SiteError, nearest
 from patchwire.tensors import dtype_from_proto, dtype_to_proto
 from patchwire.v1 import graph_pb2, model_pb2
+from patchwire.views import View, views_from_proto, views_to_proto
 
 Step = int | str
 Path = tuple[Step, ...]
@@ -41,6 +42,9 @@ MAX_DEPTH = 8
 """How many functions one inside the other an address may lead into."""
 CALL = ("args", "kwargs")
 """The first step of the path of an input: a positional argument, or a named one."""
+MIXERS = ("attn", "ssm")
+"""What the mixer of a layer is called where it is clear which kind it is."""
+_IN_MIXER = re.compile(r"(layers\.\d+)\.mixer\.(.+)")
 _SIDES = {INPUT: model_pb2.SIDE_INPUT, OUTPUT: model_pb2.SIDE_OUTPUT}
 _REMEMBERED = 1 << 16
 _LONGEST_NAME = 200
@@ -421,6 +425,27 @@ _EAGER = (
 
 
 @dataclass(frozen=True)
+class Part:
+    """A part of a tensor that exists in the model, or of a parameter."""
+
+    address: str
+    """The address of the tensor, or the path of the parameter; with "[*]" of all times that an operation runs."""
+    views: tuple[View, ...] = ()
+    """The way to the part."""
+    parameter: bool = False
+    """Whether it is a parameter."""
+
+    def to_proto(self) -> model_pb2.Part:
+        """This part as a message."""
+        return model_pb2.Part(address=self.address, views=views_to_proto(self.views), parameter=self.parameter)
+
+    @classmethod
+    def from_proto(cls, message: model_pb2.Part) -> Part:
+        """The part of a message."""
+        return cls(message.address, views_from_proto(message.views), message.parameter)
+
+
+@dataclass(frozen=True)
 class Name:
     """A canonical name and what it stands for."""
 
@@ -431,6 +456,51 @@ class Name:
     """The value, if the name is of a value rather than of a module."""
     role: str = ""
     """What the part is, where a name covers several kinds: "attention", "ssm", "mlp", "moe"."""
+    part: Part | None = None
+    """Where it is, if the name is of a part of a tensor, or of a parameter."""
+    part_in_steps: Part | None = None
+    """Where it is in the steps of a generation after the first, if it is elsewhere then."""
+    dims: str = ""
+    """What its dimensions are: "batch seq head=12 d_head=64"."""
+    formula: str = ""
+    """The name of the formula, if it is computed from others."""
+
+    @property
+    def is_module(self) -> bool:
+        """Whether it stands for a module, rather than for a value."""
+        return self.value is None and self.part is None and not self.formula
+
+    @property
+    def symbolic(self) -> str:
+        """Its shape as text: "[batch, seq, 12, 64]"."""
+        return f"[{', '.join(each.rpartition('=')[2] for each in self.dims.split())}]"
+
+    def to_proto(self) -> model_pb2.Name:
+        """This name as a message."""
+        return model_pb2.Name(
+            name=self.name,
+            module=self.module,
+            value=None if self.value is None else self.value.to_proto(),
+            role=self.role,
+            part=None if self.part is None else self.part.to_proto(),
+            part_in_steps=None if self.part_in_steps is None else self.part_in_steps.to_proto(),
+            dims=self.dims,
+            formula=self.formula,
+        )
+
+    @classmethod
+    def from_proto(cls, message: model_pb2.Name) -> Name:
+        """The name of a message."""
+        return cls(
+            message.name,
+            message.module,
+            Leaf.from_proto(message.module, message.value) if message.HasField("value") else None,
+            message.role,
+            Part.from_proto(message.part) if message.HasField("part") else None,
+            Part.from_proto(message.part_in_steps) if message.HasField("part_in_steps") else None,
+            message.dims,
+            message.formula,
+        )
 
 
 @dataclass(frozen=True)
@@ -466,6 +536,8 @@ class Catalogue:
             parts = name.split(".")
             for end in range(len(parts)):
                 prefixes.setdefault(".".join(parts[:end]), {})[parts[end]] = None
+            if len(parts) == 4 and parts[2] in MIXERS:
+                prefixes.setdefault(".".join([*parts[:2], "mixer"]), {})[parts[3]] = None
         return {prefix: list(names) for prefix, names in prefixes.items()}
 
     @cached_property
@@ -483,6 +555,14 @@ class Catalogue:
         """How many layers have canonical names."""
         return len(self.prefixes.get("layers", []))
 
+    def named(self, name: str) -> Name | None:
+        """The canonical name, if it is one. What is in a layer's `attn` or `ssm` is also in its `mixer`."""
+        found = self.names.get(name)
+        if found is None and (match := _IN_MIXER.fullmatch(name)):
+            for role in MIXERS:
+                found = found or self.names.get(f"{match[1]}.{role}.{match[2]}")
+        return found
+
     def raw(self, name: str) -> str | None:
         """The raw path of a module's canonical name or raw path, or of one that continues the other; None if none."""
         known, rest = name, list[str]()
@@ -498,7 +578,7 @@ class Catalogue:
         return path
 
     def _known(self, name: str) -> str | None:
-        if name in self.names and self.names[name].value is None:
+        if name in self.names and self.names[name].is_module:
             return self.names[name].module
         return name if name in self.modules else None
 
@@ -778,15 +858,7 @@ class Catalogue:
             )
             for module in self.modules.values()
         ]
-        names = [
-            model_pb2.Name(
-                name=name.name,
-                module=name.module,
-                value=None if name.value is None else name.value.to_proto(),
-                role=name.role,
-            )
-            for name in self.names.values()
-        ]
+        names = [name.to_proto() for name in self.names.values()]
         return modules, names
 
     @classmethod
@@ -808,15 +880,7 @@ class Catalogue:
                 )
                 for each in modules
             },
-            {
-                each.name: Name(
-                    each.name,
-                    each.module,
-                    Leaf.from_proto(each.module, each.value) if each.HasField("value") else None,
-                    each.role,
-                )
-                for each in names
-            },
+            {each.name: Name.from_proto(each) for each in names},
         )
 
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from torch import nn
+
+from patchwire_worker.models.places import INTERFACE, MAMBA, Place, gated_mlp, mlp, projections, residual, transposed
 
 ATTENTION = "attention"
 SSM = "ssm"
@@ -33,9 +36,23 @@ class Family:
     """Inside a layer: what mixes tokens, and whether it is `ATTENTION` or `SSM`; each layer has one of them."""
     mlps: Mapping[str, str]
     """Inside a layer: what works on each token, and whether it is `MLP` or `MOE`; a layer may have none."""
+    norms: Mapping[str, str]
+    """Inside a layer: the norms before the mixer ("mixer_norm") and before the MLP ("mlp_norm")."""
+    parts: Mapping[str, Place]
+    """Where values and parameters are, by what they are of and their name: "attn.q", "mlp.neurons", "model.W_E"."""
 
 
-def _family(body: str, embed: str, layers: str, norm: str, head: str, mixers: str, mlps: str = "mlp") -> Family:
+def _family(
+    body: str,
+    embed: str,
+    layers: str,
+    norm: str,
+    head: str,
+    mixers: str,
+    mlps: str = "mlp",
+    norms: str = "",
+    parts: Mapping[str, Place] = MappingProxyType({}),
+) -> Family:
     return Family(
         f"{body}.{embed}",
         f"{body}.{layers}",
@@ -43,21 +60,49 @@ def _family(body: str, embed: str, layers: str, norm: str, head: str, mixers: st
         head,
         {name: SSM if name in _SSM_NAMES else ATTENTION for name in mixers.split()},
         {name: MOE if name in _MOE_NAMES else MLP for name in mlps.split()},
+        dict(zip(("mixer_norm", "mlp_norm"), norms.split(), strict=False)),
+        {
+            "model.W_E": Place(f"{body}.{embed}.weight", "vocab d_model"),
+            "model.W_U": Place(f"{head}.weight", "vocab d_model"),
+            **parts,
+        },
     )
 
 
 _SSM_NAMES = frozenset({"mamba", "mixer", "ssm", "rec", "temporal_block", "linear_attn"})
 _MOE_NAMES = frozenset({"moe", "block_sparse_moe", "experts"})
 
-_LLAMA = _family("model", "embed_tokens", "layers", "norm", "lm_head", "self_attn")
-_GPT2 = _family("transformer", "wte", "h", "ln_f", "lm_head", "attn")
-_MAMBA = _family("backbone", "embeddings", "layers", "norm_f", "lm_head", "mixer", "")
+_LLAMA = _family(
+    "model", "embed_tokens", "layers", "norm", "lm_head", "self_attn", norms="input_layernorm post_attention_layernorm",
+    parts=projections("q_proj", "k_proj", "v_proj", "o_proj") | INTERFACE | gated_mlp("gate_proj", "up_proj", "down_proj")
+    | residual("output[0]", "output", "post_attention_layernorm"),
+)  # fmt: skip
+_FUSED = "(qkv=0 head d_head), (qkv=1 kv_head d_head), (qkv=2 kv_head d_head)"
+_GPT2 = _family(
+    "transformer", "wte", "h", "ln_f", "lm_head", "attn", norms="ln_1 ln_2",
+    parts=transposed(projections("c_attn", "c_attn", "c_attn", "c_proj", _FUSED) | mlp("c_fc", "c_proj")) | INTERFACE
+    | residual("output[0]", "output", "ln_2"),
+)  # fmt: skip
+_MAMBA = _family("backbone", "embeddings", "layers", "norm_f", "lm_head", "mixer", "", "norm", MAMBA)
+_INTERLEAVED = "(head qkv=0 d_head), (kv_head qkv=1 d_head), (kv_head qkv=2 d_head)"
 
 FAMILIES: Mapping[str, Family] = {
     "gpt2": _GPT2,
     "gpt_neo": _GPT2,
     "gptj": _GPT2,
-    "gpt_neox": _family("gpt_neox", "embed_in", "layers", "final_layer_norm", "lm_head", "attention"),
+    "gpt_neox": _family(
+        "gpt_neox",
+        "embed_in",
+        "layers",
+        "final_layer_norm",
+        "lm_head",
+        "attention",
+        norms="input_layernorm post_attention_layernorm",
+        parts=projections(*["query_key_value"] * 3, "dense", _INTERLEAVED)
+        | INTERFACE
+        | mlp("dense_h_to_4h", "dense_4h_to_h")
+        | residual("output[0]", "output"),
+    ),  # fmt: skip
     "opt": _family("model.decoder", "embed_tokens", "layers", "final_layer_norm", "lm_head", "self_attn", ""),
     "bloom": _family("transformer", "word_embeddings", "h", "ln_f", "lm_head", "self_attention"),
     "falcon": _family("transformer", "word_embeddings", "h", "ln_f", "lm_head", "self_attention"),
@@ -117,6 +162,8 @@ def detected(model: nn.Module) -> Family | None:
         _path_of(model, _call(model, "get_output_embeddings")),
         {hint: SSM if hint in _SSM_NAMES else ATTENTION for hint in _MIXER_HINTS if hint in inner},
         {hint: MOE if hint in _MOE_NAMES else MLP for hint in _MLP_HINTS if hint in inner},
+        {},
+        {},
     )
 
 

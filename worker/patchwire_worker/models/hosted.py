@@ -66,6 +66,8 @@ class HostedModel:
         self.interleaver.boundaries = self.catalogue.layers or self.interleaver.boundaries
         self.overwritten = frozenset(learner.overwritten)
         self.pads = pads(self.catalogue) and not _scales_with_length(self.config)
+        for each, why in learner.missing.items():
+            log.debug("%s: no %s (%s)", self.name, each, why)
         log.info("%s: %d layers named (%s), %s rows of different lengths", self.name, self.catalogue.num_layers, how,
                  "packs" if self.pads else "does not pack")  # fmt: skip
 

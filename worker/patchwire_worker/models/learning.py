@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from patchwire.errors import GraphError
-from patchwire.sites import INPUT, OUTPUT, Axis, Catalogue, Dim, Inside, Leaf, Location, Module, Name, Parameter, Path
+from patchwire.sites import INPUT, OUTPUT, Axis, Catalogue, Dim, Inside, Leaf, Location, Module, Parameter, Path
 from patchwire.tensors import dtype_to_proto
 from patchwire_worker import containers
 from patchwire_worker.interleaving import PassInterleaver, Stopping, provider
-from patchwire_worker.models.families import ATTENTION, Family
+from patchwire_worker.models.families import Family
+from patchwire_worker.models.naming import names
 from patchwire_worker.rows import Rows
 
 # Rows and tokens of each run. Small, so that it costs nothing; three, and not on one line, so that a length that grows
@@ -89,6 +90,8 @@ class Learner:
         self.options = options
         self.device = device
         self.vocabulary = vocabulary
+        self.missing: Mapping[str, str] = {}
+        """The canonical names that the family has and this model lacks, with the reason."""
         self.overwritten: set[tuple[Location, Path]] = set()
         """The tensors that the model changes in place after they were at a site."""
         places = [Location(path, side) for path, _ in module.named_modules() for side in (INPUT, OUTPUT)]
@@ -109,7 +112,9 @@ class Learner:
             )
             for path, module in self.module.named_modules()
         }
-        return Catalogue(name, modules, _names(modules, family))
+        named = names(self.module, modules, family)
+        self.missing = named.missing
+        return Catalogue(name, modules, named.names)
 
     def _run(self, ids: Tensor) -> _Seen:
         seen = _Seen(self.sides)
@@ -214,36 +219,3 @@ def dim_of(lengths: tuple[int, ...]) -> Dim:
         if len(rest) == 1:
             return Dim(axis, rest.pop())
     return Dim(Axis.UNKNOWN)
-
-
-def _names(modules: dict[str, Module], family: Family | None) -> dict[str, Name]:
-    names: dict[str, Name] = {}
-
-    def add(name: str, path: str, role: str = "", value: Leaf | None = None) -> None:
-        if path in modules:
-            names[name] = Name(name, path, value, role)
-
-    if family is not None:
-        if family.embed:
-            add("embed", family.embed)
-        index = 0
-        while (layer := f"{family.layers}.{index}") in modules:
-            add(f"layers.{index}", layer)
-            for part, role in family.mixers.items():
-                if f"{layer}.{part}" in modules:
-                    add(f"layers.{index}.mixer", f"{layer}.{part}", role)
-                    add(f"layers.{index}.{'attn' if role == ATTENTION else 'ssm'}", f"{layer}.{part}", role)
-                    break
-            for part, role in family.mlps.items():
-                if f"{layer}.{part}" in modules:
-                    add(f"layers.{index}.mlp", f"{layer}.{part}", role)
-                    break
-            index += 1
-        if family.norm:
-            add("norm", family.norm)
-        if family.lm_head:
-            add("lm_head", family.lm_head)
-    for leaf in modules[""].side(OUTPUT):
-        if leaf.path == ("logits",):
-            add("logits", "", value=leaf)
-    return names
