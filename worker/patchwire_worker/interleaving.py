@@ -27,6 +27,7 @@ from torch import nn
 
 from patchwire.errors import PatchwireError, SiteError, first_line
 from patchwire.sites import INPUT, SOURCE, Inside, Location
+from patchwire_worker.models.texts import is_interface, step_by_step, transparent
 
 _ROOT = "model"
 _ENTRY = f"{_ROOT}.{INPUT}"
@@ -256,7 +257,9 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
         if known is not None and known[0] is function:
             return
         with available(f"`{getattr(function, '__qualname__', type(function).__name__)}`"):
-            entry = instrument(function, make_op(lambda: (self, name) if self.interleaving else (None, None)))
+            entry = instrument(
+                transparent(function), make_op(lambda: (self, name) if self.interleaving else (None, None))
+            )
         self.sourced[name] = entry
         self._opened[name] = function, entry[1]
 
@@ -339,11 +342,13 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
         places = [each.location for each in self.mediators]
         inside = {(each.module, each.operations[:-1]) for each in places if each.operations} | set(opened)
         self._opened = {base(path, way[: end + 1]): None for path, way in inside for end in range(len(way))}
+        looked_through = any(is_interface(name) for _, way in inside for name in way)
         try:
             modules = {"", *self.boundaries, *(each.module for each in places)}
             if self.observe is not None:
                 modules |= set(self._controllers.paths)
-            with self._controllers.on(modules, {path for path, _ in inside}), self:
+            eager = step_by_step(self.module) if looked_through else contextlib.nullcontext()
+            with eager, self._controllers.on(modules, {path for path, _ in inside}), self:
                 self.sourced |= dict.fromkeys((*self._opened, *self.looked_into))
                 result = call()
         finally:

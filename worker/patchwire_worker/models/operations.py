@@ -39,6 +39,7 @@ from patchwire.tensors import dtype_to_proto
 from patchwire_worker import containers
 from patchwire_worker.interleaving import available, base
 from patchwire_worker.models.learning import LENGTH, Learner, dim_of, is_independent
+from patchwire_worker.models.texts import transparent
 
 _MAX_TEXT = 1 << 18
 _MAX_OPERATIONS = 1 << 11
@@ -245,7 +246,7 @@ def _with_callee(operation: Operation, model: nn.Module, callees: Sequence[Mappi
     callee = getattr(function, "__qualname__", type(function).__name__)
     try:
         with available(f"`{callee}`"):
-            instrument(function, lambda *_: None)
+            instrument(transparent(function), lambda *_: None)
     except SiteError as error:
         return replace(operation, callee=callee, closed=error.message.rstrip("."))
     return replace(operation, callee=callee)

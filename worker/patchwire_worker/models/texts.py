@@ -2,7 +2,7 @@
 
 Tables name operations in forwards so that they hold for every version of transformers in which the code still does the
 same: "softmax()" is the one call of a function of that name, "softmax()[1]" the second; "@ln_2" is what is assigned to
-the variable that the call of `ln_2` is given; "x=" is the last assignment to x, "x=[0]" the first and "x=[-2]" the last
+the variable that the call of `ln_2` is given, in whatever case; "x=" is the last assignment to x, "x=[0]" the first and "x=[-2]" the last
 but one. nnsight's own names,
 which sites have, follow from that.
 """
@@ -10,13 +10,15 @@ which sites have, follow from that.
 from __future__ import annotations
 
 import ast
+import contextlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from nnsight.intervention.source import Instrument, decorator_chain, source_tree
+from torch import nn
 
 _TOKEN = re.compile(r"(?:(?P<call>\w+)\(\)|@(?P<given>\w+)|(?P<assigned>\w+)=)(?:\[(?P<index>-?\d+)\])?")
 EAGER = "eager_attention_forward"
@@ -30,6 +32,8 @@ class _Operation:
     label: str
     name: str
     node: ast.AST
+    branches: frozenset[int]
+    """The branches and loops that it is in."""
 
     @property
     def is_call(self) -> bool:
@@ -42,10 +46,19 @@ class _Collected(Instrument):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[_Operation] = []
+        self.branches: list[int] = []
+
+    def visit(self, node: ast.AST) -> Any:
+        branches = isinstance(node, (ast.If, ast.For, ast.While, ast.Try, ast.With))
+        self.branches += [id(node)] if branches else []
+        found = super().visit(node)
+        if branches:
+            self.branches.pop()
+        return found
 
     def wrap(self, name: str, fn: Any, args: Any, keywords: Any, node: ast.AST) -> Any:
         call = super().wrap(name, fn, args, keywords, node)
-        self.operations.append(_Operation(self.names[-1], name, node))
+        self.operations.append(_Operation(self.names[-1], name, node, frozenset(self.branches)))
         return call
 
 
@@ -92,7 +105,11 @@ def _given(known: list[_Operation], name: str) -> _Operation:
             assert isinstance(each.node, ast.Call)
             argument = each.node.args[0] if each.node.args else None
             if isinstance(argument, ast.Name):
-                before = [each for each in known[:position] if not each.is_call and each.name == argument.id]
+                before = [
+                    other
+                    for other in known[:position]
+                    if not other.is_call and other.name == argument.id and other.branches <= each.branches
+                ]
                 if before:
                     return before[-1]
             break
@@ -124,4 +141,24 @@ def transparent(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def is_interface(label: str) -> bool:
+    """Whether an operation is the call of the attention function that the configuration chooses."""
+    return label.rpartition("_")[0] == INTERFACE
+
+
+@contextlib.contextmanager
+def step_by_step(model: nn.Module) -> Iterator[None]:
+    """Have a model compute attention step by step, so that scores and probabilities exist, instead of in one kernel."""
+    configs = {id(each.config): each.config for each in model.modules() if hasattr(each, "config")}
+    before = {key: config._attn_implementation for key, config in configs.items() if hasattr(config, _CHOICE)}
+    try:
+        for key in before:
+            configs[key]._attn_implementation = "eager"
+        yield
+    finally:
+        for key, choice in before.items():
+            configs[key]._attn_implementation = choice
+
+
+_CHOICE = "_attn_implementation"
 _DISPATCHER = "use_kernel_func_from_hub_with_fallback."
