@@ -1,13 +1,14 @@
 """Canonical values: `attn.q`, `mlp.neurons`, `ssm.state`, `W_O`, the same on every architecture that has them.
 
-The catalogue says where each is in this model: a tensor and the way to a part of it, or a formula over others. To read
-one is to read the tensor and take the views, so that an in-place edit of it is a write to the model; to assign one is to
-edit all of it. What a formula computes cannot be written.
+The catalogue says where each is in this model: a tensor and the way to a part of it, or a formula over others. To
+read one is to read the tensor and take the views, so that an in-place edit of it is a write to the model; to assign one
+is to edit all of it. What a formula computes cannot be written.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -18,11 +19,14 @@ from patchwire.errors import ShapeError, SiteError, here
 from patchwire.formulas import FORMULAS
 from patchwire.proxy import Value
 from patchwire.sites import Address, Name, Parameter, Part, spell
+from patchwire.states import States
 from patchwire.tracing import Scope, current, recording
 
 if TYPE_CHECKING:
     from patchwire.model import Model
 
+EVERY = "[*]"
+"""What follows an operation in an address that runs once for each token, and all of these times are meant."""
 _parse = functools.lru_cache(1 << 14)(Address.parse)
 
 
@@ -49,12 +53,27 @@ def read(model: Model, named: Name) -> Any:
     recorder = scope.recorder
     if part.parameter:
         value = recorder.parameter(scope.trace, part.address)
+    elif EVERY in part.address:
+        site = scope.site(_parse(part.address.replace(EVERY, "[0]")))
+        addresses = (_parse(part.address.replace(EVERY, f"[{token}]")) for token in range(_tokens(scope)))
+        return States([_viewed(recorder.read(replace(site, address=each)), part) for each in addresses])
     else:
         value = recorder.read(scope.site(_parse(part.address)))
+    return _viewed(value, part)
+
+
+def _viewed(value: Value, part: Part) -> Value:
     for view in part.views:
         name, args = view.call
-        value = recorder.call(ops.OPERATIONS[name], (value, *args), {})
+        value = value.recorder.call(ops.OPERATIONS[name], (value, *args), {})
     return value
+
+
+def _tokens(scope: Scope) -> int:
+    """How many tokens the longest row has."""
+    invokes = scope.recorder.request.traces[scope.trace].invokes
+    mine = invokes if scope.invoke is None or scope.invoke < 0 else [invokes[scope.invoke]]
+    return max(length for invoke in mine for length in invoke.lengths)
 
 
 def assign(model: Model, named: Name, value: Any) -> None:

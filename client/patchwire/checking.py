@@ -145,7 +145,7 @@ class Checker:
     def leaf(self, site: g.Site) -> Leaf:
         """The catalogue's entry of a site."""
         trace = self.graph.traces[site.trace]
-        return self.catalogue(trace.model).leaf(site.address).at_step(site.step)
+        return self.catalogue(trace.model).leaf(site.address, site.step)
 
     def order(self, site: g.Site) -> tuple[Any, ...]:
         """When a site's value exists, to be compared with `After.order`."""
@@ -155,7 +155,10 @@ class Checker:
         """What the value of a site looks like."""
         lengths = self.graph.traces[site.trace].invokes[site.invoke].lengths
         leaf = self.leaf(site)
-        times = leaf.runs.length(len(lengths), max(lengths))
+        longest = max(lengths)
+        if site.step:
+            longest = longest + site.step - 1 if leaf.in_steps else 1
+        times = leaf.runs.length(len(lengths), longest)
         if times is not None and leaf.occurrence >= times:
             raise SiteError(
                 f"`{site}` never exists: with this prompt the operation runs {times} times.",
@@ -166,7 +169,7 @@ class Checker:
                 f"`{site}` {leaf.symbolic} cannot be told apart for prompts of different lengths.",
                 hint="Give it prompts of one length, or one trace for each prompt.",
             )
-        return leaf.fake(len(lengths), 1 if site.step else max(lengths))
+        return leaf.fake(len(lengths), longest)
 
     # --- one rule for each kind of node -----------------------------------------------------------------------------
 

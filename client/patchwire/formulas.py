@@ -20,7 +20,8 @@ def head_out(model: Model, mixer: str) -> Value:
     Framework for Transformer Circuits").
     """
     attn = model.module(mixer)
-    return torch.einsum("bshd,hdm->bshm", attn.z, attn.W_O)  # type: ignore[no-any-return]
+    found: Value = torch.einsum("bshd,hdm->bshm", attn.z, attn.W_O)  # type: ignore[assignment]
+    return found
 
 
 FORMULAS: Mapping[str, Callable[[Model, str], Value]] = {"head_out": head_out}

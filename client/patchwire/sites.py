@@ -137,6 +137,10 @@ class Dim:
             return "?"
         return _AXIS_NAMES[self.axis] + (f"{self.size:+d}" if self.size else "")
 
+    def to_proto(self) -> model_pb2.Dim:
+        """This dimension as a message."""
+        return model_pb2.Dim(axis=self.axis.value, size=self.size)
+
     def length(self, batch: int, seq: int) -> int | None:
         """The length in a call with this many rows of this many tokens; None if unknown."""
         match self.axis:
@@ -204,6 +208,9 @@ class Leaf:
     """Which time is meant."""
     unused: bool = False
     """Whether nothing is done with it, so that to write it would change nothing."""
+    in_steps: bool = False
+    """Whether this is of the steps of a generation after the first: then what grows with tokens grows with those before
+    the one that the pass is over."""
 
     @property
     def location(self) -> Location:
@@ -255,7 +262,7 @@ class Leaf:
         Which of several lengths still grow with all tokens is not known; such a shape is not known beforehand.
         """
         sequences = sum(dim.axis in (Axis.SEQ, Axis.BATCH_SEQ) for dim in self.shape)
-        if step == 0 or sequences <= 1:
+        if step == 0 or sequences <= 1 or self.in_steps:
             return self
         return replace(
             self,
@@ -267,7 +274,7 @@ class Leaf:
         return model_pb2.Leaf(
             side=_SIDES[self.side],
             path=path_to_proto(self.path),
-            shape=[model_pb2.Dim(axis=dim.axis.value, size=dim.size) for dim in self.shape],
+            shape=[dim.to_proto() for dim in self.shape],
             dtype=dtype_to_proto(self.dtype),
             order=self.order,
             independent=self.independent,
@@ -277,7 +284,12 @@ class Leaf:
 
     @classmethod
     def from_proto(
-        cls, module: str, message: model_pb2.Leaf, operations: tuple[str, ...] = (), runs: Dim = _ONCE
+        cls,
+        module: str,
+        message: model_pb2.Leaf,
+        operations: tuple[str, ...] = (),
+        runs: Dim = _ONCE,
+        in_steps: bool = False,
     ) -> Leaf:
         """The leaf of a message."""
         return cls(
@@ -292,6 +304,7 @@ class Leaf:
             operations,
             runs,
             unused=message.unused,
+            in_steps=in_steps,
         )
 
 
@@ -350,6 +363,18 @@ class Operation:
     """What it calls; empty for an assignment, and where it never runs."""
     closed: str = ""
     """Why what it calls has no source of its own; empty if it has."""
+    runs_in_steps: Dim | None = None
+    """How often it runs in a step of a generation after the first; None if that is not known."""
+    leaves_in_steps: tuple[Leaf, ...] = ()
+    """The tensors there."""
+
+    def at_step(self, step: int) -> Operation:
+        """What it is in a step of a generation."""
+        if step == 0:
+            return self
+        if self.runs_in_steps is None:
+            return replace(self, leaves=tuple(leaf.at_step(step) for leaf in self.leaves))
+        return replace(self, runs=self.runs_in_steps, leaves=self.leaves_in_steps)
 
     def side(self, side: str) -> tuple[Leaf, ...]:
         """The tensors of one side."""
@@ -387,10 +412,12 @@ class Source:
                 model_pb2.Operation(
                     name=each.name,
                     line=each.line,
-                    runs=model_pb2.Dim(axis=each.runs.axis.value, size=each.runs.size),
+                    runs=each.runs.to_proto(),
                     leaves=[leaf.to_proto() for leaf in each.leaves],
                     callee=each.callee,
                     closed=each.closed,
+                    runs_in_steps=None if each.runs_in_steps is None else each.runs_in_steps.to_proto(),
+                    leaves_in_steps=[leaf.to_proto() for leaf in each.leaves_in_steps],
                 )
                 for each in self.operations.values()
             ],
@@ -404,7 +431,15 @@ class Source:
         for each in message.operations:
             runs = Dim(Axis(each.runs.axis), each.runs.size)
             leaves = tuple(Leaf.from_proto(module, leaf, (*path, each.name), runs) for leaf in each.leaves)
-            operations[each.name] = Operation(each.name, each.line, runs, leaves, each.callee, each.closed)
+            found = Operation(each.name, each.line, runs, leaves, each.callee, each.closed)
+            if each.HasField("runs_in_steps"):
+                runs = Dim(Axis(each.runs_in_steps.axis), each.runs_in_steps.size)
+                leaves = tuple(
+                    Leaf.from_proto(module, leaf, (*path, each.name), runs, in_steps=True)
+                    for leaf in each.leaves_in_steps
+                )
+                found = replace(found, runs_in_steps=runs, leaves_in_steps=leaves)
+            operations[each.name] = found
         return cls(module, path, message.function, message.text, operations)
 
 
@@ -600,23 +635,24 @@ class Catalogue:
         return self.modules[path]
 
     @cached_property
-    def _found(self) -> dict[Address, Leaf]:
+    def _found(self) -> dict[tuple[Address, bool], Leaf]:
         return {}
 
-    def leaf(self, address: Address) -> Leaf:
-        """The tensor at an address.
+    def leaf(self, address: Address, step: int = 0) -> Leaf:
+        """The tensor at an address, in a step of a generation.
 
         Raises:
             SiteError: there is none, or a forward pass does not call that module.
         """
-        found = self._found.get(address)
+        key = (address, step > 0)
+        found = self._found.get(key)
         if found is None:
-            found = self._find(address)
+            found = self._find(address, step).at_step(step)
             if len(self._found) < _REMEMBERED:  # addresses have many spellings, and a client may try them all
-                self._found[address] = found
+                self._found[key] = found
         return found
 
-    def _find(self, address: Address) -> Leaf:
+    def _find(self, address: Address, step: int) -> Leaf:
         named = self.names.get(address.name)
         if named is not None and named.value is not None and not address.path:
             return named.value
@@ -624,7 +660,7 @@ class Catalogue:
         if address.name in _SIDES:
             name, side = "", address.name
         if side in _SIDES and (inside := self.split(name)) is not None:
-            return self._find_operation(address, *inside, side)
+            return self._find_operation(address, *inside, side, step)
         if side not in _SIDES:
             hint = self.suggestion(address.name)
             if self.raw(address.name) is not None:
@@ -748,7 +784,7 @@ class Catalogue:
         return SiteError(f"`{typed}` has no operation `{name}`: it is `{source.function}`.", hint=hint)
 
     def _find_operation(
-        self, address: Address, module: str, path: tuple[str, ...], occurrence: int | None, side: str
+        self, address: Address, module: str, path: tuple[str, ...], occurrence: int | None, side: str, step: int
     ) -> Leaf:
         typed = address.spelled
         if not path:
@@ -757,14 +793,16 @@ class Catalogue:
                 hint=f"Name an operation: `{typed.rpartition('.')[0]}.….{side}`; `print` shows them.",
             )
         operation = self.operation(module, path)
-        leaves = self.operation_leaves(address.name, operation, occurrence, side)
+        leaves = self.operation_leaves(address.name, operation, occurrence, side, step)
         for leaf in leaves:
             if leaf.path == address.path:
                 return leaf
         found = ", ".join(f"`{Address(address.name, leaf.path).spelled}` {leaf.symbolic}" for leaf in leaves)
         raise SiteError(f"`{typed}` is not a tensor.", hint=f"The tensors there are {found}.")
 
-    def operation_leaves(self, name: str, operation: Operation, occurrence: int | None, side: str) -> tuple[Leaf, ...]:
+    def operation_leaves(
+        self, name: str, operation: Operation, occurrence: int | None, side: str, step: int = 0
+    ) -> tuple[Leaf, ...]:
         """The tensors of one side of an operation, at one of its occurrences.
 
         Args:
@@ -772,15 +810,18 @@ class Catalogue:
             operation: The operation.
             occurrence: Which time it runs; None if that was not said.
             side: `INPUT` or `OUTPUT`.
+            step: The step of a generation.
 
         Raises:
             SiteError: it never runs, or not so often; it runs several times, and which is meant was not said; or there
                 is no tensor.
         """
+        operation = operation.at_step(step)
         typed, runs = spell(name), operation.runs
         if runs == Dim(Axis.CONSTANT, 0):
+            when = "a step of a generation" if step else "a forward pass"
             raise SiteError(
-                f"`{typed}` never exists: a forward pass of {self.model} does not come by this line.",
+                f"`{typed}` never exists: {when} of {self.model} does not come by this line.",
                 hint="`print` the source: it says which operations run.",
             )
         if operation.repeated and occurrence is None:

@@ -1,8 +1,9 @@
 """Views: the way from a tensor that exists in a model to the part of it that a canonical name means.
 
-Where GPT-2 computes queries, keys and values as one tensor `[batch, seq, 3*768]`, the queries of each head are a part of
-it, seen as `[batch, seq, 12, 64]`. The steps from the one to the other are data, which the worker makes and the client
-records as ordinary operations: reading gives a view, and an edit of that view is a write to the tensor in the model.
+Where GPT-2 computes queries, keys and values as one tensor `[batch, seq, 3*768]`, the queries of each head are a part
+of it, seen as `[batch, seq, 12, 64]`. The steps from the one to the other are data, which the worker makes and the
+client records as ordinary operations: reading gives a view, and an edit of that view is a write to the tensor in the
+model.
 """
 
 from __future__ import annotations

@@ -263,19 +263,13 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
         self.sourced[name] = entry
         self._opened[name] = function, entry[1]
 
-    def compiled(self, inside: Inside) -> Compiled:
-        """What the last pass that looked inside a function found there.
-
-        Raises:
-            SiteError: it did not come by.
-        """
+    def compiled(self, inside: Inside) -> Compiled | None:
+        """What the last pass that looked inside a function found there; None if it did not come by."""
         module, operations = inside
         if not operations:
             return self._controllers.forward(module)[1]
         found = self._opened.get(base(module, operations))
-        if found is None:
-            raise SiteError(f"`{operations[-1]}` was not called.")
-        return found[1]
+        return None if found is None else found[1]
 
     # One mediator waits for one visit of one location, so a dictionary does what nnsight does by searching its list.
 

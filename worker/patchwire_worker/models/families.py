@@ -74,14 +74,14 @@ _MOE_NAMES = frozenset({"moe", "block_sparse_moe", "experts"})
 
 _LLAMA = _family(
     "model", "embed_tokens", "layers", "norm", "lm_head", "self_attn", norms="input_layernorm post_attention_layernorm",
-    parts=projections("q_proj", "k_proj", "v_proj", "o_proj") | INTERFACE | gated_mlp("gate_proj", "up_proj", "down_proj")
-    | residual("output[0]", "output", "post_attention_layernorm"),
+    parts=projections("q_proj", "k_proj", "v_proj", "o_proj") | dict(INTERFACE)
+    | gated_mlp("gate_proj", "up_proj", "down_proj") | residual("output[0]", "output", "post_attention_layernorm"),
 )  # fmt: skip
 _FUSED = "(qkv=0 head d_head), (qkv=1 kv_head d_head), (qkv=2 kv_head d_head)"
 _GPT2 = _family(
     "transformer", "wte", "h", "ln_f", "lm_head", "attn", norms="ln_1 ln_2",
-    parts=transposed(projections("c_attn", "c_attn", "c_attn", "c_proj", _FUSED) | mlp("c_fc", "c_proj")) | INTERFACE
-    | residual("output[0]", "output", "ln_2"),
+    parts=transposed(projections("c_attn", "c_attn", "c_attn", "c_proj", _FUSED) | mlp("c_fc", "c_proj"))
+    | dict(INTERFACE) | residual("output[0]", "output", "ln_2"),
 )  # fmt: skip
 _MAMBA = _family("backbone", "embeddings", "layers", "norm_f", "lm_head", "mixer", "", "norm", MAMBA)
 _INTERLEAVED = "(head qkv=0 d_head), (kv_head qkv=1 d_head), (kv_head qkv=2 d_head)"
@@ -98,11 +98,11 @@ FAMILIES: Mapping[str, Family] = {
         "lm_head",
         "attention",
         norms="input_layernorm post_attention_layernorm",
-        parts=projections(*["query_key_value"] * 3, "dense", _INTERLEAVED)
-        | INTERFACE
+        parts=projections("query_key_value", "query_key_value", "query_key_value", "dense", _INTERLEAVED)
+        | dict(INTERFACE)
         | mlp("dense_h_to_4h", "dense_4h_to_h")
         | residual("output[0]", "output"),
-    ),  # fmt: skip
+    ),
     "opt": _family("model.decoder", "embed_tokens", "layers", "final_layer_norm", "lm_head", "self_attn", ""),
     "bloom": _family("transformer", "word_embeddings", "h", "ln_f", "lm_head", "self_attention"),
     "falcon": _family("transformer", "word_embeddings", "h", "ln_f", "lm_head", "self_attention"),

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from patchwire.errors import GraphError
+from patchwire.graph import Generation
 from patchwire.sites import INPUT, OUTPUT, Axis, Catalogue, Dim, Inside, Leaf, Location, Module, Parameter, Path
 from patchwire.tensors import dtype_to_proto
 from patchwire_worker import containers
+from patchwire_worker.generating import generate
 from patchwire_worker.interleaving import PassInterleaver, Stopping, provider
 from patchwire_worker.models.families import Family
 from patchwire_worker.models.naming import names
@@ -133,6 +136,30 @@ class Learner:
         try:
             with torch.no_grad():
                 self.interleaver.run(lambda: self.module(input_ids=ids, **self.options), {}, Stopping(), opened)
+        finally:
+            self.interleaver.observe = None
+
+    @cached_property
+    def generates(self) -> bool:
+        """Whether the model can generate tokens."""
+        return getattr(self.module, "generation_config", None) is not None and hasattr(self.module, "generate")
+
+    def look_in_steps(self, ids: Tensor, observe: Callable[[str, Any], None], opened: Iterable[Inside] = ()) -> None:
+        """Generate two tokens, and tell of everything that is handed over in the pass for the second.
+
+        That pass is over one token for each row; those before are in the model's cache.
+        """
+
+        def in_the_step(provider: str, value: Any) -> None:
+            if self.interleaver.calls == 2:
+                observe(provider, value)
+
+        self.interleaver.observe = in_the_step
+        options = Generation(max_new_tokens=2, min_new_tokens=2)
+        try:
+            with torch.no_grad():
+                made = lambda: generate(self.module, ids, options, lambda _: None, {})  # noqa: E731
+                self.interleaver.run(made, {}, Stopping(), opened)
         finally:
             self.interleaver.observe = None
 

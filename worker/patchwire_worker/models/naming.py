@@ -136,6 +136,8 @@ class _Parts:
         if child.startswith("^"):
             owner, child = owner.rpartition(".")[0], child[1:]
         path = ".".join(each for each in (owner, child) if each)
+        if EVERY in inside:  # the way to what it is after one token
+            form = form.replace("seq ", "")
         if colon:
             return Part(self._in_source(path, inside), layouts.views(layout, form, sizes))
         parameter = self._parameter(path)
@@ -164,7 +166,7 @@ class _Parts:
     def _in_source(self, path: str, inside: str) -> str:
         owner = type(self.model.get_submodule(path))
         *tokens, side = inside.split("/")
-        function: Callable[..., Any] = owner.forward  # type: ignore[attr-defined]
+        function: Callable[..., Any] = owner.forward
         parts = [path]
         for position, token in enumerate(tokens):
             label = self._label(function, token.removesuffix(EVERY))

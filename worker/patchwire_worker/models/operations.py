@@ -134,26 +134,31 @@ def learn(learner: Learner, inside: Inside, repeated: bool) -> tuple[Source, set
     """
     module, path = inside
     *prompts, alone = learner.prompts()
-    runs = []
+    runs: list[_Seen] = []
+    steps: list[_Seen] = []
     overwritten = set()
     compiled: Compiled | None = None
     weights = {each.untyped_storage()._cdata for each in learner.module.parameters()}
-    for ids in (*prompts, alone):
-        seen = _Seen(inside, learner.sides, ids is prompts[-1] or ids is alone, weights)
+    # Values are compared between two runs; all others only show lengths.
+    looks = [(ids, False, ids is prompts[-1] or ids is alone) for ids in (*prompts, alone)]
+    looks += [(ids, True, False) for ids in prompts if learner.generates]
+    for ids, in_steps, keeps in looks:
+        seen = _Seen(inside, learner.sides, keeps, weights)
         if compiled is not None:
             learner.interleaver.looked_into = [base(module, (*path, name)) for name in compiled.names]
         try:
-            learner.look(ids, seen.observe, [inside])
+            (learner.look_in_steps if in_steps else learner.look)(ids, seen.observe, [inside])
         finally:
             learner.interleaver.looked_into = ()
-        compiled = learner.interleaver.compiled(inside)
-        for (name, side), visits in seen.visits.items():
+        compiled = learner.interleaver.compiled(inside) or compiled
+        for (name, side), visits in () if in_steps else seen.visits.items():
             for visit in visits:
                 for way, tensor in visit.tensors.items():
                     if tensor._version != visit.versions[way]:
                         overwritten.add((Location(module, side, (*path, name)), way))
-        runs.append(seen)
-    assert compiled is not None
+        (steps if in_steps else runs).append(seen)
+    if compiled is None:
+        raise SiteError(f"`{path[-1]}` was not called.", hint="Print the source: it says which operations run.")
     function = compiled.code.co_name
     if not path:
         function = f"{type(learner.module.get_submodule(module)).__name__}.{function}"
@@ -162,27 +167,33 @@ def learn(learner: Learner, inside: Inside, repeated: bool) -> tuple[Source, set
     loops, statements = _positions(compiled)
     operations = {}
     for name in compiled.names:
-        times = _times(name, runs, repeated or name in loops)
-        operation = Operation(name, compiled.lines[name], times, _leaves(inside, name, times, runs, name in statements))
-        operations[name] = _with_callee(operation, learner.module, [each.callees for each in runs])
+        in_loop, unused = repeated or name in loops, name in statements
+        times = _times(name, runs[:-1], in_loop, runs[-1])
+        leaves = _leaves(inside, name, times, runs[:-1], unused, runs[-1])
+        operation = Operation(name, compiled.lines[name], times, leaves)
+        if steps:
+            times = _times(name, steps, in_loop)
+            leaves = _leaves(inside, name, times, steps, unused)
+            operation = replace(operation, runs_in_steps=times, leaves_in_steps=leaves)
+        operations[name] = _with_callee(operation, learner.module, [each.callees for each in (*runs, *steps)])
     return Source(module, path, function, compiled.source, operations), overwritten
 
 
-def _times(name: str, runs: Sequence[_Seen], in_loop: bool) -> Dim:
-    """How often an operation runs."""
-    *counts, alone = [len(each.visits.get((name, INPUT), ())) for each in runs]
-    times = dim_of(tuple(counts))
-    if times.length(1, LENGTH) != alone or (times == Dim(Axis.CONSTANT, 1) and in_loop):
+def _times(name: str, runs: Sequence[_Seen], in_loop: bool, alone: _Seen | None = None) -> Dim:
+    """How often an operation runs; in steps of a generation, where none runs alone, in terms of the tokens before."""
+    times = dim_of(tuple(len(each.visits.get((name, INPUT), ())) for each in runs))
+    if alone is not None and times.length(1, LENGTH) != len(alone.visits.get((name, INPUT), ())):
         return _UNKNOWN
-    return times
+    return _UNKNOWN if times == Dim(Axis.CONSTANT, 1) and in_loop else times
 
 
-def _leaves(inside: Inside, name: str, times: Dim, runs: Sequence[_Seen], unused: bool) -> tuple[Leaf, ...]:
+def _leaves(
+    inside: Inside, name: str, times: Dim, runs: Sequence[_Seen], unused: bool, alone: _Seen | None = None
+) -> tuple[Leaf, ...]:
     module, path = inside
     leaves = []
-    *others, alone = runs
     for side in (INPUT, OUTPUT):
-        visits = [each.visits.get((name, side), []) for each in others]
+        visits = [each.visits.get((name, side), []) for each in runs]
         if times == _NEVER or not all(visits):
             continue
         for way in visits[0][0].tensors:
@@ -195,8 +206,11 @@ def _leaves(inside: Inside, name: str, times: Dim, runs: Sequence[_Seen], unused
             order, last = visits[0][0].order, visits[0][-1].order
             leaf = Leaf(
                 module, side, way, _shape(shapes), dtype, order, last=() if last == order else last,
-                operations=(*path, name), runs=times, unused=unused and side == OUTPUT,
+                operations=(*path, name), runs=times, unused=unused and side == OUTPUT, in_steps=alone is None,
             )  # fmt: skip
+            if alone is None:  # an invoke has the steps of a generation for itself
+                leaves.append(leaf)
+                continue
             together, own = visits[-1], alone.visits.get((name, side), [])
             independent = leaf.packs and all(
                 one.values[way] is None or is_independent(leaf, one.values[way], other.values.get(way))

@@ -3,8 +3,9 @@
 `FORMS` is the vocabulary: every canonical value and parameter, with its dimensions, the same for all architectures. The
 tables below it say where each is in the modules of one way of writing a model; a family (families.py) puts several
 together. An address is relative to the module that the part is; "^" starts at the layer instead. After a ":" comes an
-operation in that module's forward, and after each "/" one in the function that it calls, as texts.py finds them. How the
-tensor there is laid out is said as in layouts.py. To add an architecture, say what differs from those that there are.
+operation in that module's forward, and after each "/" one in the function that it calls, as texts.py finds them; "[*]"
+means all times that it runs, once for each token. How the tensor there is laid out is said as in layouts.py. To add an
+architecture, say what differs from those that there are.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 Tables name operations in forwards so that they hold for every version of transformers in which the code still does the
 same: "softmax()" is the one call of a function of that name, "softmax()[1]" the second; "@ln_2" is what is assigned to
-the variable that the call of `ln_2` is given, in whatever case; "x=" is the last assignment to x, "x=[0]" the first and "x=[-2]" the last
-but one. nnsight's own names,
-which sites have, follow from that.
+the variable that the call of `ln_2` is given, in whatever case; "x=" is the last assignment to x, "x=[0]" the first and
+"x=[-2]" the last but one. nnsight's own names, which sites have, follow from that.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ def operations(function: Callable[..., Any]) -> list[_Operation]:
         SourceNotAvailable: its text is not to be had.
     """
     tree, _, _ = source_tree(decorator_chain(function)[0].__code__)
-    tree.body[0].decorator_list = []  # type: ignore[attr-defined]
+    tree.body[0].decorator_list = []
     collected = _Collected()
     collected.visit(tree)
     return collected.operations
@@ -149,7 +148,7 @@ def is_interface(label: str) -> bool:
 @contextlib.contextmanager
 def step_by_step(model: nn.Module) -> Iterator[None]:
     """Have a model compute attention step by step, so that scores and probabilities exist, instead of in one kernel."""
-    configs = {id(each.config): each.config for each in model.modules() if hasattr(each, "config")}
+    configs: dict[int, Any] = {id(each.config): each.config for each in model.modules() if hasattr(each, "config")}
     before = {key: config._attn_implementation for key, config in configs.items() if hasattr(config, _CHOICE)}
     try:
         for key in before:
