@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Number
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.fx
@@ -46,14 +46,16 @@ class States(Value):
 
     def _stacked(self) -> torch.fx.Node:
         stacked: Value = self._tokens[0].recorder.call(_STACK, (self._tokens, _SEQ), {})
-        return cast(torch.fx.Node, stacked.node)
+        node: torch.fx.Node = stacked.node
+        return node
 
     @property
     def node(self) -> torch.fx.Node:
         """The node of the newest version: with what has been written to single positions."""
         if self._versions != (now := self._now()):
             self._versions, self._node = now, self._stacked()
-        return self._node
+        node: torch.fx.Node = self._node
+        return node
 
     @node.setter
     def node(self, node: torch.fx.Node) -> None:

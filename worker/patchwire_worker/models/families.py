@@ -12,7 +12,17 @@ from types import MappingProxyType
 
 from torch import nn
 
-from patchwire_worker.models.places import INTERFACE, MAMBA, Place, gated_mlp, mlp, projections, residual, transposed
+from patchwire_worker.models.places import (
+    INTERFACE,
+    MAMBA,
+    MAMBA2,
+    Place,
+    gated_mlp,
+    mlp,
+    projections,
+    residual,
+    transposed,
+)
 
 ATTENTION = "attention"
 SSM = "ssm"
@@ -120,7 +130,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2_moe": _LLAMA,
     "qwen3_moe": _LLAMA,
     "mamba": _MAMBA,
-    "mamba2": _MAMBA,
+    "mamba2": _family("backbone", "embeddings", "layers", "norm_f", "lm_head", "mixer", "", "norm", MAMBA2),
     "falcon_mamba": _MAMBA,
 }
 """By the `model_type` of the configuration."""

@@ -112,7 +112,7 @@ class _Parts:
                     self._compute(name, path, formula, [f"{owner}.{each}" for each in formula.needs])
 
     def _add(self, name: str, owner: str, word: str, place: Place) -> None:
-        form = FORMS[word]
+        form = place.form or FORMS[word]
         sizes = sizes_of(getattr(self.model, "config", None), self.model.get_submodule(owner))
         try:
             part = self._part(owner, place.at, place.layout, form, sizes)

@@ -28,6 +28,8 @@ class Place:
     """The address in the steps of a generation after the first, if it is another."""
     layout_in_steps: str = ""
     """The layout there."""
+    form: str = ""
+    """Its dimensions, if they are others than in most architectures."""
 
 
 @dataclass(frozen=True)
@@ -195,3 +197,43 @@ MAMBA: Mapping[str, Place] = {
     "ssm.W_out": Place("out_proj.weight", "d_model d_inner"),
 }  # fmt: skip
 """Mamba: one state for each channel (Gu and Dao 2023)."""
+
+_MAMBA2_IN = "gate|x|B|C|dt"
+_MAMBA2_CONV = "x|B|C"
+
+
+def _one(parts: str, name: str, dims: str) -> str:
+    """The layout of one of several parts."""
+    return "|".join(f"{each}!" if each == name else each for each in parts.split("|")) + f"({dims})"
+
+
+MAMBA2: Mapping[str, Place] = {
+    "mixer.update": Place("output", "batch seq d_model"),
+    "ssm.x_in": Place("in_proj.output", f"batch seq {_one(_MAMBA2_IN, 'x', 'd_inner')}"),
+    "ssm.gate": Place("in_proj.output", f"batch seq {_one(_MAMBA2_IN, 'gate', 'd_inner')}"),
+    "ssm.conv": Place(
+        ":causal_conv1d_fn()/out=[0]/output", f"batch {_one(_MAMBA2_CONV, 'x', 'd_inner')} seq",
+        ":causal_conv1d_update()/out=[1]/output", f"batch {_one(_MAMBA2_CONV, 'x', 'd_inner')} seq",
+    ),
+    "ssm.u": Place(":hidden_states_B_C=/output", f"batch seq {_one(_MAMBA2_CONV, 'x', 'd_inner')}"),
+    "ssm.B": Place(
+        ":hidden_states_B_C=/output", f"batch seq {_one(_MAMBA2_CONV, 'B', 'group d_state')}",
+        form="batch seq group d_state",
+    ),
+    "ssm.C": Place(
+        ":hidden_states_B_C=/output", f"batch seq {_one(_MAMBA2_CONV, 'C', 'group d_state')}",
+        form="batch seq group d_state",
+    ),
+    "ssm.delta": Place(":mamba2_chunk_scan()/dt=/output", "batch seq ssm_head", form="batch seq ssm_head"),
+    "ssm.state": Place(
+        ":mamba2_chunk_scan()/state=[*]/output", "batch ssm_head d_ssm_head d_state",
+        ":mamba2_selective_state_update()/ssm_states=[0]/output", "batch ssm_head d_ssm_head d_state",
+        form="batch seq ssm_head d_ssm_head d_state",
+    ),
+    "ssm.scan": Place("norm.input", "batch seq d_inner"),
+    "ssm.gate_act": Place("norm:silu()/output", "batch seq d_inner"),
+    "ssm.W_in": Place("in_proj.weight", f"{_one(_MAMBA2_IN, 'x', 'd_inner')} d_model"),
+    "ssm.W_gate": Place("in_proj.weight", f"{_one(_MAMBA2_IN, 'gate', 'd_inner')} d_model"),
+    "ssm.W_out": Place("out_proj.weight", "d_model d_inner"),
+}  # fmt: skip
+"""Mamba-2: one state for each channel of each head, which share their decay (Dao and Gu 2024)."""

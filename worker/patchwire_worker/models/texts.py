@@ -19,6 +19,8 @@ from typing import Any
 from nnsight.intervention.source import Instrument, decorator_chain, source_tree
 from torch import nn
 
+from patchwire_worker.models.standins import STAND_INS
+
 _TOKEN = re.compile(r"(?:(?P<call>\w+)\(\)|@(?P<given>\w+)|(?P<assigned>\w+)=)(?:\[(?P<index>-?\d+)\])?")
 EAGER = "eager_attention_forward"
 """The name of the function that computes attention step by step, in every file of transformers that has one."""
@@ -133,10 +135,10 @@ def called(owner: type, label: str) -> Callable[..., Any]:
 
 
 def transparent(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function to look into in the place of one: transformers' own text of what a kernel computes otherwise."""
+    """The function to look into in the place of one: the text of what a kernel computes otherwise, step by step."""
     wrapper = getattr(function, "__code__", None)
     if wrapper is not None and wrapper.co_qualname.startswith(_DISPATCHER) and hasattr(function, "__wrapped__"):
-        return function.__wrapped__  # type: ignore[no-any-return]
+        return STAND_INS.get(function.__name__, function.__wrapped__)
     return function
 
 
