@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 EVERY = "[*]"
 """What follows an operation in an address that runs once for each token, and all of these times are meant."""
-_parse = functools.lru_cache(1 << 14)(Address.parse)
+parse = functools.lru_cache(1 << 14)(Address.parse)
+"""The address of a text."""
 
 
 def read(model: Model, named: Name) -> Any:
@@ -54,22 +55,23 @@ def read(model: Model, named: Name) -> Any:
     if part.parameter:
         value = recorder.parameter(scope.trace, part.address)
     elif EVERY in part.address:
-        site = scope.site(_parse(part.address.replace(EVERY, "[0]")))
-        addresses = (_parse(part.address.replace(EVERY, f"[{token}]")) for token in range(_tokens(scope)))
-        return States([_viewed(recorder.read(replace(site, address=each)), part) for each in addresses])
+        site = scope.site(parse(part.address.replace(EVERY, "[0]")))
+        addresses = (parse(part.address.replace(EVERY, f"[{token}]")) for token in range(tokens_of(scope)))
+        return States([viewed(recorder.read(replace(site, address=each)), part) for each in addresses])
     else:
-        value = recorder.read(scope.site(_parse(part.address)))
-    return _viewed(value, part)
+        value = recorder.read(scope.site(parse(part.address)))
+    return viewed(value, part)
 
 
-def _viewed(value: Value, part: Part) -> Value:
+def viewed(value: Value, part: Part) -> Value:
+    """The part of a tensor that is meant."""
     for view in part.views:
         name, args = view.call
         value = value.recorder.call(ops.OPERATIONS[name], (value, *args), {})
     return value
 
 
-def _tokens(scope: Scope) -> int:
+def tokens_of(scope: Scope) -> int:
     """How many tokens the longest row has."""
     invokes = scope.recorder.request.traces[scope.trace].invokes
     mine = invokes if scope.invoke is None or scope.invoke < 0 else [invokes[scope.invoke]]

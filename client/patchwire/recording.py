@@ -88,6 +88,8 @@ class Recorder(TracerBase):
         """What `.grad` is the gradient of: the sum of everything that `backward()` was called on."""
         self._gradients: dict[tuple[torch.fx.Node, ...], Value] = {}
         self._everyone: dict[_Place, Value] = {}
+        self.twins: dict[tuple[int, int], tuple[int, set[str]]] = {}
+        """Invokes that the program does not see, by trace and invoke: whose rows they have, and whose modules."""
         self._skipped: list[tuple[Site, str]] = []
         self._parameters: dict[tuple[int, str, str], Value] = {}
         self._assigned: dict[tuple[int, str, str], torch.fx.Node] = {}
@@ -443,6 +445,17 @@ class Recorder(TracerBase):
                 lines=lines,
             )
 
+    def twin(self, trace: int, invoke: int, module: str) -> int:
+        """An invoke with the same rows, which the program does not see, and in which a module is nobody else's."""
+        for (of, twin), (origin, modules) in self.twins.items():
+            if (of, origin) == (trace, invoke) and module not in modules:
+                modules.add(module)
+                return twin
+        invokes = self.request.traces[trace].invokes
+        invokes.append(invokes[invoke])
+        self.twins[trace, len(invokes) - 1] = (invoke, {module})
+        return len(invokes) - 1
+
     def read(self, site: Site) -> Value:
         """The value of a site: what the model gives, or what was written there before.
 
@@ -518,7 +531,8 @@ class Recorder(TracerBase):
 
     def _of_everyone(self, site: Site) -> list[Site]:
         """The site in each invoke of its trace."""
-        return [replace(site, invoke=invoke) for invoke in range(len(self.request.traces[site.trace].invokes))]
+        invokes = range(len(self.request.traces[site.trace].invokes))
+        return [replace(site, invoke=invoke) for invoke in invokes if (site.trace, invoke) not in self.twins]
 
     def _read_everyone(self, site: Site) -> Value:
         """The value of a site for all rows of a trace: those of one invoke after those of the other.
