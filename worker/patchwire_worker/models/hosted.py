@@ -32,6 +32,8 @@ from patchwire_worker.models.loading import Loaded
 log = logging.getLogger(__name__)
 
 _MAX_SOURCES = 1 << 11
+_TOGETHER = 31
+"""How many functions are learnt in the same runs as one that is asked for."""
 _PROBE = "The quick brown fox, 3.14! Ünï→cødé\n  two lines"
 
 
@@ -114,14 +116,33 @@ class HostedModel:
             caller = self.catalogue.operation(module, path) if path else None
             repeated = caller is not None and caller.runs.axis is Axis.UNKNOWN
             try:
-                source, overwritten = operations.learn(self._learner, inside, repeated)
+                found, overwritten = operations.learn(self._learner, [inside, *self._alike(inside)], repeated)
             finally:
                 self._memory.restore()
             self.overwritten |= overwritten
-            while len(known) >= _MAX_SOURCES:
+            while len(known) + len(found) > _MAX_SOURCES:
                 del known[next(iter(known))]
-            known[inside] = source
-            return source
+            known.update(found)
+            return found[inside]
+
+    def _alike(self, inside: Inside) -> list[Inside]:
+        """The same function in other layers of the same kind, which somebody will ask for next."""
+        (module, path), catalogue = inside, self.catalogue
+        own = next((layer for layer in catalogue.layers if f"{module}.".startswith(f"{layer}.")), None)
+        if own is None:
+            return []
+        modules = (layer + module.removeprefix(own) for layer in catalogue.layers if layer != own)
+        wanted = catalogue.modules[module].class_name
+        found = []
+        for each in modules:
+            there = catalogue.modules.get(each)
+            if there is None or (there.class_name, there.calls) != (wanted, catalogue.modules[module].calls):
+                continue
+            caller = catalogue.sources.get((each, path[:-1])) if path else None
+            operation = caller.operations.get(path[-1]) if caller is not None else None
+            if (each, path) not in catalogue.sources and (not path or (operation and not operation.closed)):
+                found.append((each, path))
+        return found[:_TOGETHER]
 
     def generate(
         self,
