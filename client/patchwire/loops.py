@@ -368,7 +368,7 @@ class Loop:
         body = self._body("carry")
         node = self._outside(lambda outer: outer.argument(start))
         value = Value(body, body.take(node))
-        value.memory.taken = True
+        value.memory.taken.add(self)
         self._carried[value] = len(body.inputs) - 1, user_line()
         return value
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -53,8 +53,8 @@ class Memory:
         self.born: int = node.meta.get("number", 0)
         self.constant = constant
         """Why it must not be edited, if it must not."""
-        self.taken = False
-        """Whether it is the value of something already: of a site, of a weight, of what is kept or carried."""
+        self.taken: set[Hashable] = set()
+        """What it is or was the value of: places of sites, weights, and what else is not to change with a site."""
         self.given: list[Site] = []
         """The sites that have become what it was."""
 

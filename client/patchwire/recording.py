@@ -237,7 +237,7 @@ class Recorder(TracerBase):
         if tensor.handle not in self._of_kept:
             self.request.constants.append(tensor)
             value = Value(self, self._create(g.constant, (len(self.request.constants) - 1,)))
-            value.memory.taken = True
+            value.memory.taken.add(tensor.handle)
             self._of_kept[tensor.handle] = value
         return self._of_kept[tensor.handle]
 
@@ -501,7 +501,7 @@ class Recorder(TracerBase):
         if known is not None and known.memory is value.memory and repr(known.views) == repr(value.views):
             return  # `site += 1` has edited the value and now assigns it
         if known is None or known.memory is not value.memory:
-            value = self._own(site, value)
+            value = self._own(site, value, {place})
         self._write(place, site, value)
         if known is not None:
             known.memory.sites = [each for each in known.memory.sites if self._place(each[0]) != place]
@@ -523,7 +523,7 @@ class Recorder(TracerBase):
                 lines=here(),
             )
         if value.memory is not whole.memory:
-            value = self._own(site, value)
+            value = self._own(site, value, {self._place(each) for each in sites})
         views = self._parts(value, sites)
         for each, view in zip(sites, views, strict=True):
             place = self._place(each)
@@ -533,14 +533,16 @@ class Recorder(TracerBase):
             self._bind(place, each, view)
         self._everyone[(site.trace, EVERYONE, site.step, self._place(sites[0])[3])] = value
 
-    def _own(self, site: Site, value: Value) -> Value:
+    def _own(self, site: Site, value: Value, places: set[_Place]) -> Value:
         """A value that is to become a site's, with memory of its own if its memory is something else's value already.
+
+        `places` are those that the site means.
 
         Otherwise an edit of this site would be one of the other too: of the clean run that was patched from, or of a
         value that the next trace uses again.
         """
         memory = value.memory
-        if not (memory.taken or memory.constant or memory.born <= self._began[site.trace]):
+        if not (memory.taken - places or memory.constant or memory.born <= self._began[site.trace]):
             return value
         memory.given.append(site)
         return Value(self, value.node)
@@ -686,7 +688,7 @@ class Recorder(TracerBase):
         return Value(self, self._create(g.generated, (trace, invoke)))
 
     def _bind(self, place: _Place, site: Site, value: Value) -> None:
-        value.memory.taken = True
+        value.memory.taken.add(place)
         self._sites[place] = value
         value.memory.sites.append((site, value))
 
@@ -705,7 +707,7 @@ class Recorder(TracerBase):
         value = Value(self, self._create(g.parameter, (trace, path)))
         self._parameters[self._weight(trace, path)] = value
         value.memory.weights.append((trace, path, value))
-        value.memory.taken = True
+        value.memory.taken.add(self._weight(trace, path))
         return value
 
     def assign_parameter(self, trace: int, path: str, value: Any) -> None:
@@ -726,14 +728,14 @@ class Recorder(TracerBase):
             raise GraphError(
                 f"`{path}` is tied to another weight that is changed too.", hint="Change one of them.", lines=here()
             )
-        if value.memory.taken:
+        if value.memory.taken - {weight}:
             value = Value(self, value.node)  # an edit of this weight is none of what it was
         self._assign(trace, path, value)
         if known is not None:
             known.memory.weights = [each for each in known.memory.weights if self._weight(*each[:2]) != weight]
         self._parameters[weight] = value
         value.memory.weights.append((trace, path, value))
-        value.memory.taken = True
+        value.memory.taken.add(weight)
 
     def _weight(self, trace: int, path: str) -> tuple[int, str, str]:
         """What a weight's path means, however it is spelled and whatever else has the same tensor."""

@@ -23,7 +23,6 @@ from serving import Server
 
 IDS, OTHERS, FEW = tiny.prompt(9), tiny.prompt(9, seed=1), tiny.prompt(5)
 MIDDLE: Place = ("transformer.h.1", "output", ())
-LAST: Place = ("transformer.h.2", "output", ())
 DIRECTION = torch.linspace(-1, 1, tiny.WIDTH)
 
 
@@ -140,6 +139,16 @@ class TestAValueThatBecomesASites:
         changed = emptied(record(reference, IDS)[MIDDLE], 2)
         for each in logits.value:
             assert_same(each, changed_logits(reference, OTHERS, {MIDDLE: lambda _: changed}))
+
+    def test_may_be_what_was_there_before(self, model: Any, reference: Any) -> None:
+        with model.trace(IDS):
+            hidden = model.layers[1].output
+            model.layers[1].output = hidden * 2
+            model.layers[1].output = hidden
+            hidden[:, -1] = 0
+            logits = model.logits.save()
+
+        assert_same(logits.value, changed_logits(reference, IDS, {MIDDLE: lambda h: emptied(h, -1)}))
 
     def test_cannot_be_edited_as_if_the_site_would_follow(self, model: Any) -> None:
         with refused(GraphError, "has become this value", hint="before it is assigned"), model.trace(IDS):
