@@ -80,7 +80,7 @@ class Recorder(TracerBase):
         self.saved: list[tuple[Value, torch.dtype | None, int, SourceLine | None]] = []
         self.bodies: list[Recorder] = []
         """Those of the loops."""
-        self.kept: list[tuple[Kept, float, SourceLine | None]] = []
+        self.kept: list[tuple[Kept, float, int, SourceLine | None]] = []
         self.keeps = True
         """Whether values can be kept beyond its run: not by a detached job."""
         self._of_kept: dict[bytes, Value] = {}
@@ -848,7 +848,7 @@ class Recorder(TracerBase):
         self.not_in_a_branch("keep a value")
         self._value(value)
         kept = Kept(value)
-        self.kept.append((kept, float(seconds), user_line()))
+        self.kept.append((kept, float(seconds), value.memory.version, user_line()))
         return kept
 
     def log(self, parts: Iterable[Any]) -> None:
@@ -898,15 +898,16 @@ class Recorder(TracerBase):
         """End the recording: the graph, without what nobody needs.
 
         Warns:
-            PatchwireWarning: a saved value was edited in place afterwards, through another name.
+            PatchwireWarning: a saved or kept value was edited in place afterwards, through another name.
         """
         try:
             for value, dtype, version, line in self.saved:
                 node = self._create(g.save, (value.node, dtype))
                 node.meta["line"] = line
-                self._warn_if_edited(value, version, line)
-            for kept, seconds, line in self.kept:
+                self._warn_if_edited(value, version, line, "saved", "save")
+            for kept, seconds, version, line in self.kept:
                 self._create(g.keep, (self._value(kept.source), seconds)).meta["line"] = line
+                self._warn_if_edited(kept.source, version, line, "kept", "keep")
         finally:
             self.open = False
         self.graph.eliminate_dead_code()
@@ -961,16 +962,16 @@ class Recorder(TracerBase):
         for each in self.bodies:
             each.resolve(results, connection)
 
-    def _warn_if_edited(self, value: Value, version: int, line: SourceLine | None) -> None:
+    def _warn_if_edited(self, value: Value, version: int, line: SourceLine | None, done: str, do: str) -> None:
         for editor, where in value.memory.edits[version:]:
             origin: Value | None = editor
-            while origin is not None and origin is not value:
+            while origin is not None and (origin is not value or done == "kept"):  # a handle is another name
                 origin = origin.parent
             if origin is None and where is not None and line is not None:
                 warnings.warn_explicit(
                     PatchwireWarning(
-                        "A saved value was edited in place afterwards, and shows the edit, as a tensor would:\n\n"
-                        f"{with_code(line)}\n{with_code(where)}\n\nWrite `.clone().save()` to keep it as it was."
+                        f"A {done} value was edited in place afterwards, and shows the edit, as a tensor would:\n\n"
+                        f"{with_code(line)}\n{with_code(where)}\n\nWrite `.clone().{do}()` for it as it was."
                     ),
                     None,
                     line.file,

@@ -110,6 +110,16 @@ class TestAValueThatBecomesASites:
         changed = emptied(record(reference, IDS)[MIDDLE], 1)
         assert_same(logits.value, changed_logits(reference, OTHERS, {MIDDLE: lambda _: changed}))
 
+    def test_is_said_to_be_kept_with_its_later_edits(self, model: Any) -> None:
+        with pytest.warns(patchwire.PatchwireWarning, match="A kept value was edited"), model.trace(IDS):  # noqa: PT031
+            hidden = model.layers[1].output
+            kept = hidden.keep()
+            hidden[:] = 0
+        with model.trace(IDS):
+            found = (kept * 1).save()
+
+        assert not found.value.any()
+
     def test_stays_what_is_carried(self, model: Any) -> None:
         with model.session() as session:
             with session.repeat(3) as loop:
