@@ -410,6 +410,7 @@ class Execution:
         self._uses[node] -= 1
         if self._uses[node] == 0:
             self._values.pop(node, None)
+            self._origins.pop(node, None)  # and with it the way back that autograd remembers
 
     def _evaluate_ready(self) -> None:
         while self._ready:
