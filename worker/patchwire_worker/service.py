@@ -482,7 +482,7 @@ def _messages(
     """Events as messages, as many in each as fit."""
     message, length = kind(), 0
     for event in (part for each in news for part in _parts(each, compression)):
-        size = len(event.chunk) + len(event.logged.text)
+        size = len(event.chunk) or event.ByteSize()
         if length and length + size > _RESPONSE_BYTES:
             yield message
             message, length = kind(), 0
