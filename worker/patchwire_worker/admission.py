@@ -72,18 +72,27 @@ class Admission:
             )
         return found
 
-    def admit(self, message: graph_pb2.Graph) -> Admitted:
-        """The graph of a message.
+    def check_nodes(self, message: graph_pb2.Graph) -> None:
+        """Refuse a graph of too many nodes or traces, before anything looks at each of them.
 
         Raises:
-            PatchwireError: of the kind of what is wrong with it.
+            LimitError: these are too many.
         """
+        self._check_traces(len(message.traces))
         nodes = len(message.nodes) + sum(len(trace.loop.body.nodes) for trace in message.traces)
         if nodes > self.limits.nodes:
             raise LimitError(
                 f"The graph has {nodes:,} nodes; the server takes {self.limits.nodes:,}.",
                 hint="Split it into several traces.",
             )
+
+    def admit(self, message: graph_pb2.Graph) -> Admitted:
+        """The graph of a message.
+
+        Raises:
+            PatchwireError: of the kind of what is wrong with it.
+        """
+        self.check_nodes(message)
         if not message.traces:
             raise GraphError("The graph has no trace.")
         self._count_rows([*message.traces, *(each for trace in message.traces for each in trace.loop.body.traces)])
@@ -163,14 +172,17 @@ class Admission:
     def _catalogue(self, name: str) -> Catalogue:
         return self.model(name).catalogue
 
-    def _count_rows(self, all_traces: Sequence[graph_pb2.Trace]) -> None:
-        """Refuse more traces, invokes and rows than the limits allow, before anything looks at each of them."""
-        traces, rows = len(all_traces), 0
+    def _check_traces(self, traces: int) -> None:
         if traces > self.limits.nodes:
             raise LimitError(
                 f"The graph has {traces:,} traces; the server takes {self.limits.nodes:,}.",
                 hint="Split it into several requests.",
             )
+
+    def _count_rows(self, all_traces: Sequence[graph_pb2.Trace]) -> None:
+        """Refuse more traces, invokes and rows than the limits allow, before anything looks at each of them."""
+        self._check_traces(len(all_traces))
+        rows = 0
         # A row has a token at least, and a trace that is good for anything an operation.
         most = self.limits.tokens + self.limits.nodes
         for trace in all_traces:

@@ -12,7 +12,7 @@ import hashlib
 import hmac
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, wraps
 from importlib import metadata
@@ -39,7 +39,7 @@ from patchwire.errors import (
     SourceLine,
     VersionError,
 )
-from patchwire.sites import SOURCE, Address
+from patchwire.sites import SOURCE, Address, Inside
 from patchwire.status import error_to_status
 from patchwire.v1 import graph_pb2, job_pb2, job_pb2_grpc, service_pb2, service_pb2_grpc, tensor_pb2
 from patchwire.version import PROTOCOL_VERSION, VERSION
@@ -293,6 +293,7 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
             admitted = self.admission.admit(message)
             return admitted, plan(admitted)
 
+        self.admission.check_nodes(message)
         await self._learn_sources(message)
         small = len(message.nodes) <= _SMALL_GRAPH and message.ByteSize() <= _SMALL_BYTES
         return await self._apart(work, small=small)
@@ -303,26 +304,25 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         Raises:
             LimitError: these are too many at once.
         """
-        addresses = {site.address for site in _sites(message) if SOURCE in site.address}
-        model = self.models.get(message.traces[0].model) if addresses and message.traces else None
-        if model is None:
-            return
-        catalogue = model.catalogue
-        needed = {each for address in addresses for each in catalogue.needed_sources(Address(address))}
-        wanted = sorted((each for each in needed if each not in catalogue.sources), key=lambda inside: len(inside[1]))
-        if len(wanted) > _MOST_LEARNT:
+        wanted: dict[str, set[Inside]] = {}
+        for name, address in {(name, site.address) for name, site in _sites(message) if SOURCE in site.address}:
+            if (model := self.models.get(name)) is not None:
+                needed = model.catalogue.needed_sources(Address(address))
+                wanted.setdefault(name, set()).update(each for each in needed if each not in model.catalogue.sources)
+        count = sum(map(len, wanted.values()))
+        if count > _MOST_LEARNT:
             raise LimitError(
-                f"The graph looks into {len(wanted):,} functions; the server learns {_MOST_LEARNT} at a time.",
+                f"The graph looks into {count:,} functions; the server learns {_MOST_LEARNT} at a time.",
                 hint="Split it into several traces.",
             )
+        for name, insides in wanted.items():
+            if insides:
+                await self._learn(name, partial(self._learn_all, name, insides))
 
-        def work() -> None:
-            for inside in wanted:
-                with contextlib.suppress(SiteError):  # which is said again, at the line that names it
-                    catalogue.source(*inside)
-
-        if wanted:
-            await self._learn(model.name, work)
+    def _learn_all(self, model: str, insides: Iterable[Inside]) -> None:
+        for inside in sorted(insides, key=lambda each: len(each[1])):
+            with contextlib.suppress(SiteError):  # which is said again, at the line that names it
+                self.models[model].catalogue.source(*inside)
 
     async def _learn(self, model: str, work: Callable[[], T]) -> T:
         """What `work` returns, which runs a model to learn something of it; one after the other, and between passes.
@@ -375,15 +375,15 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
                         yield message
 
 
-def _sites(message: graph_pb2.Graph) -> Iterator[graph_pb2.Site]:
-    """The sites that a graph names."""
-    for node in message.nodes:
-        kind = node.WhichOneof("body")
-        if kind in ("read", "write"):
-            yield getattr(node, kind).site
-    for trace in message.traces:
-        if trace.HasField("loop"):
-            yield from _sites(trace.loop.body)
+def _sites(message: graph_pb2.Graph) -> Iterator[tuple[str, graph_pb2.Site]]:
+    """The sites that a graph and the bodies of its loops name, each after the name of its model."""
+    for part in (message, *(trace.loop.body for trace in message.traces if trace.HasField("loop"))):
+        for node in part.nodes:
+            kind = node.WhichOneof("body")
+            if kind in ("read", "write"):
+                site = getattr(node, kind).site
+                if site.trace < len(part.traces):
+                    yield part.traces[site.trace].model, site
 
 
 class JobService(job_pb2_grpc.JobServiceServicer):
