@@ -85,7 +85,6 @@ class TestCancelling:
         with torch.no_grad():
             torch.testing.assert_close(during, references["mamba"](torch.tensor([[1, 2, 3]]), use_cache=False).logits)
 
-
     def test_does_not_keep_the_server_from_answering_who_looks_into_its_model(self, stub):
         # The second model of a request; and a function that no other test looks into.
         graph = small("gpt2").graph

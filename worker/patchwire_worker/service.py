@@ -11,6 +11,8 @@ import contextlib
 import hashlib
 import hmac
 import logging
+import math
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from patchwire import graph as g
 from patchwire import ops, tensors
-from patchwire.checking import fake_of
+from patchwire.checking import TookLongError, fake_of
 from patchwire.errors import (
     AuthenticationError,
     BusyError,
@@ -66,6 +68,7 @@ _LIBRARIES = ("torch", "transformers", "nnsight")
 _SMALL_GRAPH = 256
 _MOST_LEARNT = 512
 _SMALL_BYTES = 64 * 1024
+_SMALL_SECONDS = 0.05
 _THREADS = 4
 _AHEAD_OF_DISK = 64 * MIB
 _LONGEST_ID = 64
@@ -289,14 +292,17 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         return response
 
     async def _admit(self, message: graph_pb2.Graph) -> Any:
-        def work() -> Any:
-            admitted = self.admission.admit(message)
+        def work(until: float = math.inf) -> Any:
+            admitted = self.admission.admit(message, until=until)
             return admitted, plan(admitted)
 
         self.admission.check_nodes(message)
         await self._learn_sources(message)
-        small = len(message.nodes) <= _SMALL_GRAPH and message.ByteSize() <= _SMALL_BYTES
-        return await self._apart(work, small=small)
+        if len(message.nodes) <= _SMALL_GRAPH and message.ByteSize() <= _SMALL_BYTES:
+            # A few operations of a few bytes may be much to check all the same.
+            with contextlib.suppress(TookLongError):
+                return work(time.monotonic() + _SMALL_SECONDS)
+        return await self._apart(work)
 
     async def _learn_sources(self, message: graph_pb2.Graph) -> None:
         """Learn what is inside the functions that a graph looks into, apart from others: the model has to run for it.

@@ -10,7 +10,6 @@ from torch import Tensor
 from patchwire import tensors
 from patchwire.errors import LimitError, MissingTensorsError
 
-
 _BYTES_OF_ENTRY = 1024
 """What is counted for a tensor besides its own bytes, so that there are not too many small ones."""
 
