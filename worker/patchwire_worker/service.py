@@ -375,10 +375,18 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         with self._interruptible(request.id) as stopping:
             admitted, planned = await self._admit(request.graph)
             events = self.schedulers[admitted.models[0].name].run(admitted, planned, stopping)
-            async with contextlib.aclosing(events):
-                async for news in events:
-                    for message in _messages(service_pb2.RunResponse, news, request.compression):
-                        yield message
+            handles: list[bytes] = []
+            done = False
+            try:
+                async with contextlib.aclosing(events):
+                    async for news in events:
+                        handles += [each.handle for each in news if isinstance(each, scheduler.Kept)]
+                        for message in _messages(service_pb2.RunResponse, news, request.compression):
+                            done = message.events[-1].HasField("done")
+                            yield message
+            finally:
+                if not done:
+                    self.kept.forget(handles)  # who asked has left, and cannot know all of them
 
 
 def _sites(message: graph_pb2.Graph) -> Iterator[tuple[str, graph_pb2.Site]]:
