@@ -85,6 +85,12 @@ def stream(
         raise GraphError("Activations are streamed by requests of their own.", hint="Do it outside.", lines=here())
     if isinstance(dataset, str):
         raise InputError("A text is not a data set.", hint="Give a list of texts: `[text]`.", lines=here())
+    if isinstance(dataset, Mapping):  # a tokenizer's batch would go through its names
+        raise InputError(
+            f"A {type(dataset).__name__} is not a data set.",
+            hint="Give a list of texts, or of lists of token ids without padding.",
+            lines=here(),
+        )
     if batch_size < 1 or start < 0:
         raise InputError(
             f"There are no batches of {batch_size} prompts from prompt {start} on.",
