@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -306,7 +307,8 @@ class Trace(Block):
 
         Args:
             modules: Which: a module, a name, a pattern over canonical names and raw paths (`"layers.*.mixer"`), or a
-                list of these. All layers if left out.
+                list of these; of a value inside a module, its canonical name (`"layers.*.mlp.neurons"`). All layers if
+                left out.
             outputs: Whether their outputs are saved; of a tuple, each tensor: `"transformer.h.3.attn.output[0]"`.
             inputs: Whether their first arguments are saved.
             dtype: Send the tensors in this element type.
@@ -326,10 +328,15 @@ class Trace(Block):
         sides = [side for side, wanted in ((OUTPUT, outputs), (INPUT, inputs)) if wanted]
         try:
             names = [each if isinstance(each, str) else each._name for each in chosen]
-            addresses = selecting.of_modules(catalogue, names, sides)
+            selected = selecting.of_modules(catalogue, names, sides)
         except SiteError as error:
             raise SiteError(error.message, hint=error.hint, lines=here()) from None
-        cache = Cache(scope.recorder, {name: scope.site(address) for name, address in addresses.items()}, dtype)
+
+        def read(each: selecting.Selected) -> Value:
+            with within(scope):
+                return scope.model._selected(each)
+
+        cache = Cache({name: partial(read, each) for name, each in selected.items()}, dtype)
         self._caches.append(cache)
         return cache
 
