@@ -19,6 +19,7 @@ from importlib import metadata
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 from torch import Tensor
 
@@ -236,7 +237,7 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
             if assembly is not None:
                 hashes.append(await self._apart(partial(self._keep, assembly), small=assembly.total <= _SMALL_BYTES))
 
-        async for message in request:
+        async for message in _readable(request):
             match message.WhichOneof("part"):
                 case "header":
                     await keep()
@@ -373,6 +374,22 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
                 async for news in events:
                     for message in _messages(service_pb2.RunResponse, news, request.compression):
                         yield message
+
+
+async def _readable(parts: AsyncIterator[Request]) -> AsyncIterator[Request]:
+    """The parts of a stream. One that is no message reaches us here, where gRPC refuses a request of one part itself.
+
+    Raises:
+        GraphError: a part is no message.
+    """
+    try:
+        async for part in parts:
+            yield part
+    except DecodeError:
+        raise GraphError(
+            "A part of the stream is no message of this protocol.",
+            hint="Use the same version of Patchwire on both sides.",
+        ) from None
 
 
 def _sites(message: graph_pb2.Graph) -> Iterator[graph_pb2.Site]:
