@@ -14,7 +14,7 @@ import torch.fx
 from torch.fx.node import map_arg
 
 from patchwire import graph as g
-from patchwire.errors import GraphError, here
+from patchwire.errors import GraphError, here, with_code
 from patchwire.proxy import Value
 from patchwire.recording import Recorder
 from patchwire.session import current_session
@@ -44,13 +44,13 @@ class Edit:
             raise GraphError(
                 "What stays with a model cannot keep a value: it belongs to no run.",
                 hint="Keep it in a trace of the edited model.",
-                lines=[line for *_, line in recorder.kept[:1] if line is not None],
+                lines=[with_code(line) for *_, line in recorder.kept[:1] if line is not None],
             )
         if recorder.saved:
             raise GraphError(
                 "What stays with a model cannot be saved: it belongs to no run.",
                 hint="Save it in a trace of the edited model.",
-                lines=[line for *_, line in recorder.saved[:1] if line is not None],
+                lines=[with_code(line) for *_, line in recorder.saved[:1] if line is not None],
             )
         self._request = recorder.finish()
         self._prompt_only = prompt_only

@@ -478,7 +478,10 @@ async def _lasting(
     except ConnectionLostError:
         raise stopped() from None
     except InternalError as error:
-        raise ExecutionError(f"internal error ({error}); the server's log has it") from None
+        raise ExecutionError(
+            f"internal error ({error}); the server's log has it",
+            hint="Whoever runs the server finds there what happened.",
+        ) from None
     except PatchwireError as error:
         raise _short(error) from None
 
