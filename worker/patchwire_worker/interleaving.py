@@ -278,7 +278,9 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
             return self._controllers.forward(module)[1]
         found = self._opened.get(base(module, operations))
         if found is None:
-            raise SiteError(f"`{operations[-1]}` was not called.")
+            raise SiteError(
+                f"`{operations[-1]}` was not called in each of the passes in which the model is learnt.", hint=_OUTSIDE
+            )
         return found[1]
 
     # One mediator waits for one visit of one location, so a dictionary does what nnsight does by searching its list.
