@@ -405,7 +405,7 @@ class Checker:
             raise OrderError(
                 f"The value that is differentiated does not depend on `{mine.site}`, which comes later.",
                 hint="Take the gradient with respect to a value before it.",
-                lines=[line for line in (its and its.line, mine.line) if line is not None],
+                lines=[with_code(line) for line in (its and its.line, mine.line) if line is not None],
             )
 
         first, last = (0 if each is None else int(each.order[0]) for each in (mine, its))
@@ -435,7 +435,10 @@ class Checker:
         assert isinstance(trace, int)
         before: After | None = node.meta["after"]
         if before is not None and before.order[0] >= trace:
-            raise OrderError(f"A loop needs a value of `{before.site}`, which comes later.")
+            raise OrderError(
+                f"A loop needs a value of `{before.site}`, which comes later.",
+                hint="Write the trace that the value is of before the loop.",
+            )
         node.meta["after"] = After((trace, math.inf), "the loop", g.line_of(node))
         loop = self.graph.traces[trace].loop
         assert loop is not None
@@ -450,7 +453,7 @@ class Checker:
         index, value = node.args
         before, after = self.graph.outside[index], fake_of(value)  # type: ignore[index, arg-type]
         if isinstance(after, tuple):
-            raise ShapeError("A tuple cannot be carried as one value.")
+            raise ShapeError("A tuple cannot be carried as one value.", hint="Carry each of its items: `value[0]`.")
         if before is not None and after is not None and (before.shape, before.dtype) != (after.shape, after.dtype):
             raise ShapeError(
                 f"The value that is carried is {describe(before)} and cannot become {describe(after)}.",

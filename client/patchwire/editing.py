@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 
 from patchwire import graph as g
 from patchwire.checking import Checker, fake_of
-from patchwire.errors import GraphError, PatchwireError, here
+from patchwire.errors import GraphError, PatchwireError, here, with_code
 from patchwire.loops import Varying, common_shape
 from patchwire.proxy import Value
 from patchwire.recording import Recorder
@@ -109,13 +109,13 @@ class Edit:
             raise GraphError(
                 "What stays with a model cannot keep a value: it belongs to no run.",
                 hint="Keep it in a trace of the edited model.",
-                lines=[line for *_, line in recorder.kept[:1] if line is not None],
+                lines=[with_code(line) for *_, line in recorder.kept[:1] if line is not None],
             )
         if recorder.saved:
             raise GraphError(
                 "What stays with a model cannot be saved: it belongs to no run.",
                 hint="Save it in a trace of the edited model.",
-                lines=[line for *_, line in recorder.saved[:1] if line is not None],
+                lines=[with_code(line) for *_, line in recorder.saved[:1] if line is not None],
             )
         self._request = recorder.finish()
         self._prompt_only = prompt_only

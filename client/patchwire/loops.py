@@ -318,7 +318,8 @@ class Loop:
         if self._request.in_trace:
             raise GraphError("A loop cannot stand in a trace.", hint="Write the trace into it.", lines=here())
         if self._recorder is not None:
-            raise GraphError("This loop has been used already.", hint="Make another.", lines=here())
+            hint = "Make another: `with session.repeat(…) as loop:`."
+            raise GraphError("This loop has been used already.", hint=hint, lines=here())
         self._recorder = outer.inner = BodyRecorder(outer, self.count)
         return self
 

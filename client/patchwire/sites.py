@@ -448,18 +448,6 @@ class Source:
 Inside = tuple[str, tuple[str, ...]]
 """Which function: the raw path of a module, and the operations that lead from its forward to the function."""
 
-_FUSED = {
-    "sdpa_attention_forward",
-    "flash_attention_forward",
-    "flex_attention_forward",
-    "flash_paged_attention_forward",
-}
-"""Transformers' attention functions that hand everything to one kernel."""
-_EAGER = (
-    "This attention is one fused kernel, in which scores and probabilities never exist. A server started with "
-    '`patchwire serve --attention eager`, or `patchwire.local(..., attention="eager")`, computes them step by step.'
-)
-
 
 @dataclass(frozen=True)
 class Part:
@@ -781,8 +769,6 @@ class Catalogue:
         typed = typed or spell(".".join([source.module, *(f"{SOURCE}.{each}" for each in source.path), SOURCE]))
         near = [f"`{typed}.{each}`" for each in nearest(name, source.operations)]
         hint = f"Did you mean {' or '.join(near)}?" if near else f"`print({typed})` shows the operations."
-        if source.function in _FUSED:
-            hint = f"{hint} {_EAGER}"
         return SiteError(f"`{typed}` has no operation `{name}`: it is `{source.function}`.", hint=hint)
 
     def _find_operation(

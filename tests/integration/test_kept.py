@@ -222,6 +222,31 @@ class TestIsRefused:
         with refused(patchwire.GraphError, "was not kept"), model.trace(PROMPT):
             (kept + 1).save()  # this line
 
+    def test_after_its_block(self, model):
+        with model.trace(PROMPT):
+            logits = model.logits.save()
+        with refused(patchwire.GraphError, "nothing can be kept any more", hint="inside"):
+            logits.keep()  # this line
+
+    def test_as_part_of_an_edit(self, model):
+        with refused(patchwire.GraphError, "What stays with a model cannot keep", hint="edited model"), model.edit():
+            model.logits.keep()  # this line
+
+    def test_of_a_step_that_the_generation_did_not_reach(self, model):
+        with (
+            refused(patchwire.ExecutionError, "step that was not reached cannot be kept", hint="min_new_tokens"),
+            model.generate(PROMPT, max_new_tokens=20) as gen,
+        ):
+            for _ in gen.all():
+                late = model.layers[0].output
+                model.lm_head.output[:, :, 0] = 1000  # the token that ends it
+            late.keep()  # this line
+
+    def test_when_it_turns_out_to_be_several_tensors(self, model):
+        with refused(patchwire.ExecutionError, "cannot be kept: it is not a tensor", hint="items"), model.trace(PROMPT):
+            hidden = model.layers[0].output
+            torch.topk(hidden[hidden > hidden.min()], 2).keep()  # this line
+
     @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), "long", True])
     def test_for_no_time(self, model, seconds):
         with refused(patchwire.GraphError, "cannot be kept for"), model.trace(PROMPT):

@@ -140,7 +140,10 @@ class Admission:
                 )
         body.outside = [fake_of(each) for each in node.args[1]]  # type: ignore[union-attr, arg-type]
         if any(isinstance(each, tuple) for each in body.outside):
-            raise at(node, GraphError("A tuple cannot be given to a loop as one value."))
+            error = GraphError(
+                "A tuple cannot be given to a loop as one value.", hint="Give it each of its items: `value[0]`."
+            )
+            raise at(node, error)
         extremes = loop.extremes
         admitted = self._checked(body, models or [home], until, times=1 if len(extremes) > 1 else loop.count)
         for iteration in extremes[1:]:

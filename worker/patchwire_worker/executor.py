@@ -637,7 +637,8 @@ class Execution:
     def _check_all_done(self) -> None:
         for node, missing in self._missing.items():
             if node.target in g.SINKS and missing >= 0:
-                raise at(node, ExecutionError("A saved or logged value never came into being."))
+                hint = "This is a defect of Patchwire itself, and the block that shows it is what helps to mend it."
+                raise at(node, ExecutionError("A saved or logged value never came into being.", hint=hint))
 
 
 _MADE_BY_PASSES = (g.read, g.generated, g.loop)

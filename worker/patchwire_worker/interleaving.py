@@ -34,7 +34,7 @@ _ENTRY = f"{_ROOT}.{INPUT}"
 T = TypeVar("T")
 _FUNCTION = "fn"
 """The last part of nnsight's name for the hand-over of a function that is about to be called."""
-_OUTSIDE = "What it is given and what it returns can be read and written; what is inside it cannot."
+OUTSIDE = "What it is given and what it returns can be read and written; what is inside it cannot."
 
 
 def base(module: str, operations: tuple[str, ...] = ()) -> str:
@@ -191,9 +191,9 @@ def available(what: str) -> Iterator[None]:
     try:
         yield
     except SourceNotAvailable as error:
-        raise SiteError(f"{what} has no text in Python.", hint=_OUTSIDE) from error
+        raise SiteError(f"{what} has no text in Python.", hint=OUTSIDE) from error
     except Exception as error:  # Python code comes in many forms, and a copy of some of them cannot be made
-        raise SiteError(f"{what} has no source that can be followed ({first_line(error)}).", hint=_OUTSIDE) from error
+        raise SiteError(f"{what} has no source that can be followed ({first_line(error)}).", hint=OUTSIDE) from error
 
 
 class PassInterleaver(Interleaver):  # type: ignore[misc]

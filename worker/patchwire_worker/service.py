@@ -21,6 +21,7 @@ from importlib import metadata
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 from torch import Tensor
 
@@ -239,7 +240,7 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
             if assembly is not None:
                 hashes.append(await self._apart(partial(self._keep, assembly), small=assembly.total <= _SMALL_BYTES))
 
-        async for message in request:
+        async for message in _readable(request):
             match message.WhichOneof("part"):
                 case "header":
                     await keep()
@@ -389,6 +390,22 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
                     self.kept.forget(handles)  # who asked has left, and cannot know all of them
 
 
+async def _readable(parts: AsyncIterator[Request]) -> AsyncIterator[Request]:
+    """The parts of a stream. One that is no message reaches us here, where gRPC refuses a request of one part itself.
+
+    Raises:
+        GraphError: a part is no message.
+    """
+    try:
+        async for part in parts:
+            yield part
+    except DecodeError:
+        raise GraphError(
+            "A part of the stream is no message of this protocol.",
+            hint="Use the same version of Patchwire on both sides.",
+        ) from None
+
+
 def _sites(message: graph_pb2.Graph) -> Iterator[tuple[str, graph_pb2.Site]]:
     """The sites that a graph and the bodies of its loops name, each after the name of its model."""
     for part in (message, *(trace.loop.body for trace in message.traces if trace.HasField("loop"))):
@@ -475,7 +492,10 @@ async def _lasting(
     except ConnectionLostError:
         raise stopped() from None
     except InternalError as error:
-        raise ExecutionError(f"internal error ({error}); the server's log has it") from None
+        raise ExecutionError(
+            f"internal error ({error}); the server's log has it",
+            hint="Whoever runs the server finds there what happened.",
+        ) from None
     except PatchwireError as error:
         raise _short(error) from None
 

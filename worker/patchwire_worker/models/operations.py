@@ -38,7 +38,7 @@ from patchwire.sites import (
 )
 from patchwire.tensors import dtype_to_proto
 from patchwire_worker import containers
-from patchwire_worker.interleaving import available, base
+from patchwire_worker.interleaving import OUTSIDE, available, base
 from patchwire_worker.models.learning import LENGTH, Learner, dim_of, is_independent
 from patchwire_worker.models.texts import transparent
 
@@ -128,6 +128,8 @@ class _Learnt:
     """The steps of generations."""
     compiled: Compiled | None = None
     """Its instrumented text."""
+    called: list[tuple[bool, bool]] = field(default_factory=list)
+    """Of each run: whether it was of steps, and whether it came by."""
     overwritten: set[tuple[Location, Path]] = field(default_factory=set)
     """The tensors that the model changes in place after they were at a site."""
 
@@ -169,7 +171,9 @@ def learn(
         finally:
             learner.interleaver.looked_into = ()
         for inside, each in learnt.items():
-            each.compiled = learner.interleaver.compiled(inside) or each.compiled
+            compiled = learner.interleaver.compiled(inside)
+            each.called.append((in_steps, compiled is not None))
+            each.compiled = compiled or each.compiled
             (each.steps if in_steps else each.runs).append(seen[inside])
             if not in_steps:
                 each.overwritten |= _overwritten(inside, seen[inside])
@@ -209,8 +213,10 @@ def _overwritten(inside: Inside, seen: _Seen) -> set[tuple[Location, Path]]:
 def _source(learner: Learner, inside: Inside, learnt: _Learnt, repeated: bool) -> Source:
     module, path = inside
     runs, steps, compiled = learnt.runs, learnt.steps, learnt.compiled
-    if compiled is None:
-        raise SiteError(f"`{path[-1]}` was not called.", hint="Print the source: it says which operations run.")
+    if compiled is None or len(set(learnt.called)) > len({in_steps for in_steps, _ in learnt.called}):
+        raise SiteError(
+            f"`{path[-1]}` was not called in each of the passes in which the model is learnt.", hint=OUTSIDE
+        )
     function = compiled.code.co_name
     if not path:
         function = f"{type(learner.module.get_submodule(module)).__name__}.{function}"
