@@ -48,7 +48,9 @@ def read(model: Model, named: Name) -> Any:
                 hint="Install a newer version of patchwire here.",
                 lines=here(),
             )
-        return formula(model, named.name.rpartition(".")[0])
+        computed = formula(model, named.name.rpartition(".")[0])
+        computed.memory.constant = _computed(named)
+        return computed
     part = _part(named, scope)
     recorder = scope.recorder
     if part.parameter:
@@ -56,24 +58,37 @@ def read(model: Model, named: Name) -> Any:
     elif EVERY in part.address:
         site = scope.site(_parse(part.address.replace(EVERY, "[0]")))
         addresses = (_parse(part.address.replace(EVERY, f"[{token}]")) for token in range(_tokens(scope)))
-        return States([_viewed(recorder.read(replace(site, address=each)), part) for each in addresses])
+        return States([_viewed(recorder.read(replace(site, address=each)), named, scope) for each in addresses])
     else:
         value = recorder.read(scope.site(_parse(part.address)))
-    return _viewed(value, part)
+    return _viewed(value, named, scope)
 
 
-def _viewed(value: Value, part: Part) -> Value:
+def _viewed(value: Value, named: Name, scope: Scope) -> Value:
+    part = _part(named, scope)
     for view in part.views:
-        name, args = view.call
+        name, args = view.call(0 if part.parameter else len(_lengths(scope)))
         value = value.recorder.call(ops.OPERATIONS[name], (value, *args), {})
+        if view.copies:
+            value.memory.constant = _computed(named)
     return value
+
+
+def _computed(named: Name) -> str:
+    """Why it cannot be written."""
+    return f"`{spell(named.name)}` is computed from other values and cannot be written."
+
+
+def _lengths(scope: Scope) -> list[int]:
+    """How many tokens each row has."""
+    invokes = scope.recorder.request.traces[scope.trace].invokes
+    mine = invokes if scope.invoke is None or scope.invoke < 0 else [invokes[scope.invoke]]
+    return [length for invoke in mine for length in invoke.lengths]
 
 
 def _tokens(scope: Scope) -> int:
     """How many tokens the longest row has."""
-    invokes = scope.recorder.request.traces[scope.trace].invokes
-    mine = invokes if scope.invoke is None or scope.invoke < 0 else [invokes[scope.invoke]]
-    return max(length for invoke in mine for length in invoke.lengths)
+    return max(_lengths(scope))
 
 
 def assign(model: Model, named: Name, value: Any) -> None:
@@ -83,7 +98,7 @@ def assign(model: Model, named: Name, value: Any) -> None:
         ShapeError: it has another shape or dtype.
         SiteError: the name is of something that is computed.
     """
-    if named.formula:
+    if named.is_computed:
         raise SiteError(
             f"`{spell(named.name)}` is computed from other values and cannot be written.",
             hint="Write one that it is computed from.",

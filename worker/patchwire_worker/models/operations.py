@@ -133,10 +133,27 @@ def learn(learner: Learner, inside: Inside, repeated: bool) -> tuple[Source, set
         LimitError: it is too long.
     """
     module, path = inside
+    compiled, operations, overwritten = _look(learner, inside, repeated)
+    if not path and learner.interleaver.switches(module):
+        # Some run only where attention is computed step by step. All of them are ordered by that pass, which has more.
+        _, stepwise, more = _look(learner, inside, repeated, stepwise=True)
+        operations = {name: _merged(each, stepwise[name]) for name, each in operations.items()}
+        overwritten |= more
+    function = compiled.code.co_name
+    if not path:
+        function = f"{type(learner.module.get_submodule(module)).__name__}.{function}"
+    return Source(module, path, function, compiled.source, operations), overwritten
+
+
+def _look(
+    learner: Learner, inside: Inside, repeated: bool, *, stepwise: bool = False
+) -> tuple[Compiled, dict[str, Operation], set[tuple[Location, Path]]]:
+    """The operations of a function, and which tensors are changed in place, as some runs show them."""
+    module, path = inside
     *prompts, alone = learner.prompts()
     runs: list[_Seen] = []
     steps: list[_Seen] = []
-    overwritten = set()
+    overwritten: set[tuple[Location, Path]] = set()
     compiled: Compiled | None = None
     weights = {each.untyped_storage()._cdata for each in learner.module.parameters()}
     # Values are compared between two runs; all others only show lengths.
@@ -147,7 +164,7 @@ def learn(learner: Learner, inside: Inside, repeated: bool) -> tuple[Source, set
         if compiled is not None:
             learner.interleaver.looked_into = [base(module, (*path, name)) for name in compiled.names]
         try:
-            (learner.look_in_steps if in_steps else learner.look)(ids, seen.observe, [inside])
+            (learner.look_in_steps if in_steps else learner.look)(ids, seen.observe, [inside], stepwise=stepwise)
         finally:
             learner.interleaver.looked_into = ()
         compiled = learner.interleaver.compiled(inside) or compiled
@@ -159,11 +176,8 @@ def learn(learner: Learner, inside: Inside, repeated: bool) -> tuple[Source, set
         (steps if in_steps else runs).append(seen)
     if compiled is None:
         raise SiteError(f"`{path[-1]}` was not called.", hint="Print the source: it says which operations run.")
-    function = compiled.code.co_name
-    if not path:
-        function = f"{type(learner.module.get_submodule(module)).__name__}.{function}"
     if len(compiled.source) > _MAX_TEXT or len(compiled.names) > _MAX_OPERATIONS:
-        raise LimitError(f"`{function}` is too long to look into.", hint="Look into a module in it.")
+        raise LimitError(f"`{compiled.code.co_name}` is too long to look into.", hint="Look into a module in it.")
     loops, statements = _positions(compiled)
     operations = {}
     for name in compiled.names:
@@ -176,7 +190,21 @@ def learn(learner: Learner, inside: Inside, repeated: bool) -> tuple[Source, set
             leaves = _leaves(inside, name, times, steps, unused)
             operation = replace(operation, runs_in_steps=times, leaves_in_steps=leaves)
         operations[name] = _with_callee(operation, learner.module, [each.callees for each in (*runs, *steps)])
-    return Source(module, path, function, compiled.source, operations), overwritten
+    return compiled, operations, overwritten
+
+
+def _merged(operation: Operation, stepwise: Operation) -> Operation:
+    """An operation in passes as they are usually, with its place among those of passes that go step by step."""
+    if operation.runs == _NEVER:
+        return stepwise
+    places = {(leaf.side, leaf.path): leaf for leaf in stepwise.leaves}
+    leaves = tuple(
+        replace(leaf, order=places[leaf.side, leaf.path].order, last=places[leaf.side, leaf.path].last)
+        if (leaf.side, leaf.path) in places
+        else leaf
+        for leaf in operation.leaves
+    )
+    return replace(operation, leaves=leaves)
 
 
 def _times(name: str, runs: Sequence[_Seen], in_loop: bool, alone: _Seen | None = None) -> Dim:
