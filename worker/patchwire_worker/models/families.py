@@ -27,6 +27,7 @@ from patchwire_worker.models.places import (
     in_one_row,
     inside,
     mlp,
+    only,
     projections,
     residual,
     transposed,
@@ -128,8 +129,8 @@ _MAMBA = _family("backbone", "embeddings", "layers", "norm_f", "lm_head", "mixer
 FAMILIES: Mapping[str, Family] = {
     "gpt2": _like_gpt2(
         transposed(projections("c_attn", "c_attn", "c_attn", "c_proj", _FUSED) | mlp("c_fc", "c_proj"))
-        # Scores in higher precision, as an option says, are computed by a function of its own.
-        | either(INTERFACE, inside("", "_upcast_and_reordered_attn"))
+        # Scores in higher precision, as an option says, are computed by a function of its own, if step by step.
+        | either(only(INTERFACE, "!reorder_and_upcast_attn"), inside("", "_upcast_and_reordered_attn"))
         | residual(middle="ln_2")
     ),
     "gpt_neo": _like_gpt2(

@@ -125,7 +125,6 @@ class _Parts:
         config, why = getattr(self.model, "config", None), []
         for place in places if isinstance(places, tuple) else (places,):
             if not place.suits(config):
-                why.append(f"it is elsewhere, or nowhere, unless {place.when}")
                 continue
             form = place.form or FORMS[word]
             sizes = sizes_of(config, self.model.get_submodule(owner))
@@ -138,7 +137,7 @@ class _Parts:
             else:
                 self.found.names[name] = Name(name, owner, part=part, part_in_steps=steps or None, dims=dims)
                 return
-        self.found.missing[name] = "; ".join(dict.fromkeys(why))
+        self.found.missing[name] = "; ".join(dict.fromkeys(why)) or "not in a model of this configuration"
 
     def _compute(self, name: str, owner: str, formula: Formula, needs: list[str]) -> None:
         known = [self.found.names.get(each) for each in needs]

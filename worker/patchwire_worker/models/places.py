@@ -246,6 +246,11 @@ def either(first: Mapping[str, Place], second: Mapping[str, Place]) -> dict[str,
     }
 
 
+def only(places: Mapping[str, Place], when: str) -> dict[str, Place]:
+    """The same places, if the configuration says so."""
+    return {name: replace(place, when=when) for name, place in places.items()}
+
+
 def in_one_row(places: Mapping[str, Place]) -> dict[str, Place]:
     """The same values, where the tokens of all rows are in one."""
     return {name: replace(place, layout=place.layout.replace("batch seq", "(batch seq)")) for name, place in places.items()}
