@@ -95,16 +95,18 @@ FAMILIES: dict[str, Family] = {
     "gpt_bigcode": _GPT2,
     "gpt_bigcode_heads": replace(_GPT2, cut=head_by_head),
     "gpt_neo": replace(_GPT2, qkv=Family.qkv, cut=None, out="out_proj", scale=1.0, body="attention"),
-    "gptj": replace(
-        _GPT2, qkv=Family.qkv, cut=None, out="out_proj", up="mlp.fc_in", down="mlp.fc_out", parallel=True
-    ),
+    "gptj": replace(_GPT2, qkv=Family.qkv, cut=None, out="out_proj", up="mlp.fc_in", down="mlp.fc_out", parallel=True),
     "gpt_neox": replace(_NEOX, parallel=True),
     "gpt_neox_sequential": _NEOX,
     "opt": Family(
         out="out_proj", up="fc1", gate="", down="fc2", added_mlp="fc2", scale=1.0, layers="model.decoder.layers"
     ),
     "bloom": replace(
-        _NEOX, attn="self_attention", added="self_attention.dense", added_mlp="mlp.dense_4h_to_h", layers="transformer.h"
+        _NEOX,
+        attn="self_attention",
+        added="self_attention.dense",
+        added_mlp="mlp.dense_4h_to_h",
+        layers="transformer.h",
     ),
     "falcon": _FALCON,
     "falcon_grouped": _FALCON,

@@ -1,4 +1,4 @@
-"""Canonical values of every family with attention: each equals what plain Hugging Face modules, taken apart by hand, give.
+"""Canonical values of every family with attention: each equals what Hugging Face's modules, taken apart by hand, give.
 
 The models are small, and their lengths all differ, so that no dimension can be taken for another. The values of one
 layer are read once, for prompts of two lengths that share a pass; the tests compare them with the model here and with
@@ -37,9 +37,10 @@ LACKS: dict[str, set[str]] = {
     **{name: {"mlp.pre", "mlp.neurons", "mlp.W_out", "mlp.W_in"} for name in ROUTED},
 }
 """What there is everywhere but here."""
-EVERYWHERE = {"mixer_norm", "mlp_norm", "resid_mid", "mixer.update", "mlp.update", "mlp.pre", "mlp.neurons", "mlp.W_in",
-              "mlp.W_out"} | {f"attn.{each}" for each in "q k v q_rot k_rot scores pattern z head_out W_Q W_K W_V W_O".split()}  # fmt: skip
-COMPUTED = ("head_out", "update")
+_OF_ATTENTION = ("q", "k", "v", "q_rot", "k_rot", "scores", "pattern", "z", "head_out", "W_Q", "W_K", "W_V", "W_O")
+_OF_LAYERS = ("mixer_norm", "mlp_norm", "resid_mid", "mixer.update", "mlp.update")
+_OF_MLPS = ("mlp.pre", "mlp.neurons", "mlp.W_in", "mlp.W_out")
+EVERYWHERE = {f"attn.{name}" for name in _OF_ATTENTION} | {*_OF_LAYERS, *_OF_MLPS}
 
 
 @dataclass
@@ -339,10 +340,10 @@ def test_queries_weights_that_are_apart_in_the_model_are_computed(cases: dict[st
 @every_family
 def test_steps_of_a_generation_have_them_too(case: Case) -> None:
     ids, found = PROMPTS[1], []
-    names = [f"attn.{each}" for each in ("q", "k", "v", "z", "q_rot", "pattern") if case.has(f"attn.{each}")]
+    names = [f"attn.{each}" for each in ("q", "k", "v", "z", "q_rot", "k_rot", "pattern") if case.has(f"attn.{each}")]
     names += [name for name in ("mixer.update", "mlp.update", "mlp.neurons", "mlp.router") if case.has(name)]
 
-    with case.model.generate(ids, max_new_tokens=3) as generation:
+    with case.model.generate(ids, max_new_tokens=3, min_new_tokens=3) as generation:
         for _ in generation.iter[0:3]:
             found.append({name: case.of(name).save() for name in names})
         tokens = generation.output.save()
@@ -355,6 +356,9 @@ def test_steps_of_a_generation_have_them_too(case: Case) -> None:
             if name == "attn.pattern":  # earlier than a window, keys may have been forgotten
                 expected = whole[name].value[:, :, position : position + 1, : position + 1]
                 same(value.value, expected[..., -value.value.shape[-1] :], (name, step))
+            elif name == "attn.k_rot":
+                expected = whole[name].value[:, : position + 1]
+                same(value.value, expected[:, -value.value.shape[1] :], (name, step))
             else:
                 same(value.value, whole[name].value[:, position : position + 1], (name, step))
 

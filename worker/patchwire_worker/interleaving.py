@@ -342,7 +342,9 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
         inside = {(each.module, each.operations[:-1]) for each in places if each.operations} | set(opened)
         self._opened = {base(path, way[: end + 1]): None for path, way in inside for end in range(len(way))}
         ways = {(each.module, each.operations) for each in places} | {(path, (*way, "")) for path, way in opened}
-        stepwise |= self.steps_are_exact and any(needs_steps(self.module.get_submodule(path), way) for path, way in ways)
+        stepwise |= self.steps_are_exact and any(
+            needs_steps(self.module.get_submodule(path), way) for path, way in ways
+        )
         try:
             modules = {"", *self.boundaries, *(each.module for each in places)}
             if self.observe is not None:

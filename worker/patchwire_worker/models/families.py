@@ -57,11 +57,11 @@ class Family:
     mixers: Mapping[str, str]
     """Inside a layer: what mixes tokens, and whether it is `ATTENTION` or `SSM`; each layer has one of them."""
     mlps: Mapping[str, str]
-    """Inside a layer: what works on each token, and whether it is `MLP` or `MOE`; a layer may have none. `LAYER` if it is
-    no module of its own."""
+    """Inside a layer: what works on each token, and whether it is `MLP` or `MOE`; a layer may have none. `LAYER` if it
+    is no module of its own."""
     norms: Mapping[str, str]
-    """Inside a layer: the norms before the mixer ("mixer_norm") and before the MLP ("mlp_norm"); "a|b" is the first that
-    there is."""
+    """Inside a layer: the norms before the mixer ("mixer_norm") and before the MLP ("mlp_norm"); "a|b" is the first
+    that there is."""
     parts: Places
     """Where values and parameters are, by what they are of and their name: "attn.q", "mlp.neurons", "model.W_E"."""
 
@@ -205,7 +205,9 @@ FAMILIES: Mapping[str, Family] = {
         | residual("^post_attention_layernorm.output", "^post_feedforward_layernorm.output", "mlp"),
         "",
     ),
-    "stablelm": _like_llama(_SEPARATE | _GATED | _BEFORE_MLP, "input_layernorm post_attention_layernorm|input_layernorm"),
+    "stablelm": _like_llama(
+        _SEPARATE | _GATED | _BEFORE_MLP, "input_layernorm post_attention_layernorm|input_layernorm"
+    ),
     "cohere": _like_llama(_SEPARATE | _GATED | residual(), "input_layernorm input_layernorm"),
     "starcoder2": _like_llama(_SEPARATE | mlp("c_fc", "c_proj") | _BEFORE_MLP),
     "mixtral": _SPARSE,

@@ -253,7 +253,9 @@ def only(places: Mapping[str, Place], when: str) -> dict[str, Place]:
 
 def in_one_row(places: Mapping[str, Place]) -> dict[str, Place]:
     """The same values, where the tokens of all rows are in one."""
-    return {name: replace(place, layout=place.layout.replace("batch seq", "(batch seq)")) for name, place in places.items()}
+    return {
+        name: replace(place, layout=place.layout.replace("batch seq", "(batch seq)")) for name, place in places.items()
+    }
 
 
 EXPERTS: Places = {
@@ -279,7 +281,7 @@ def transposed(places: Mapping[str, Place]) -> dict[str, Place]:
 def residual(mixer: str = "output[0]", mlp: str = "output", middle: str = "") -> dict[str, Place]:
     """What is added to the residual stream, and what it is in between: what a norm, or the MLP, by its name, is given.
 
-    Where the text adds one after the other it is in between nowhere (GPT-NeoX, as its configuration says), and has no name.
+    Where both are added at once, as in GPT-NeoX if its configuration says so, there is no such value and no name.
     """
     found = {}
     for name, place in (("mixer.update", mixer), ("mlp.update", mlp)):

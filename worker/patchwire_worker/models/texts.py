@@ -5,10 +5,10 @@ same: "softmax()" is the one call of a function of that name, "softmax()[1]" the
 the variable that the call of `ln_2` is given, in whatever case; "x=" is the last assignment to x, "x=[0]" the first and
 "x=[-2]" the last but one. nnsight's own names, which sites have, follow from that.
 
-Forwards branch on how a model was configured (`if self.use_parallel_residual:`). What a module's own attributes decide is
-decided here too, so that a token means an operation that runs in this model, or none. One such attribute can be changed
-for a pass: how attention is computed. An operation that runs only where it is computed step by step is found as well,
-and passes in which somebody waits there compute it so.
+Forwards branch on how a model was configured (`if self.use_parallel_residual:`). What a module's own attributes decide
+is decided here too, so that a token means an operation that runs in this model, or none. One such attribute can be
+changed for a pass: how attention is computed. An operation that runs only where it is computed step by step is found as
+well, and passes in which somebody waits there compute it so.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class _Collected(Instrument):  # type: ignore[misc]
             self.branches.pop()
         return found
 
-    def visit_If(self, node: ast.If) -> ast.AST:  # noqa: N802
+    def visit_If(self, node: ast.If) -> ast.AST:
         """Both sides of a branch, in order."""
         test = len(self.tests)
         self.tests.append(copy.deepcopy(node.test))
@@ -82,9 +82,7 @@ class _Collected(Instrument):  # type: ignore[misc]
 
     def wrap(self, name: str, fn: Any, args: Any, keywords: Any, node: ast.AST) -> Any:
         call = super().wrap(name, fn, args, keywords, node)
-        self.operations.append(
-            _Operation(self.names[-1], name, node, frozenset(self.branches), tuple(self.conditions))
-        )
+        self.operations.append(_Operation(self.names[-1], name, node, frozenset(self.branches), tuple(self.conditions)))
         return call
 
 
@@ -116,9 +114,7 @@ class _Text:
         if now == then:
             return []
         return [
-            each
-            for each in self.running(then)
-            if any(then[at] == taken != now[at] for at, taken in each.conditions)
+            each for each in self.running(then) if any(then[at] == taken != now[at] for at, taken in each.conditions)
         ]
 
 
