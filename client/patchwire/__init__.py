@@ -78,6 +78,7 @@ _HOMES = {
     "cond": "conditions",
     "connect": "client",
     "grad": "proxy",
+    "knockout": "flow",
     "local": "client",
 }
 """Where the names live that need torch, which takes seconds to import: they are looked up when they are first used."""
@@ -157,6 +158,7 @@ __all__ = [
     "cond",
     "connect",
     "grad",
+    "knockout",
     "local",
     "optim",
     "random",

@@ -23,6 +23,7 @@ from patchwire.inputs import ModelTokenizer, to_invoke
 from patchwire.loops import BatchPrompt
 from patchwire.proxy import Value
 from patchwire.scanning import Scan
+from patchwire.selecting import Selected
 from patchwire.session import Session
 from patchwire.sided import NoSuchIndex, NoSuchName, Sided
 from patchwire.sites import OUTPUT, SOURCE, Address, Catalogue, Inside, Leaf, Parameter, spell
@@ -486,6 +487,13 @@ class Model(Module):
         """
         self.catalogue.module(path)
         return self._at(path)
+
+    def _selected(self, selected: Selected) -> Value:
+        """The value of something that was selected."""
+        if isinstance(selected, Address):
+            return self._read(selected)
+        found: Value = canonical.read(self, selected)
+        return found
 
     def _at(self, name: str) -> Module:
         """The proxy of a module, by a name that exists."""

@@ -315,6 +315,8 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    tied: str = ""
+    """The raw path of the same tensor in an earlier module; empty if it is in none."""
 
 
 @dataclass(frozen=True)
@@ -895,7 +897,9 @@ class Catalogue:
                 path=module.path,
                 class_name=module.class_name,
                 parameters=[
-                    model_pb2.ParameterInfo(name=each.name, shape=each.shape, dtype=dtype_to_proto(each.dtype))
+                    model_pb2.ParameterInfo(
+                        name=each.name, shape=each.shape, dtype=dtype_to_proto(each.dtype), tied=each.tied
+                    )
                     for each in module.parameters
                 ],
                 leaves=[leaf.to_proto() for leaf in module.leaves],
@@ -917,7 +921,7 @@ class Catalogue:
                     each.path,
                     each.class_name,
                     tuple(
-                        Parameter(info.name, tuple(info.shape), dtype_from_proto(info.dtype))
+                        Parameter(info.name, tuple(info.shape), dtype_from_proto(info.dtype), info.tied)
                         for info in each.parameters
                     ),
                     tuple(Leaf.from_proto(each.path, leaf) for leaf in each.leaves),

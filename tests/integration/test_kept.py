@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 
@@ -305,3 +306,33 @@ class TestOverTheWire:
             strict_stub.Forget(service_pb2.ForgetRequest(handles=[b"x"]))
 
         assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_what_was_kept_for_a_request_that_was_cancelled_later_is_forgotten(server):
+    large = messages.call("torch.Tensor.new_zeros", messages.node(0), [64 << 20])
+    graph = messages.graph("gpt2", messages.read("logits"), large)
+    graph.nodes.add().keep.MergeFrom(graph_pb2.Keep(value=0, seconds=1000))
+    graph.nodes.append(messages.save(1))
+    channel, stub = messages.stub(server.address)
+    with channel:
+        events = stub.Run(service_pb2.RunRequest(graph=graph))
+        handle = next(each.kept.handle for each in messages.events(events) if each.HasField("kept"))
+        events.cancel()
+    channel, stub = messages.stub(server.address)
+    with channel:
+        use = messages.graph("gpt2", graph_pb2.Node(constant=0), messages.save(0))
+        use.constants.add().kept = handle
+        deadline = time.monotonic() + 60
+        while _is_kept(stub, use):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def _is_kept(stub, graph: graph_pb2.Graph) -> bool:
+    try:
+        stub.Check(service_pb2.CheckRequest(graph=graph))
+    except grpc.RpcError as error:
+        if "is not on this server" not in error_from_call(error, "here").message:
+            raise
+        return False
+    return True

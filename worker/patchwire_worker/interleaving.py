@@ -226,6 +226,13 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
         self.interleaving: bool = False
         self._applying = False
 
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> bool:
+        """The end of a pass; that it was ended early is no error."""
+        if exc_type is StopPass:
+            # nnsight's frame keeps it, and it that frame and all of the model's: their tensors would stay for long.
+            exc_value.__traceback__ = None
+        return bool(super().__exit__(exc_type, exc_value, traceback))
+
     @property
     def busy(self) -> bool:
         """Whether a call of a module is part of the pass: on another thread it is somebody else's."""

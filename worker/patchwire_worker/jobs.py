@@ -341,11 +341,13 @@ class Jobs:
         except PatchwireError as found:
             state, error = pb.JOB_STATE_FAILED, found
         except OSError as found:
-            log.error("the results of a job could not be written: %s", found)
-            state = pb.JOB_STATE_FAILED
-            error = ExecutionError(f"The server could not write the results to its disk: {found.strerror}.")
+            state, error = pb.JOB_STATE_FAILED, _unwritten(found)
         job.ending = True
-        await self._apart(results.close)
+        try:
+            await self._apart(results.close)  # which writes what is left
+        except OSError as found:
+            if state == pb.JOB_STATE_DONE:
+                state, error = pb.JOB_STATE_FAILED, _unwritten(found)
         await self._end(job, state, error)
 
     async def _append(self, job: _Job, results: IO[bytes], response: pb.FetchJobResponse) -> None:
@@ -428,6 +430,11 @@ def _fail(record: pb.JobRecord, error: PatchwireError) -> None:
     record.job.state = pb.JOB_STATE_FAILED
     record.job.error = error.message[:_SHOWN_OF_ERROR]
     record.error.CopyFrom(error_to_proto(error, VERSION))
+
+
+def _unwritten(error: OSError) -> ExecutionError:
+    log.error("the results of a job could not be written: %s", error)
+    return ExecutionError(f"The server could not write the results to its disk: {error.strerror}.")
 
 
 def _create(path: Path, record: pb.JobRecord) -> IO[bytes]:

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from patchwire.errors import GraphError, InputError
-from patchwire.graph import Generation
+from patchwire.graph import Generation, same_storage
 from patchwire.sites import Axis, Inside, Source
 from patchwire.tensors import dtype_to_proto
 from patchwire.v1 import model_pb2
@@ -32,6 +33,8 @@ from patchwire_worker.models.loading import Loaded
 log = logging.getLogger(__name__)
 
 _MAX_SOURCES = 1 << 11
+_TOGETHER = 31
+"""How many functions are learnt in the same runs as one that is asked for."""
 _PROBE = "The quick brown fox, 3.14! Ünï→cødé\n  two lines"
 
 
@@ -63,6 +66,7 @@ class HostedModel:
         self.lock = threading.RLock()
         learner = self._learner = Learner(self.module, self.interleaver, self._options, self.device, self.vocabulary)
         self.catalogue = replace(learner.catalogue(self.name, family), learn=self._learn_source)
+        self._memory.restore()
         self.interleaver.boundaries = self.catalogue.layers or self.interleaver.boundaries
         self.overwritten = frozenset(learner.overwritten)
         self.pads = pads(self.catalogue) and not _scales_with_length(self.config)
@@ -114,14 +118,33 @@ class HostedModel:
             caller = self.catalogue.operation(module, path) if path else None
             repeated = caller is not None and caller.runs.axis is Axis.UNKNOWN
             try:
-                source, overwritten = operations.learn(self._learner, inside, repeated)
+                found, overwritten = operations.learn(self._learner, [inside, *self._alike(inside)], repeated)
             finally:
                 self._memory.restore()
             self.overwritten |= overwritten
-            while len(known) >= _MAX_SOURCES:
+            while len(known) + len(found) > _MAX_SOURCES:
                 del known[next(iter(known))]
-            known[inside] = source
-            return source
+            known.update(found)
+            return found[inside]
+
+    def _alike(self, inside: Inside) -> list[Inside]:
+        """The same function in other layers of the same kind, which somebody will ask for next."""
+        (module, path), catalogue = inside, self.catalogue
+        own = next((layer for layer in catalogue.layers if f"{module}.".startswith(f"{layer}.")), None)
+        if own is None:
+            return []
+        modules = (layer + module.removeprefix(own) for layer in catalogue.layers if layer != own)
+        wanted = catalogue.modules[module].class_name
+        found = []
+        for each in modules:
+            there = catalogue.modules.get(each)
+            if there is None or (there.class_name, there.calls) != (wanted, catalogue.modules[module].calls):
+                continue
+            caller = catalogue.sources.get((each, path[:-1])) if path else None
+            operation = caller.operations.get(path[-1]) if caller is not None else None
+            if (each, path) not in catalogue.sources and (not path or (operation and not operation.closed)):
+                found.append((each, path))
+        return found[:_TOGETHER]
 
     def generate(
         self,
@@ -155,12 +178,19 @@ class HostedModel:
         return None if made is None else made.to("cpu")
 
     def apply(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Apply one of its modules, in the middle of a pass or outside of one."""
+        """Apply one of its modules, in the middle of a pass or outside of one.
+
+        What the module remembers is afterwards what it was before, not what it was when no pass ran: a pass in whose
+        middle this happens may still be using it.
+        """
+        module = self.module.get_submodule(path)
         with self.lock:
+            memory = _Memory(module)
             try:
-                return self.interleaver.call(self.module.get_submodule(path), args, kwargs)
+                result = self.interleaver.call(module, args, kwargs)
+                return tree_map_only(Tensor, memory.apart, result)
             finally:
-                self._memory.restore()
+                memory.restore()
 
     def parameter(self, path: str) -> Tensor:
         """A parameter or buffer of the model's own, by its module's name or path and its own name."""
@@ -327,6 +357,10 @@ class _Memory:
             for name in self._ATTRIBUTES
             if name in module.__dict__
         ]
+
+    def apart(self, tensor: Tensor) -> Tensor:
+        """The same tensor, or a copy of it if it lies in what is put back to what it was."""
+        return tensor.clone() if any(same_storage(tensor, each) for _, _, each, _ in self._buffers) else tensor
 
     def restore(self) -> None:
         """Put everything back to what it was."""

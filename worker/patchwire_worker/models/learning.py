@@ -105,11 +105,14 @@ class Learner:
     def catalogue(self, name: str, family: Family | None) -> Catalogue:
         """Every module of the model, with the tensors that it takes and returns."""
         *runs, alone = map(self._run, self.prompts())
+        first: dict[int, str] = {}
+        for path, tensor in self.module.named_parameters(remove_duplicate=False):
+            first.setdefault(id(tensor), path)
         modules = {
             path: Module(
                 path,
                 type(module).__name__,
-                _parameters(module),
+                _parameters(path, module, first),
                 tuple(_leaves(path, runs, alone)),
                 _calls(path, runs),
                 alone.items.get(path, 0),
@@ -218,14 +221,17 @@ def _calls(path: str, runs: Sequence[_Seen]) -> int:
     return counts.pop() if len(counts) == 1 else max(2, *counts)
 
 
-def _parameters(module: nn.Module) -> tuple[Parameter, ...]:
+def _parameters(path: str, module: nn.Module, first: Mapping[int, str]) -> tuple[Parameter, ...]:
+    """The parameters and buffers of a module; `first` says where each parameter is for the first time."""
     found = []
     for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
         try:
             dtype_to_proto(tensor.dtype)
         except GraphError:  # a quantized weight: it stays on the worker
             continue
-        found.append(Parameter(name, tuple(tensor.shape), tensor.dtype))
+        own = f"{path}.{name}" if path else name
+        tied = first.get(id(tensor), own)
+        found.append(Parameter(name, tuple(tensor.shape), tensor.dtype, "" if tied == own else tied))
     return tuple(found)
 
 

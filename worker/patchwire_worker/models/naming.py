@@ -143,7 +143,9 @@ class _Parts:
         known = [self.found.names.get(each) for each in needs]
         if all(each is not None for each in known):
             lengths = dict(each.split("=") for of in known if of is not None for each in of.dims.split() if "=" in each)
-            dims = layouts.dims(formula.form, {key: int(value) for key, value in lengths.items()})
+            first = {word: each.dims.partition("=")[0] for word, each in zip(formula.needs, known, strict=True) if each}
+            form = formula.form.format_map(first)
+            dims = layouts.dims(form, {key: int(value) for key, value in lengths.items()})
             self.found.names[name] = Name(name, owner, dims=dims, formula=formula.name)
             self.found.missing.pop(name, None)
         else:

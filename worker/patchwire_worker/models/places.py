@@ -52,7 +52,7 @@ class Formula:
     needs: tuple[str, ...]
     """The values and parameters of the same part that it is computed from; "^" before those of the layer."""
     form: str
-    """Its dimensions."""
+    """Its dimensions; "{A_log}" is the first dimension of that parameter."""
 
 
 FORMS: Mapping[str, str] = {
@@ -100,6 +100,8 @@ FORMS: Mapping[str, str] = {
     "ssm.C": "batch seq d_state",
     "ssm.scan": "batch seq d_inner",
     "ssm.state": "batch seq d_inner d_state",
+    "ssm.A_log": "d_inner d_state",
+    "ssm.D": "d_inner",
     "ssm.W_in": "d_model d_inner",
     "ssm.W_gate": "d_model d_inner",
     "ssm.W_out": "d_inner d_model",
@@ -110,6 +112,7 @@ FORMULAS: Mapping[str, Formula] = {
     "attn.head_out": Formula("head_out", ("z", "W_O"), "batch seq head d_model"),
     "mixer.update": Formula("mixer_update", ("^resid_mid",), "batch seq d_model"),
     "mlp.update": Formula("mlp_update", ("^resid_mid",), "batch seq d_model"),
+    "ssm.pattern": Formula("ssm_pattern", ("delta", "B", "C", "A_log"), "batch {A_log} query key"),
 }
 """What is computed, where no tensor of the model holds it, and how."""
 
@@ -319,6 +322,8 @@ MAMBA: Mapping[str, Place] = {
         ":mamba_selective_scan()/silu()/output", "batch d_inner seq",
         ":mamba_selective_state_update()/silu()/output", "batch d_inner",
     ),
+    "ssm.A_log": Place("A_log", "d_inner d_state"),
+    "ssm.D": Place("D", "d_inner"),
     "ssm.W_in": Place("in_proj.weight", "x!|gate(d_inner) d_model"),
     "ssm.W_gate": Place("in_proj.weight", "x|gate!(d_inner) d_model"),
     "ssm.W_out": Place("out_proj.weight", "d_model d_inner"),
@@ -359,6 +364,8 @@ MAMBA2: Mapping[str, Place] = {
     ),
     "ssm.scan": Place("norm.input", "batch seq d_inner"),
     "ssm.gate_act": Place("norm:silu()/output", "batch seq d_inner"),
+    "ssm.A_log": Place("A_log", "ssm_head", form="ssm_head"),
+    "ssm.D": Place("D", "ssm_head", form="ssm_head"),
     "ssm.W_in": Place("in_proj.weight", f"{_one(_MAMBA2_IN, 'x', 'd_inner')} d_model"),
     "ssm.W_gate": Place("in_proj.weight", f"{_one(_MAMBA2_IN, 'gate', 'd_inner')} d_model"),
     "ssm.W_out": Place("out_proj.weight", "d_model d_inner"),
