@@ -69,7 +69,7 @@ def read(model: Model, named: Name) -> Any:
 
 
 def viewed(value: Value, part: Part, rows: int = 0) -> Value:
-    """The part of a tensor that is meant; `rows` is how many there are, where the tensor has all their tokens in one."""
+    """The part of a tensor that is meant; `rows` is how many there are, where it has the tokens of all in one."""
     for view in part.views:
         name, args = view.call(rows)
         value = value.recorder.call(ops.OPERATIONS[name], (value, *args), {})

@@ -24,6 +24,7 @@ from patchwire.tensors import dtype_to_proto
 from patchwire_worker import containers
 from patchwire_worker.generating import generate
 from patchwire_worker.interleaving import PassInterleaver, Stopping, provider
+from patchwire_worker.models.detecting import completed
 from patchwire_worker.models.families import Family
 from patchwire_worker.models.naming import names
 from patchwire_worker.models.texts import chooses_attention
@@ -71,6 +72,10 @@ class _Seen:
             self.versions[location, path] = (tensor, tensor._version)
             self.values[location, path] = tensor.clone()
 
+    def side(self, module: str, side: str) -> list[tuple[Path, Tensor]]:
+        """The tensors of a side of a module."""
+        return [(path, value) for (place, path), value in self.values.items() if place == Location(module, side)]
+
     def overwritten(self) -> set[tuple[Location, Path]]:
         """The tensors that were changed in place after they had been seen; forgets all of them."""
         found = {place for place, (tensor, version) in self.versions.items() if tensor._version != version}
@@ -102,8 +107,14 @@ class Learner:
         self.sides: dict[str, Location] = {provider(place): place for place in places}
         """Every side of every module, by nnsight's name of it."""
 
-    def catalogue(self, name: str, family: Family | None) -> Catalogue:
-        """Every module of the model, with the tensors that it takes and returns."""
+    def catalogue(self, name: str, family: Family | None, *, detected: bool = False) -> Catalogue:
+        """Every module of the model, with the tensors that it takes and returns, and all canonical names.
+
+        Args:
+            name: What clients call the model.
+            family: Where its parts are; None if that is not known.
+            detected: Whether the family was only guessed from the model's structure.
+        """
         *runs, alone = map(self._run, self.prompts())
         first: dict[int, str] = {}
         for path, tensor in self.module.named_parameters(remove_duplicate=False):
@@ -119,8 +130,10 @@ class Learner:
             )
             for path, module in self.module.named_modules()
         }
+        if family is not None and detected:
+            family = completed(family, self.module, runs[-1].side)
         self.interleaver.steps_are_exact = self._steps_are_exact(runs[-1])
-        named = names(self.module, modules, family, exact=self.interleaver.steps_are_exact)
+        named = names(self.module, modules, family, exact=self.interleaver.steps_are_exact, detected=detected)
         self.missing = named.missing
         return Catalogue(name, modules, named.names)
 

@@ -21,6 +21,8 @@ from patchwire_worker.models.places import FORMS, FORMULAS, Formula, Place
 from patchwire_worker.models.sizes import sizes_of
 
 _PART = re.compile(r"(?:layers\.\d+(?:\.(?P<kind>mixer|attn|ssm|mlp))?)?")
+SIDES = (INPUT, OUTPUT)
+_OF_EXPERTS = ("router", "chosen_experts")
 EVERY = "[*]"
 """What follows an operation that runs once for each token: all of these times."""
 
@@ -35,7 +37,14 @@ class Named:
     """What the tables name and the model lacks, with the reason."""
 
 
-def names(model: nn.Module, modules: Mapping[str, Module], family: Family | None, *, exact: bool = True) -> Named:
+def names(
+    model: nn.Module,
+    modules: Mapping[str, Module],
+    family: Family | None,
+    *,
+    exact: bool = True,
+    detected: bool = False,
+) -> Named:
     """The canonical names of a model.
 
     Args:
@@ -43,6 +52,7 @@ def names(model: nn.Module, modules: Mapping[str, Module], family: Family | None
         modules: Its modules, by raw path, with their tensors.
         family: Where the parts of its architecture are; None if that is not known.
         exact: Whether the model computes the same when it computes attention step by step.
+        detected: Whether the family was detected: then all that was not found is missing.
     """
     found = Named()
     for name, path, role in _modules(modules, family):
@@ -51,7 +61,10 @@ def names(model: nn.Module, modules: Mapping[str, Module], family: Family | None
         if leaf.path == ("logits",):
             found.names["logits"] = Name("logits", "", leaf)
     if family is not None:
-        _Parts(model, modules, family, found, exact).add()
+        parts = _Parts(model, modules, family, found, exact)
+        parts.add()
+        if detected:
+            parts.report()
     return found
 
 
@@ -119,6 +132,20 @@ class _Parts:
                 name = f"{owner}.{short}"
                 if of == kind and name not in self.found.names:
                     self._compute(name, path, formula, [_relative(owner, each) for each in formula.needs])
+
+    def report(self) -> None:
+        """Say of every value of the vocabulary that has no name here that it has none."""
+        for owner, named in [each for each in self.found.names.items() if each[1].is_module]:
+            part = _PART.fullmatch(owner)
+            if part is None or not owner:
+                continue
+            for word in FORMS:
+                of, _, short = word.partition(".")
+                other = of == "mlp" and (short in _OF_EXPERTS) != (named.role == MOE)
+                if of != (part["kind"] or "layer") or short.startswith("b_") or short in SIDES or other:
+                    continue
+                if f"{owner}.{short}" not in self.found.names:
+                    self.found.missing.setdefault(f"{owner}.{short}", "its structure does not tell where it is")
 
     def _add(self, name: str, owner: str, word: str, places: Place | tuple[Place, ...]) -> None:
         """Add the first of some places that this model has."""

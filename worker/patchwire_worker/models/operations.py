@@ -153,7 +153,7 @@ def learn(
     sources, overwritten = _look(learner, insides, repeated)
     both = [each for each in insides if not each[1] and learner.interleaver.switches(each[0])]
     if both:
-        # Some operations run only where attention is computed step by step. By that pass, which has them, all are ordered.
+        # Some operations run only where attention is computed step by step. That pass, which has them, orders all.
         stepwise, more = _look(learner, both, repeated, stepwise=True)
         for inside, source in stepwise.items():
             usual = sources[inside].operations
