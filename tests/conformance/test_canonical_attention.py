@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import patchwire
@@ -403,3 +404,32 @@ def test_what_is_written_to_the_router_decides(case: Case) -> None:
     assert (chosen.value[:, 3:] == 4).any(-1).all()
     same(logits.value, expected)
     assert not torch.allclose(expected, case.expected[0]["logits"], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon", "gpt2_upcast"])
+def test_the_kernel_stays_in_use_unless_somebody_looks_inside(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls, kernel = patchwire.local(tiny.uneven(name)), list[int](), F.scaled_dot_product_attention
+    with model.trace(tiny.prompt(5)):  # learns what is where
+        model.layers[LAYER].attn.pattern.save()
+        if name != "gpt2_upcast":
+            model.layers[LAYER].attn.q_rot.save()
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        return kernel(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    with model.trace(tiny.prompt(5)):
+        attn = model.layers[LAYER].attn
+        attn.q.save()
+        attn.z[:, :, 0] = 0
+        if name != "gpt2_upcast":
+            attn.q_rot.save()
+        model.logits.save()
+    usual = len(calls)
+    with model.trace(tiny.prompt(5)):
+        model.layers[LAYER].attn.pattern.save()
+        model.logits.save()
+
+    assert usual == model.num_layers
+    assert len(calls) == usual

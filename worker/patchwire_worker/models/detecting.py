@@ -110,11 +110,12 @@ def _attention(module: nn.Module) -> Places:
     outputs = [name for name in _OUTPUTS if name in children]
     for names in _INPUTS:
         if outputs and all(name in children for name in names):
-            return projections(*names, outputs[0]) | dict(INTERFACE)
-    found = projections("", "", "", outputs[0]) if outputs else {}
-    return {name: place for name, place in found.items() if name in ("attn.z", "attn.W_O", "attn.b_O")} | dict(
-        INTERFACE
-    )
+            found = projections(*names, outputs[0])
+            return _as_stored(found, [children[name] for name in (*names, outputs[0])]) | dict(INTERFACE)
+    if not outputs:
+        return INTERFACE
+    found = {name: place for name, place in projections("", "", "", outputs[0]).items() if name in _OF_OUTPUT}
+    return _as_stored(found, [children[outputs[0]]]) | dict(INTERFACE)
 
 
 def _mlp(module: nn.Module) -> Places:

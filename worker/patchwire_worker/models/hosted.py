@@ -74,12 +74,13 @@ class HostedModel:
         how = "from the table" if not detected else "unknown architecture" if family is None else "by their structure"
         log.info("%s: %d layers named (%s), %s rows of different lengths", self.name, self.catalogue.num_layers, how,
                  "packs" if self.pads else "does not pack")  # fmt: skip
-        lacking: dict[tuple[str, str], int] = {}
+        lacking: dict[tuple[str, str], list[str]] = {}
         for each, why in self.missing.items():
             word = re.sub(r"^layers\.\d+\.", "", each), re.sub(r"\.\d+\.", ".*.", why)
-            lacking[word] = lacking.get(word, 0) + 1
-        for (each, why), count in lacking.items():
-            log.log(logging.INFO if detected else logging.DEBUG, "%s has no %s (%d): %s", self.name, each, count, why)
+            lacking.setdefault(word, []).append(each)
+        for (each, why), places in lacking.items():
+            where = "" if places == [each] else f" in {len(places)} layers"
+            log.log(logging.INFO if detected else logging.DEBUG, "%s has no %s%s: %s", self.name, each, where, why)
 
     @property
     def missing(self) -> Mapping[str, str]:

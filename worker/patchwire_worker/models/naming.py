@@ -177,7 +177,7 @@ class _Parts:
             self.found.missing.pop(name, None)
         else:
             lacking = [f"`{each}`" for each, of in zip(needs, known, strict=True) if of is None]
-            self.found.missing.setdefault(name, f"it is computed from {' and '.join(lacking)}")
+            self.found.missing.setdefault(name, f"it is computed from {' and '.join(lacking)}, not there")
 
     def _part(self, owner: str, at: str, layout: str, form: str, sizes: dict[str, int]) -> Part:
         """Where a value is; `sizes` learns what the tensor itself shows."""
