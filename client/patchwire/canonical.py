@@ -49,7 +49,9 @@ def read(model: Model, named: Name) -> Any:
                 hint="Install a newer version of patchwire here.",
                 lines=here(),
             )
-        return formula(model, named.name.rpartition(".")[0])
+        computed = formula(model, named.name.rpartition(".")[0])
+        computed.memory.constant = _computed(named)
+        return computed
     part = _part(named, scope)
     recorder = scope.recorder
     if part.parameter:
@@ -60,22 +62,35 @@ def read(model: Model, named: Name) -> Any:
         return States([viewed(recorder.read(replace(site, address=each)), part) for each in addresses])
     else:
         value = recorder.read(scope.site(parse(part.address)))
-    return viewed(value, part)
+    value = viewed(value, part, 0 if part.parameter else len(_lengths(scope)))
+    if named.is_computed:
+        value.memory.constant = _computed(named)
+    return value
 
 
-def viewed(value: Value, part: Part) -> Value:
-    """The part of a tensor that is meant."""
+def viewed(value: Value, part: Part, rows: int = 0) -> Value:
+    """The part of a tensor that is meant; `rows` is how many there are, where it has the tokens of all in one."""
     for view in part.views:
-        name, args = view.call
+        name, args = view.call(rows)
         value = value.recorder.call(ops.OPERATIONS[name], (value, *args), {})
     return value
 
 
-def tokens_of(scope: Scope) -> int:
-    """How many tokens the longest row has."""
+def _computed(named: Name) -> str:
+    """Why it cannot be written."""
+    return f"`{spell(named.name)}` is computed from other values and cannot be written."
+
+
+def _lengths(scope: Scope) -> list[int]:
+    """How many tokens each row has."""
     invokes = scope.recorder.request.traces[scope.trace].invokes
     mine = invokes if scope.invoke is None or scope.invoke < 0 else [invokes[scope.invoke]]
-    return max(length for invoke in mine for length in invoke.lengths)
+    return [length for invoke in mine for length in invoke.lengths]
+
+
+def tokens_of(scope: Scope) -> int:
+    """How many tokens the longest row has."""
+    return max(_lengths(scope))
 
 
 def assign(model: Model, named: Name, value: Any) -> None:
@@ -85,7 +100,7 @@ def assign(model: Model, named: Name, value: Any) -> None:
         ShapeError: it has another shape or dtype.
         SiteError: the name is of something that is computed.
     """
-    if named.formula:
+    if named.is_computed:
         raise SiteError(
             f"`{spell(named.name)}` is computed from other values and cannot be written.",
             hint="Write one that it is computed from.",

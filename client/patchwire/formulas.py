@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def head_out(model: Model, mixer: str) -> Value:
     """What each attention head adds to the residual stream, `[batch, seq, head, d_model]`: `z` times `W_O`.
 
-    Its sum over heads and the output's bias, if there is one, are `mixer.output` (Elhage et al. 2021, "A Mathematical
-    Framework for Transformer Circuits").
+    Its sum over heads and the output's bias `b_O`, if there is one, are what attention computes: `mixer.update`, where
+    no norm or multiplier follows (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits").
     """
     attn = model.module(mixer)
     found: Value = torch.einsum("bshd,hdm->bshm", attn.z, attn.W_O)  # type: ignore[assignment]
@@ -48,5 +48,24 @@ def ssm_pattern(model: Model, mixer: str) -> Value:
     return seen
 
 
-FORMULAS: Mapping[str, Callable[[Model, str], Value]] = {"head_out": head_out, "ssm_pattern": ssm_pattern}
+def mixer_update(model: Model, mixer: str) -> Value:
+    """What the mixer adds to the residual stream, `[batch, seq, d_model]`, where no tensor of the model holds it."""
+    layer = model.module(mixer.rpartition(".")[0])
+    found: Value = layer.resid_mid - layer.input
+    return found
+
+
+def mlp_update(model: Model, mlp: str) -> Value:
+    """What the MLP adds to the residual stream, `[batch, seq, d_model]`, where no tensor of the model holds it."""
+    layer = model.module(mlp.rpartition(".")[0])
+    found: Value = layer.output - layer.resid_mid
+    return found
+
+
+FORMULAS: Mapping[str, Callable[[Model, str], Value]] = {
+    "head_out": head_out,
+    "mixer_update": mixer_update,
+    "mlp_update": mlp_update,
+    "ssm_pattern": ssm_pattern,
+}
 """By the name that the catalogue gives them; each takes the model and the canonical name of the part that it is of."""

@@ -189,6 +189,17 @@ class Module(Sided):
         scope = current(f"{spell(self._name)}.skip(…)", self._model)
         scope.recorder.skip(scope.site(self._address(OUTPUT)), self.path, value, lambda: self._assign(OUTPUT, value))
 
+    def _side(self, side: str) -> Any:
+        named = self._catalogue.named(self._address(side).name)
+        return super()._side(side) if named is None or named.is_module else canonical.read(self._model, named)
+
+    def _assign(self, side: str, value: Any) -> None:
+        named = self._catalogue.named(self._address(side).name)
+        if named is None or named.is_module:
+            super()._assign(side, value)
+        else:
+            canonical.assign(self._model, named, value)
+
     def _leaves(self, side: str) -> tuple[Leaf, ...]:
         try:
             module = self._catalogue.module(self._name)

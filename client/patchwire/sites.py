@@ -496,6 +496,11 @@ class Name:
         return self.value is None and self.part is None and not self.formula
 
     @property
+    def is_computed(self) -> bool:
+        """Whether it is computed from what the model has, so that it cannot be written."""
+        return bool(self.formula) or (self.part is not None and any(view.copies for view in self.part.views))
+
+    @property
     def symbolic(self) -> str:
         """Its shape as text: "[batch, seq, 12, 64]"."""
         return f"[{', '.join(each.rpartition('=')[2] for each in self.dims.split())}]"

@@ -17,8 +17,8 @@ from patchwire.v1 import model_pb2
 _MAX_STEPS = 16
 _MAX_NUMBERS = 16
 _OPERATIONS: Mapping[str, str] = {
-    each: f"torch.{each}" for each in ("narrow", "select", "unflatten", "permute", "unsqueeze")
-}
+    each: f"torch.{each}" for each in ("narrow", "select", "unflatten", "permute", "unsqueeze", "flatten")
+} | {"rows": "torch.unflatten"}
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,23 @@ class View:
 
     operation: str
     """"narrow" (dimension, start, length), "select" (dimension, index), "unflatten" (dimension, lengths…),
-    "permute" (dimensions…), or "unsqueeze" (dimension)."""
+    "permute" (dimensions…), "unsqueeze" (dimension), "rows" (dimension: all tokens of the first row, then all of the
+    second, …), or "flatten" (first dimension, last dimension), which is no view but a copy."""
     numbers: tuple[int, ...]
     """Its arguments; dimensions are counted from the end where they are negative."""
 
     @property
-    def call(self) -> tuple[str, tuple[int | list[int], ...]]:
-        """The operation's name in a graph, and its arguments after the tensor."""
+    def copies(self) -> bool:
+        """Whether what it gives has memory of its own."""
+        return self.operation == "flatten"
+
+    def call(self, rows: int) -> tuple[str, tuple[int | list[int], ...]]:
+        """The operation's name in a graph, and its arguments after the tensor, of which there are so many rows."""
         name = _OPERATIONS[self.operation]
         match self.operation:
+            case "rows":
+                (dim,) = self.numbers
+                return name, (dim, [rows, -1])
             case "unflatten":
                 dim, *sizes = self.numbers
                 return name, (dim, sizes)

@@ -27,7 +27,7 @@ from torch import nn
 
 from patchwire.errors import PatchwireError, SiteError, first_line
 from patchwire.sites import INPUT, SOURCE, Inside, Location
-from patchwire_worker.models.texts import is_interface, step_by_step, transparent
+from patchwire_worker.models.texts import needs_steps, only_eager, step_by_step, transparent
 
 _ROOT = "model"
 _ENTRY = f"{_ROOT}.{INPUT}"
@@ -204,6 +204,8 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
             said which.
         observe: Told of everything that is handed over, in passes that only look.
         looked_into: In such passes: the operations whose functions are handed over, too.
+        steps_are_exact: Whether attention may be computed step by step in passes in which somebody looks inside: not if
+            the model's own code for that gives other numbers.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -216,6 +218,7 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
         self.stopping = Stopping()
         self.observe: Callable[[str, Any], None] | None = None
         self.looked_into: Collection[str] = ()
+        self.steps_are_exact = True
         self._steps: Mapping[int, Sequence[SiteMediator]] = {}
         self._step = -1
         self._waiting: dict[str, dict[int, Mediator]] = {}
@@ -318,7 +321,8 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
         call: Callable[[], T],
         steps: Mapping[int, Sequence[SiteMediator]],
         stopping: Stopping,
-        opened: Iterable[Inside] = (),
+        opened: Collection[Inside] = (),
+        stepwise: bool = False,
     ) -> T | None:
         """Let a call of the model meet its mediators.
 
@@ -327,6 +331,7 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
             steps: Who waits in which of these calls.
             stopping: Ends it early.
             opened: Functions to instrument, besides those that mediators wait in.
+            stepwise: Whether attention is computed step by step even if nobody waits where it has to be.
 
         Returns:
             What `call` returns; None if it was ended by a mediator.
@@ -343,13 +348,16 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
         places = [each.location for each in self.mediators]
         inside = {(each.module, each.operations[:-1]) for each in places if each.operations} | set(opened)
         self._opened = {base(path, way[: end + 1]): None for path, way in inside for end in range(len(way))}
-        looked_through = any(is_interface(name) for _, way in inside for name in way)
+        ways = {(each.module, each.operations) for each in places} | {(path, (*way, "")) for path, way in opened}
+        stepwise |= self.steps_are_exact and any(
+            needs_steps(self.module.get_submodule(path), way) for path, way in ways
+        )
         try:
             modules = {"", *self.boundaries, *(each.module for each in places)}
             if self.observe is not None:
                 modules |= set(self._controllers.paths)
-            eager = step_by_step(self.module) if looked_through else contextlib.nullcontext()
-            with eager, self._controllers.on(modules, {path for path, _ in inside}), self:
+            attention = step_by_step(self.module) if stepwise else contextlib.nullcontext()
+            with attention, self._controllers.on(modules, {path for path, _ in inside}), self:
                 self.sourced |= dict.fromkeys((*self._opened, *self.looked_into))
                 result = call()
         finally:
@@ -359,6 +367,10 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
             self.parked = set()
             self.stopping = Stopping()
         return result
+
+    def switches(self, path: str) -> bool:
+        """Whether a module's forward has operations for the sake of which attention is computed step by step."""
+        return self.steps_are_exact and bool(only_eager(self.module.get_submodule(path)))
 
     @property
     def calls(self) -> int:

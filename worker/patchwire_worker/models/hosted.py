@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +27,7 @@ from patchwire.v1 import model_pb2
 from patchwire_worker.generating import generate
 from patchwire_worker.interleaving import PassInterleaver, SiteMediator, Stopping
 from patchwire_worker.models import operations
-from patchwire_worker.models.families import family_of
+from patchwire_worker.models.detecting import family_of
 from patchwire_worker.models.learning import Learner, pads
 from patchwire_worker.models.loading import Loaded
 
@@ -62,18 +63,29 @@ class HostedModel:
         self.interleaver = PassInterleaver(self.module)
         self._options = self._call_options()
         self._memory = _Memory(self.module)
-        family, how = family_of(self.module, getattr(self.config, "model_type", ""))
+        family, detected = family_of(self.module, getattr(self.config, "model_type", ""))
         self.lock = threading.RLock()
         learner = self._learner = Learner(self.module, self.interleaver, self._options, self.device, self.vocabulary)
-        self.catalogue = replace(learner.catalogue(self.name, family), learn=self._learn_source)
+        self.catalogue = replace(learner.catalogue(self.name, family, detected=detected), learn=self._learn_source)
         self._memory.restore()
         self.interleaver.boundaries = self.catalogue.layers or self.interleaver.boundaries
         self.overwritten = frozenset(learner.overwritten)
         self.pads = pads(self.catalogue) and not _scales_with_length(self.config)
-        for each, why in learner.missing.items():
-            log.debug("%s: no %s (%s)", self.name, each, why)
+        how = "from the table" if not detected else "unknown architecture" if family is None else "by their structure"
         log.info("%s: %d layers named (%s), %s rows of different lengths", self.name, self.catalogue.num_layers, how,
                  "packs" if self.pads else "does not pack")  # fmt: skip
+        lacking: dict[tuple[str, str], list[str]] = {}
+        for each, why in self.missing.items():
+            word = re.sub(r"^layers\.\d+\.", "", each), re.sub(r"\.\d+\.", ".*.", why)
+            lacking.setdefault(word, []).append(each)
+        for (each, why), places in lacking.items():
+            where = "" if places == [each] else f" in {len(places)} layers"
+            log.log(logging.INFO if detected else logging.DEBUG, "%s has no %s%s: %s", self.name, each, where, why)
+
+    @property
+    def missing(self) -> Mapping[str, str]:
+        """The canonical names that a model of its kind may have and this one lacks, with the reason."""
+        return self._learner.missing
 
     def _call_options(self) -> dict[str, Any]:
         """What every call of the model gets besides its tokens: a forward pass needs no cache."""

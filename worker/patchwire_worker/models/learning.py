@@ -9,7 +9,7 @@ there could miss it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -24,8 +24,10 @@ from patchwire.tensors import dtype_to_proto
 from patchwire_worker import containers
 from patchwire_worker.generating import generate
 from patchwire_worker.interleaving import PassInterleaver, Stopping, provider
+from patchwire_worker.models.detecting import completed
 from patchwire_worker.models.families import Family
 from patchwire_worker.models.naming import names
+from patchwire_worker.models.texts import chooses_attention
 from patchwire_worker.rows import Rows
 
 # Rows and tokens of each run. Small, so that it costs nothing; three, and not on one line, so that a length that grows
@@ -70,6 +72,10 @@ class _Seen:
             self.versions[location, path] = (tensor, tensor._version)
             self.values[location, path] = tensor.clone()
 
+    def side(self, module: str, side: str) -> list[tuple[Path, Tensor]]:
+        """The tensors of a side of a module."""
+        return [(path, value) for (place, path), value in self.values.items() if place == Location(module, side)]
+
     def overwritten(self) -> set[tuple[Location, Path]]:
         """The tensors that were changed in place after they had been seen; forgets all of them."""
         found = {place for place, (tensor, version) in self.versions.items() if tensor._version != version}
@@ -101,8 +107,14 @@ class Learner:
         self.sides: dict[str, Location] = {provider(place): place for place in places}
         """Every side of every module, by nnsight's name of it."""
 
-    def catalogue(self, name: str, family: Family | None) -> Catalogue:
-        """Every module of the model, with the tensors that it takes and returns."""
+    def catalogue(self, name: str, family: Family | None, *, detected: bool = False) -> Catalogue:
+        """Every module of the model, with the tensors that it takes and returns, and all canonical names.
+
+        Args:
+            name: What clients call the model.
+            family: Where its parts are; None if that is not known.
+            detected: Whether the family was only guessed from the model's structure.
+        """
         *runs, alone = map(self._run, self.prompts())
         first: dict[int, str] = {}
         for path, tensor in self.module.named_parameters(remove_duplicate=False):
@@ -118,27 +130,58 @@ class Learner:
             )
             for path, module in self.module.named_modules()
         }
-        named = names(self.module, modules, family)
+        if family is not None and detected:
+            family = completed(family, self.module, runs[-1].side)
+        self.interleaver.steps_are_exact = self._steps_are_exact(runs[-1])
+        named = names(self.module, modules, family, exact=self.interleaver.steps_are_exact, detected=detected)
         self.missing = named.missing
         return Catalogue(name, modules, named.names)
 
-    def _run(self, ids: Tensor) -> _Seen:
+    def _run(self, ids: Tensor, *, stepwise: bool = False) -> _Seen:
         seen = _Seen(self.sides)
-        self.look(ids, seen.observe)
+        self.look(ids, seen.observe, stepwise=stepwise)
         self.overwritten |= seen.overwritten()
         return seen
+
+    def _steps_are_exact(self, usual: _Seen) -> bool:
+        """Whether every module returns the same when attention is computed step by step, up to rounding."""
+        if not chooses_attention(self.module):
+            return True
+        stepwise = self._run(self.prompts()[len(SHAPES) - 1], stepwise=True)
+        outputs = [place for place in usual.values if place[0].side == OUTPUT and place in stepwise.values]
+        return all(
+            usual.values[place].shape != stepwise.values[place].shape
+            or is_same(usual.values[place], stepwise.values[place])
+            for place in outputs
+        )
 
     def prompts(self) -> list[Tensor]:
         """The token ids of each run; those of the last are part of one row of the one before."""
         prompts = [self._ids(*shape) for shape in SHAPES]
         return [*prompts, prompts[-1][_ROW : _ROW + 1, :LENGTH]]
 
-    def look(self, ids: Tensor, observe: Callable[[str, Any], None], opened: Iterable[Inside] = ()) -> None:
-        """Run the model, and tell of everything that is handed over, inside some functions too."""
+    def look(
+        self,
+        ids: Tensor,
+        observe: Callable[[str, Any], None],
+        opened: Collection[Inside] = (),
+        *,
+        stepwise: bool = False,
+    ) -> None:
+        """Run the model, and tell of everything that is handed over, inside some functions too.
+
+        Args:
+            ids: The token ids.
+            observe: Told of each value.
+            opened: Which functions.
+            stepwise: Whether attention is computed step by step whatever the configuration says.
+        """
         self.interleaver.observe = observe
         try:
             with torch.no_grad():
-                self.interleaver.run(lambda: self.module(input_ids=ids, **self.options), {}, Stopping(), opened)
+                self.interleaver.run(
+                    lambda: self.module(input_ids=ids, **self.options), {}, Stopping(), opened, stepwise
+                )
         finally:
             self.interleaver.observe = None
 
@@ -147,7 +190,14 @@ class Learner:
         """Whether the model can generate tokens."""
         return getattr(self.module, "generation_config", None) is not None and hasattr(self.module, "generate")
 
-    def look_in_steps(self, ids: Tensor, observe: Callable[[str, Any], None], opened: Iterable[Inside] = ()) -> None:
+    def look_in_steps(
+        self,
+        ids: Tensor,
+        observe: Callable[[str, Any], None],
+        opened: Collection[Inside] = (),
+        *,
+        stepwise: bool = False,
+    ) -> None:
         """Generate two tokens, and tell of everything that is handed over in the pass for the second.
 
         That pass is over one token for each row; those before are in the model's cache.
@@ -162,7 +212,7 @@ class Learner:
         try:
             with torch.no_grad():
                 made = lambda: generate(self.module, ids, options, lambda _: None, {})  # noqa: E731
-                self.interleaver.run(made, {}, Stopping(), opened)
+                self.interleaver.run(made, {}, Stopping(), opened, stepwise)
         finally:
             self.interleaver.observe = None
 
@@ -227,15 +277,19 @@ def is_independent(leaf: Leaf, together: Tensor | None, alone: Tensor | None) ->
     batch, seq = SHAPES[-1]
     if tuple(together.shape) != leaf.lengths(batch, seq) or tuple(alone.shape) != leaf.lengths(1, LENGTH):
         return False
-    own = Rows(_ROW, (LENGTH,), batch, seq).take(together, leaf)
-    if not alone.is_floating_point() and not alone.is_complex():
-        return torch.equal(own, alone)
-    wide = torch.complex128 if alone.is_complex() else torch.float64
-    own, alone = own.to(wide), alone.to(wide)
-    finite = alone[alone.abs() < _MASKED]
+    return is_same(Rows(_ROW, (LENGTH,), batch, seq).take(together, leaf), alone)
+
+
+def is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same, up to rounding."""
+    if not other.is_floating_point() and not other.is_complex():
+        return torch.equal(one, other)
+    tolerance = _TOLERANCE.get(other.dtype, _ROUGH_TOLERANCE)
+    wide = torch.complex128 if other.is_complex() else torch.float64
+    one, other = one.to(wide), other.to(wide)
+    finite = other[other.abs() < _MASKED]
     scale = float(finite.abs().max()) if finite.numel() else 1.0
-    tolerance = _TOLERANCE.get(leaf.dtype, _ROUGH_TOLERANCE) * max(scale, 1e-6)
-    return torch.allclose(own, alone, rtol=0, atol=tolerance, equal_nan=True)
+    return torch.allclose(one, other, rtol=0, atol=tolerance * max(scale, 1e-6), equal_nan=True)
 
 
 def dim_of(lengths: tuple[int, ...]) -> Dim:

@@ -16,11 +16,13 @@ from torch import nn
 
 from patchwire.sites import INPUT, OUTPUT, SOURCE, Address, Axis, Leaf, Module, Name, Parameter, Part
 from patchwire_worker.models import layouts, texts
-from patchwire_worker.models.families import ATTENTION, Family
+from patchwire_worker.models.families import ATTENTION, LAYER, MOE, Family
 from patchwire_worker.models.places import FORMS, FORMULAS, Formula, Place
 from patchwire_worker.models.sizes import sizes_of
 
 _PART = re.compile(r"(?:layers\.\d+(?:\.(?P<kind>mixer|attn|ssm|mlp))?)?")
+SIDES = (INPUT, OUTPUT)
+_OF_EXPERTS = ("router", "chosen_experts")
 EVERY = "[*]"
 """What follows an operation that runs once for each token: all of these times."""
 
@@ -35,13 +37,22 @@ class Named:
     """What the tables name and the model lacks, with the reason."""
 
 
-def names(model: nn.Module, modules: Mapping[str, Module], family: Family | None) -> Named:
+def names(
+    model: nn.Module,
+    modules: Mapping[str, Module],
+    family: Family | None,
+    *,
+    exact: bool = True,
+    detected: bool = False,
+) -> Named:
     """The canonical names of a model.
 
     Args:
         model: The model.
         modules: Its modules, by raw path, with their tensors.
         family: Where the parts of its architecture are; None if that is not known.
+        exact: Whether the model computes the same when it computes attention step by step.
+        detected: Whether the family was detected: then all that was not found is missing.
     """
     found = Named()
     for name, path, role in _modules(modules, family):
@@ -50,7 +61,10 @@ def names(model: nn.Module, modules: Mapping[str, Module], family: Family | None
         if leaf.path == ("logits",):
             found.names["logits"] = Name("logits", "", leaf)
     if family is not None:
-        _Parts(model, modules, family, found).add()
+        parts = _Parts(model, modules, family, found, exact)
+        parts.add()
+        if detected:
+            parts.report()
     return found
 
 
@@ -72,11 +86,12 @@ def _modules(modules: Mapping[str, Module], family: Family | None) -> Iterator[t
             yield f"{name}.{'attn' if role == ATTENTION else 'ssm'}", f"{layer}.{part}", role
         for part, role in family.mlps.items():
             if f"{layer}.{part}" in modules:
-                yield f"{name}.mlp", f"{layer}.{part}", role
+                yield f"{name}.mlp", f"{layer}.{part}", MOE if f"{layer}.{part}.experts" in modules else role
                 break
         for part, of in family.norms.items():
-            if f"{layer}.{of}" in modules:
-                yield f"{name}.{part}", f"{layer}.{of}", ""
+            found = [f"{layer}.{each}" for each in of.split("|") if f"{layer}.{each}" in modules]
+            if found:
+                yield f"{name}.{part}", found[0], ""
         index += 1
     for name in ("norm", "lm_head"):
         if ends[name] and ends[name] in modules:
@@ -86,42 +101,70 @@ def _modules(modules: Mapping[str, Module], family: Family | None) -> Iterator[t
 class _Parts:
     """Adds the names of values and parameters."""
 
-    def __init__(self, model: nn.Module, modules: Mapping[str, Module], family: Family, found: Named) -> None:
+    def __init__(
+        self, model: nn.Module, modules: Mapping[str, Module], family: Family, found: Named, exact: bool
+    ) -> None:
         self.model = model
         self.modules = modules
         self.family = family
         self.found = found
-        self.labels: dict[tuple[Any, str], str] = {}
+        self.exact = exact
 
     def add(self) -> None:
         """Add them."""
         owners = {"": "", **{name: each.module for name, each in self.found.names.items() if each.is_module}}
+        if LAYER in self.family.mlps:  # what an MLP does is in the layer itself
+            owners |= {f"{name}.mlp": path for name, path in owners.items() if re.fullmatch(r"layers\.\d+", name)}
         for owner, path in owners.items():
             part = _PART.fullmatch(owner)
             if part is None:
                 continue
             kind = part["kind"] or ("layer" if owner else "model")
-            for word, place in self.family.parts.items():
+            for word, places in self.family.parts.items():
                 of, _, short = word.partition(".")
                 if of == kind:
-                    self._add(f"{owner}.{short}".lstrip("."), path, word, place)
+                    self._add(f"{owner}.{short}".lstrip("."), path, word, places)
+        for owner, path in owners.items():
+            part = _PART.fullmatch(owner)
+            kind = "" if part is None else part["kind"]
             for word, formula in FORMULAS.items():
                 of, _, short = word.partition(".")
                 name = f"{owner}.{short}"
                 if of == kind and name not in self.found.names:
-                    self._compute(name, path, formula, [f"{owner}.{each}" for each in formula.needs])
+                    self._compute(name, path, formula, [_relative(owner, each) for each in formula.needs])
 
-    def _add(self, name: str, owner: str, word: str, place: Place) -> None:
-        form = place.form or FORMS[word]
-        sizes = sizes_of(getattr(self.model, "config", None), self.model.get_submodule(owner))
-        try:
-            part = self._part(owner, place.at, place.layout, form, sizes)
-            steps = place.in_steps and self._part(owner, place.in_steps, place.layout_in_steps, form, sizes)
-            dims = layouts.dims(form, sizes)
-        except (LookupError, AttributeError, ValueError, SourceNotAvailable) as error:
-            self.found.missing[name] = str(error)
-        else:
-            self.found.names[name] = Name(name, owner, part=part, part_in_steps=steps or None, dims=dims)
+    def report(self) -> None:
+        """Say of every value of the vocabulary that has no name here that it has none."""
+        for owner, named in [each for each in self.found.names.items() if each[1].is_module]:
+            part = _PART.fullmatch(owner)
+            if part is None or not owner:
+                continue
+            for word in FORMS:
+                of, _, short = word.partition(".")
+                other = of == "mlp" and (short in _OF_EXPERTS) != (named.role == MOE)
+                if of != (part["kind"] or "layer") or short.startswith("b_") or short in SIDES or other:
+                    continue
+                if f"{owner}.{short}" not in self.found.names:
+                    self.found.missing.setdefault(f"{owner}.{short}", "its structure does not tell where it is")
+
+    def _add(self, name: str, owner: str, word: str, places: Place | tuple[Place, ...]) -> None:
+        """Add the first of some places that this model has."""
+        config, why = getattr(self.model, "config", None), []
+        for place in places if isinstance(places, tuple) else (places,):
+            if not place.suits(config):
+                continue
+            form = place.form or FORMS[word]
+            sizes = sizes_of(config, self.model.get_submodule(owner))
+            try:
+                part = self._part(owner, place.at, place.layout, form, sizes)
+                steps = place.in_steps and self._part(owner, place.in_steps, place.layout_in_steps, form, sizes)
+                dims = layouts.dims(form, sizes)
+            except (LookupError, AttributeError, ValueError, SourceNotAvailable) as error:
+                why.append(str(error))
+            else:
+                self.found.names[name] = Name(name, owner, part=part, part_in_steps=steps or None, dims=dims)
+                return
+        self.found.missing[name] = "; ".join(dict.fromkeys(why)) or "not in a model of this configuration"
 
     def _compute(self, name: str, owner: str, formula: Formula, needs: list[str]) -> None:
         known = [self.found.names.get(each) for each in needs]
@@ -131,6 +174,10 @@ class _Parts:
             form = formula.form.format_map(first)
             dims = layouts.dims(form, {key: int(value) for key, value in lengths.items()})
             self.found.names[name] = Name(name, owner, dims=dims, formula=formula.name)
+            self.found.missing.pop(name, None)
+        else:
+            lacking = [f"`{each}`" for each, of in zip(needs, known, strict=True) if of is None]
+            self.found.missing.setdefault(name, f"it is computed from {' and '.join(lacking)}, not there")
 
     def _part(self, owner: str, at: str, layout: str, form: str, sizes: dict[str, int]) -> Part:
         """Where a value is; `sizes` learns what the tensor itself shows."""
@@ -166,22 +213,34 @@ class _Parts:
         raise LookupError(f"`{path}` is not there")
 
     def _in_source(self, path: str, inside: str) -> str:
-        owner = type(self.model.get_submodule(path))
+        module = self.model.get_submodule(path)
+        owner = type(module)
         *tokens, side = inside.split("/")
         function: Callable[..., Any] = owner.forward
-        parts = [path]
+        parts, way = [path], list[str]()
         for position, token in enumerate(tokens):
-            label = self._label(function, token.removesuffix(EVERY))
+            label = self._label(function, token.removesuffix(EVERY), module, last=position + 1 == len(tokens))
+            way.append(label)
             parts += [SOURCE, label + (EVERY if token.endswith(EVERY) else "")]
             if position + 1 < len(tokens):
                 function = texts.called(owner, label)
+        if not self.exact and texts.needs_steps(module, way):
+            raise LookupError("computed step by step, this model's attention gives other numbers than its kernel")
         return ".".join([*parts, side])
 
-    def _label(self, function: Callable[..., Any], token: str) -> str:
-        key = function, token
-        if key not in self.labels:
-            self.labels[key] = texts.find(function, token)
-        return self.labels[key]
+    @staticmethod
+    def _label(function: Callable[..., Any], token: str, module: nn.Module, *, last: bool) -> str:
+        if texts.is_interface(token.replace("()", "_0")) and not last:
+            return texts.find(function, token, module, eager=True)
+        try:
+            return texts.find(function, token, module)
+        except LookupError:
+            return texts.find(function, token, module, eager=True)
+
+
+def _relative(owner: str, need: str) -> str:
+    """The canonical name of what a part needs: of its own, or of the layer, after "^"."""
+    return f"{owner.rpartition('.')[0]}.{need[1:]}" if need.startswith("^") else f"{owner}.{need}"
 
 
 def _measure(layout: str, shape: Sequence[int | None], sizes: dict[str, int]) -> None:
@@ -196,7 +255,6 @@ def _measure(layout: str, shape: Sequence[int | None], sizes: dict[str, int]) ->
     for token, length in zip(tokens, shape, strict=True):
         if length is None:
             continue
-        if token.isidentifier() and token not in sizes and token not in layouts.SYMBOLIC:
-            sizes[token] = length
-        elif layouts.total(token, sizes) != length:
+        sizes |= layouts.learnt(token, length, sizes)
+        if layouts.total(token, sizes) != length:
             raise ValueError(f"a dimension of {length} is not {token!r}")

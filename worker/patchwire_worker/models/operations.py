@@ -152,6 +152,37 @@ def learn(
         SiteError: the text of one is not to be had.
         LimitError: one is too long.
     """
+    sources, overwritten = _look(learner, insides, repeated)
+    both = [each for each in insides if not each[1] and learner.interleaver.switches(each[0])]
+    if both:
+        # Some operations run only where attention is computed step by step. That pass, which has them, orders all.
+        stepwise, more = _look(learner, both, repeated, stepwise=True)
+        for inside, source in stepwise.items():
+            usual = sources[inside].operations
+            merged = {name: _merged(each, source.operations[name]) for name, each in usual.items()}
+            sources[inside] = replace(sources[inside], operations=merged)
+        overwritten |= more
+    return sources, overwritten
+
+
+def _merged(operation: Operation, stepwise: Operation) -> Operation:
+    """An operation in passes as they are usually, with its place among those of passes that go step by step."""
+    if operation.runs == _NEVER:
+        return stepwise
+    places = {(leaf.side, leaf.path): leaf for leaf in stepwise.leaves}
+    leaves = tuple(
+        replace(leaf, order=places[leaf.side, leaf.path].order, last=places[leaf.side, leaf.path].last)
+        if (leaf.side, leaf.path) in places
+        else leaf
+        for leaf in operation.leaves
+    )
+    return replace(operation, leaves=leaves)
+
+
+def _look(
+    learner: Learner, insides: Sequence[Inside], repeated: bool, *, stepwise: bool = False
+) -> tuple[dict[Inside, Source], set[tuple[Location, Path]]]:
+    """What is inside functions, as some runs show it."""
     learnt = {inside: _Learnt() for inside in insides}
     *prompts, alone = learner.prompts()
     weights = {each.untyped_storage()._cdata for each in learner.module.parameters()}
@@ -167,7 +198,9 @@ def learn(
             for name in each.compiled.names
         ]
         try:
-            (learner.look_in_steps if in_steps else learner.look)(ids, _dispatcher(learner, seen), insides)
+            (learner.look_in_steps if in_steps else learner.look)(
+                ids, _dispatcher(learner, seen), insides, stepwise=stepwise
+            )
         finally:
             learner.interleaver.looked_into = ()
         for inside, each in learnt.items():

@@ -11,7 +11,8 @@ architecture, say what differs from those that there are.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from patchwire_worker.models import layouts
 
@@ -30,6 +31,16 @@ class Place:
     """The layout there."""
     form: str = ""
     """Its dimensions, if they are others than in most architectures."""
+    when: str = ""
+    """What the configuration has to say for it to be there: "alibi", "!alibi multi_query"."""
+
+    def suits(self, config: Any) -> bool:
+        """Whether the configuration says so."""
+        return all(bool(getattr(config, each.lstrip("!"), False)) != each.startswith("!") for each in self.when.split())
+
+
+Places = Mapping[str, Place | tuple[Place, ...]]
+"""Where values are, by what they are of and their name; of several places, the first that a model has."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,7 @@ class Formula:
     name: str
     """What the client computes it with."""
     needs: tuple[str, ...]
-    """The values and parameters of the same part that it is computed from."""
+    """The values and parameters of the same part that it is computed from; "^" before those of the layer."""
     form: str
     """Its dimensions; "{A_log}" is the first dimension of that parameter."""
 
@@ -75,6 +86,10 @@ FORMS: Mapping[str, str] = {
     "mlp.W_out": "d_mlp d_model",
     "mlp.b_in": "d_mlp",
     "mlp.b_out": "d_model",
+    "mlp.input": "batch seq d_model",
+    "mlp.output": "batch seq d_model",
+    "mlp.router": "batch seq expert",
+    "mlp.chosen_experts": "batch seq choice",
     "ssm.x_in": "batch seq d_inner",
     "ssm.conv": "batch seq d_inner",
     "ssm.u": "batch seq d_inner",
@@ -95,9 +110,11 @@ FORMS: Mapping[str, str] = {
 
 FORMULAS: Mapping[str, Formula] = {
     "attn.head_out": Formula("head_out", ("z", "W_O"), "batch seq head d_model"),
+    "mixer.update": Formula("mixer_update", ("^resid_mid",), "batch seq d_model"),
+    "mlp.update": Formula("mlp_update", ("^resid_mid",), "batch seq d_model"),
     "ssm.pattern": Formula("ssm_pattern", ("delta", "B", "C", "A_log"), "batch {A_log} query key"),
 }
-"""What is computed, and how."""
+"""What is computed, where no tensor of the model holds it, and how."""
 
 INTERFACE: Mapping[str, Place] = {
     "attn.q_rot": Place(':attention_interface()/input["args"][1]', "batch head seq d_head"),
@@ -106,6 +123,62 @@ INTERFACE: Mapping[str, Place] = {
     "attn.pattern": Place(":attention_interface()/dropout()/output", "batch head query key"),
 }
 """Attention through transformers' interface: one call gets queries, keys and values, as the product uses them."""
+
+
+def inside(module: str, function: str) -> dict[str, Place]:
+    """Attention in a function of the module's own, which is given queries, keys and values as the product uses them."""
+    at = f"{module}:{function}()"
+    return {
+        "attn.q_rot": Place(f'{at}/input["args"][0]', "batch head seq d_head"),
+        "attn.k_rot": Place(f'{at}/input["args"][1]', "batch kv_head key d_head"),
+        "attn.scores": Place(f'{at}/softmax()/input["args"][0]', "batch head query key"),
+        "attn.pattern": Place(f"{at}/attn_dropout()/output", "batch head query key"),
+    }
+
+
+BLOOM: Mapping[str, Place] = {
+    "attn.q_rot": Place(":_reshape()/output[0]", "batch head seq d_head"),
+    "attn.k_rot": Place(
+        ":_reshape()/output[1]", "batch kv_head key d_head", ":update()/output[0]", "batch kv_head key d_head"
+    ),
+    "attn.scores": Place(':softmax()/input["args"][0]', "batch head query key"),
+    "attn.pattern": Place(":attention_dropout()/output", "batch head query key"),
+}
+"""Attention in the module's forward, with a bias for each distance in place of rotations (Press et al. 2022)."""
+
+FALCON: Places = {
+    # The queries that share a key are apart from those that share the next, until this.
+    "attn.q": Place(":_split_heads()/output[0]", "batch seq head d_head"),
+    "attn.q_rot": (
+        Place(":apply_rotary_pos_emb()/output[0]", "batch head seq d_head", when="!alibi"),
+        Place(":query_layer=/output", "batch head seq d_head"),
+    ),
+    "attn.k_rot": (
+        # The product has a copy of the key for each query that shares it.
+        Place(
+            ":apply_rotary_pos_emb()/output[1]", "batch head key d_head", ":update()/output[0]",
+            "batch head key d_head", "batch key head d_head", when="new_decoder_architecture !alibi",
+        ),
+        Place(
+            ":apply_rotary_pos_emb()/output[1]", "batch kv_head key d_head", ":update()/output[0]",
+            "batch kv_head key d_head", when="!alibi",
+        ),
+        Place(
+            ":key_layer=/output", "batch head key d_head", ":update()/output[0]", "batch head key d_head",
+            "batch key head d_head", when="new_decoder_architecture",
+        ),
+        Place(":key_layer=/output", "batch kv_head key d_head", ":update()/output[0]", "batch kv_head key d_head"),
+    ),
+    "attn.scores": (
+        Place(':softmax()[0]/input["args"][0]', "batch head query key", when="!alibi"),
+        Place(':softmax()[1]/input["args"][0]', "batch head query key"),
+    ),
+    "attn.pattern": (
+        Place(":softmax()[0]/output", "batch head query key", when="!alibi"),
+        Place(":attention_dropout()/output", "batch head query key"),
+    ),
+}  # fmt: skip
+"""Attention in the module's forward, by a kernel or step by step as the configuration says."""
 
 
 def projections(
@@ -147,6 +220,57 @@ def gated_mlp(gate: str, up: str, down: str) -> dict[str, Place]:
     }
 
 
+def fused_mlp(gate_up: str, down: str) -> dict[str, Place]:
+    """A gate and what it multiplies as halves of one projection."""
+    gate, up = "(half=0 d_mlp)", "(half=1 d_mlp)"
+    return mlp(gate_up, down) | {
+        "mlp.pre": Place(f"{gate_up}.output", f"batch seq {gate}"),
+        "mlp.gate": Place(f"{gate_up}.output", f"batch seq {gate}"),
+        "mlp.up": Place(f"{gate_up}.output", f"batch seq {up}"),
+        "mlp.W_in": Place(f"{gate_up}.weight", f"{up} d_model"),
+        "mlp.W_gate": Place(f"{gate_up}.weight", f"{gate} d_model"),
+        "mlp.b_in": Place(f"{gate_up}.bias", up),
+    }
+
+
+def whole_mlp(up: str, down: str) -> dict[str, Place]:
+    """What an MLP takes and returns that is not a module of its own."""
+    return {
+        "mlp.input": Place(f"{up}.input", "batch seq d_model"),
+        "mlp.output": Place(f"{down}.output", "batch seq d_model"),
+    }
+
+
+def either(first: Mapping[str, Place], second: Mapping[str, Place]) -> dict[str, Place | tuple[Place, ...]]:
+    """The places of one way of writing a model, or else those of another, one by one."""
+    return {
+        name: (first[name], second[name]) if name in first and name in second else first.get(name) or second[name]
+        for name in {**first, **second}
+    }
+
+
+def only(places: Mapping[str, Place], when: str) -> dict[str, Place]:
+    """The same places, if the configuration says so."""
+    return {name: replace(place, when=when) for name, place in places.items()}
+
+
+def in_one_row(places: Mapping[str, Place]) -> dict[str, Place]:
+    """The same values, where the tokens of all rows are in one."""
+    return {
+        name: replace(place, layout=place.layout.replace("batch seq", "(batch seq)")) for name, place in places.items()
+    }
+
+
+EXPERTS: Places = {
+    "mlp.router": (
+        Place("gate:router_logits=/output", "(batch seq) expert"),
+        Place("gate.output", "(batch seq) expert"),
+    ),
+    "mlp.chosen_experts": Place("gate.output[2]", "(batch seq) choice"),
+}
+"""A mixture of experts: the router scores all of them for each token, and the best few are chosen."""
+
+
 def transposed(places: Mapping[str, Place]) -> dict[str, Place]:
     """The same, where weights are stored the other way round, as in GPT-2's Conv1D."""
     swapped = {
@@ -157,12 +281,15 @@ def transposed(places: Mapping[str, Place]) -> dict[str, Place]:
     return {**places, **swapped}
 
 
-def residual(mixer: str = "output", mlp: str = "output", middle: str = "") -> dict[str, Place]:
-    """What is added to the residual stream, and what it is in between: the input of a norm, by the norm's name."""
-    found = {
-        "mixer.update": Place(mixer, "batch seq d_model"),
-        "mlp.update": Place(mlp, "batch seq d_model"),
-    }
+def residual(mixer: str = "output[0]", mlp: str = "output", middle: str = "") -> dict[str, Place]:
+    """What is added to the residual stream, and what it is in between: what a norm, or the MLP, by its name, is given.
+
+    Where both are added at once, as in GPT-NeoX if its configuration says so, there is no such value and no name.
+    """
+    found = {}
+    for name, place in (("mixer.update", mixer), ("mlp.update", mlp)):
+        if place:
+            found[name] = Place(place, "batch seq d_model")
     if middle:
         found["layer.resid_mid"] = Place(f":@{middle}/output", "batch seq d_model")
     return found

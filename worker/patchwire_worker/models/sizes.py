@@ -12,6 +12,8 @@ _SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "head": ("num_attention_heads", "n_head", "num_heads"),
     "kv_head": ("num_key_value_heads", "num_kv_heads"),
     "d_head": ("head_dim", "attention_head_dim"),
+    "expert": ("num_local_experts", "num_experts", "n_routed_experts"),
+    "choice": ("num_experts_per_tok",),
     "d_inner": ("intermediate_size", "mamba_d_ssm", "d_inner"),
     "d_state": ("state_size", "ssm_state_size", "mamba_d_state"),
     "dt_rank": ("time_step_rank", "mamba_dt_rank"),
@@ -36,7 +38,7 @@ _OWN: Mapping[str, tuple[str, ...]] = {
 
 def sizes_of(config: Any, module: nn.Module) -> dict[str, int]:
     """The sizes of a part of a model, those that are known."""
-    found = {"qkv": 3}
+    found = {"qkv": 3, "half": 2}
     for name, spellings in _SPELLINGS.items():
         for owner, words in ((module, _OWN.get(name, ())), (config, spellings)):
             values = [getattr(owner, word, None) for word in words]
@@ -51,7 +53,7 @@ def sizes_of(config: Any, module: nn.Module) -> dict[str, int]:
         if "d_head" not in found and "d_model" in found:
             found["d_head"] = found["d_model"] // found["head"]
         found |= {"q": found["head"] * found["d_head"], "k": found["kv_head"] * found["d_head"]}
-        found["v"] = found["k"]
+        found |= {"v": found["k"], "q_per_kv": found["head"] // found["kv_head"]}
     if "d_inner" in found:
         found |= {"x": found["d_inner"], "gate": found["d_inner"]}
         if "group" in found and "d_state" in found:

@@ -4,19 +4,27 @@ Tables name operations in forwards so that they hold for every version of transf
 same: "softmax()" is the one call of a function of that name, "softmax()[1]" the second; "@ln_2" is what is assigned to
 the variable that the call of `ln_2` is given, in whatever case; "x=" is the last assignment to x, "x=[0]" the first and
 "x=[-2]" the last but one. nnsight's own names, which sites have, follow from that.
+
+Forwards branch on how a model was configured (`if self.use_parallel_residual:`). What a module's own attributes decide
+is decided here too, so that a token means an operation that runs in this model, or none. One such attribute can be
+changed for a pass: how attention is computed. An operation that runs only where it is computed step by step is found as
+well, and passes in which somebody waits there compute it so.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import copy
+import functools
+import operator
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nnsight.intervention.source import Instrument, decorator_chain, source_tree
+from nnsight.intervention.source import Instrument, SourceNotAvailable, decorator_chain, source_tree
 from torch import nn
 
 from patchwire_worker.models.standins import STAND_INS
@@ -35,6 +43,8 @@ class _Operation:
     node: ast.AST
     branches: frozenset[int]
     """The branches and loops that it is in."""
+    conditions: tuple[tuple[int, bool], ...]
+    """Which conditions, of those in the text, have to be true, or false, for it to run."""
 
     @property
     def is_call(self) -> bool:
@@ -48,6 +58,8 @@ class _Collected(Instrument):  # type: ignore[misc]
         super().__init__()
         self.operations: list[_Operation] = []
         self.branches: list[int] = []
+        self.tests: list[ast.expr] = []
+        self.conditions: list[tuple[int, bool]] = []
 
     def visit(self, node: ast.AST) -> Any:
         branches = isinstance(node, (ast.If, ast.For, ast.While, ast.Try, ast.With))
@@ -57,36 +69,151 @@ class _Collected(Instrument):  # type: ignore[misc]
             self.branches.pop()
         return found
 
+    def visit_If(self, node: ast.If) -> ast.AST:
+        """Both sides of a branch, in order."""
+        test = len(self.tests)
+        self.tests.append(copy.deepcopy(node.test))
+        node.test = self.visit(node.test)
+        for body, taken in ((node.body, True), (node.orelse, False)):
+            self.conditions.append((test, taken))
+            body[:] = [self.visit(each) for each in body]
+            self.conditions.pop()
+        return node
+
     def wrap(self, name: str, fn: Any, args: Any, keywords: Any, node: ast.AST) -> Any:
         call = super().wrap(name, fn, args, keywords, node)
-        self.operations.append(_Operation(self.names[-1], name, node, frozenset(self.branches)))
+        self.operations.append(_Operation(self.names[-1], name, node, frozenset(self.branches), tuple(self.conditions)))
         return call
 
 
-def operations(function: Callable[..., Any]) -> list[_Operation]:
-    """The operations of a function, in order.
+_Truths = tuple[bool | None, ...]
+"""What the conditions of a text come to; None where that is not known."""
 
-    Raises:
-        SourceNotAvailable: its text is not to be had.
-    """
+
+@dataclass(frozen=True)
+class _Text:
+    operations: Sequence[_Operation]
+    """In order."""
+    tests: Sequence[ast.expr]
+    """The conditions of its branches."""
+    assigned: Mapping[str, ast.expr]
+    """What the variables are that are assigned once."""
+
+    def truths(self, module: nn.Module, *, eager: bool = False) -> _Truths:
+        """What is known of the conditions, if attention is computed as it is configured, or step by step."""
+        facts = _Facts(module, self.assigned, eager)
+        return tuple(map(facts.of, self.tests))
+
+    def running(self, truths: _Truths) -> list[_Operation]:
+        """The operations that nothing that is known keeps from running."""
+        return [each for each in self.operations if all(truths[at] in (taken, None) for at, taken in each.conditions)]
+
+    def only_eager(self, module: nn.Module) -> list[_Operation]:
+        """Those that surely run only if attention is computed step by step, and it is not."""
+        now, then = self.truths(module), self.truths(module, eager=True)
+        if now == then:
+            return []
+        return [
+            each for each in self.running(then) if any(then[at] == taken != now[at] for at, taken in each.conditions)
+        ]
+
+
+@functools.lru_cache(1 << 10)
+def _read(function: Callable[..., Any]) -> _Text:
     tree, _, _ = source_tree(decorator_chain(function)[0].__code__)
     tree.body[0].decorator_list = []
+    stored = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    stored += [node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)]
+    once = {
+        node.targets[0].id: copy.deepcopy(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and stored.count(node.targets[0].id) == 1
+    }
     collected = _Collected()
     collected.visit(tree)
-    return collected.operations
+    return _Text(collected.operations, collected.tests, once)
 
 
-def find(function: Callable[..., Any], token: str) -> str:
+class _Facts:
+    """What conditions come to that only attributes of a module decide."""
+
+    _UNKNOWN = object()
+    _COMPARISONS: Mapping[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+        ast.Eq: operator.eq,
+        ast.NotEq: operator.ne,
+        ast.Is: operator.is_,
+        ast.IsNot: operator.is_not,
+        ast.In: lambda one, of: one in of,
+        ast.NotIn: lambda one, of: one not in of,
+    }
+
+    def __init__(self, module: nn.Module, assigned: Mapping[str, ast.expr], eager: bool) -> None:
+        self._module = module
+        self._assigned = assigned
+        self._eager = eager
+
+    def of(self, test: ast.expr) -> bool | None:
+        """Whether it is true; None if that is not known."""
+        value = self._value(test)
+        return bool(value) if isinstance(value, (bool, int, float, str, type(None))) else None
+
+    def _value(self, node: ast.expr) -> Any:
+        match node:
+            case ast.Constant(value=value):
+                return value
+            case ast.Name(id="self"):
+                return self._module
+            case ast.Name(id=name) if name in self._assigned:
+                others = {other: value for other, value in self._assigned.items() if other != name}
+                return _Facts(self._module, others, self._eager)._value(self._assigned[name])
+            case ast.Attribute(value=owner, attr=name):
+                found = self._value(owner)
+                if found is self._UNKNOWN:
+                    return found
+                return "eager" if self._eager and name == _CHOICE else getattr(found, name, self._UNKNOWN)
+            case ast.Tuple(elts=each) | ast.List(elts=each):
+                values = [self._value(one) for one in each]
+                return self._UNKNOWN if any(one is self._UNKNOWN for one in values) else values
+            case ast.UnaryOp(op=ast.Not(), operand=inner):
+                known = self.of(inner)
+                return self._UNKNOWN if known is None else not known
+            case ast.BoolOp(op=op, values=parts):
+                decides = isinstance(op, ast.Or)
+                truths = [self.of(part) for part in parts]
+                return decides if decides in truths else self._UNKNOWN if None in truths else not decides
+            case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in self._COMPARISONS:
+                sides = self._value(left), self._value(right)
+                if any(side is self._UNKNOWN for side in sides):
+                    return self._UNKNOWN
+                with contextlib.suppress(TypeError):  # of things that cannot be compared: the model does not come by
+                    return self._COMPARISONS[type(op)](*sides)
+        return self._UNKNOWN
+
+
+def find(function: Callable[..., Any], token: str, module: nn.Module, *, eager: bool = False) -> str:
     """nnsight's name of an operation.
 
+    Args:
+        function: In which function.
+        token: What it does.
+        module: The module whose attributes decide what runs.
+        eager: Whether attention is computed step by step.
+
     Raises:
-        LookupError: there is none, or several and no number says which.
+        LookupError: there is none that runs, or several and no number says which.
         SourceNotAvailable: the text is not to be had.
     """
+    return _find(function, token, _read(function).truths(module, eager=eager))
+
+
+@functools.lru_cache(1 << 12)
+def _find(function: Callable[..., Any], token: str, truths: _Truths) -> str:
     match = _TOKEN.fullmatch(token)
     if match is None:
         raise LookupError(f"{token!r} names no operation")
-    known = operations(function)
+    known = _read(function).running(truths)
     if match["given"]:
         return _given(known, match["given"]).label
     calls = match["call"] is not None
@@ -147,10 +274,49 @@ def is_interface(label: str) -> bool:
     return label.rpartition("_")[0] == INTERFACE
 
 
+def only_eager(module: nn.Module) -> Collection[str]:
+    """The operations in a module's forward that run only if attention is computed step by step, and it is not."""
+    try:
+        return frozenset(each.label for each in _read(type(module).forward).only_eager(module))
+    except (SourceNotAvailable, SyntaxError):
+        return frozenset()
+
+
+def needs_steps(module: nn.Module, operations: Sequence[str]) -> bool:
+    """Whether the way to an operation exists only if attention is computed step by step, and it is not.
+
+    Args:
+        module: The module in whose forward the way starts.
+        operations: The operations on it, each inside the one before.
+    """
+    if not operations:
+        return False
+    return any(map(is_interface, operations[:-1])) or operations[0] in only_eager(module)
+
+
+def chooses_attention(model: nn.Module) -> bool:
+    """Whether a pass can compute attention step by step, and usually does otherwise."""
+    if all(getattr(each, _CHOICE, "eager") == "eager" for each in _configs(model).values()):
+        return False
+    kinds = {type(each): each for each in model.modules()}
+    return any(_calls_interface(kind) or only_eager(each) for kind, each in kinds.items())
+
+
+def _calls_interface(kind: type[nn.Module]) -> bool:
+    try:
+        return any(is_interface(each.label) for each in _read(kind.forward).operations)
+    except (SourceNotAvailable, SyntaxError):
+        return False
+
+
+def _configs(model: nn.Module) -> dict[int, Any]:
+    return {id(each.config): each.config for each in model.modules() if hasattr(each, "config")}
+
+
 @contextlib.contextmanager
 def step_by_step(model: nn.Module) -> Iterator[None]:
     """Have a model compute attention step by step, so that scores and probabilities exist, instead of in one kernel."""
-    configs: dict[int, Any] = {id(each.config): each.config for each in model.modules() if hasattr(each, "config")}
+    configs = _configs(model)
     before = {key: config._attn_implementation for key, config in configs.items() if hasattr(config, _CHOICE)}
     try:
         for key in before:
