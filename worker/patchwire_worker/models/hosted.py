@@ -28,6 +28,7 @@ from patchwire_worker.models import operations
 from patchwire_worker.models.families import family_of
 from patchwire_worker.models.learning import Learner, pads
 from patchwire_worker.models.loading import Loaded
+from patchwire_worker.models.standins import prompts_of
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +150,8 @@ class HostedModel:
         looked_at = any(each.location[0] in ("", head) for each in steps.get(0, ()))
         more = {"logits_to_keep": 0} if looked_at and self._takes("logits_to_keep") else {}
         try:
-            made = self.interleaver.run(lambda: generate(self.module, ids, options, on_tokens, more), steps, stopping)
+            with prompts_of(ids.shape[1]):
+                made = self.interleaver.run(lambda: generate(self.module, ids, options, on_tokens, more), steps, stopping)
         finally:
             self._memory.restore()
         return None if made is None else made.to("cpu")
