@@ -88,6 +88,7 @@ _ZAMBA2: dict[str, Any] = _GROUPED | {
     "adapter_rank": 3,
     "n_mamba_heads": 6,
     "mamba_ngroups": 3,
+    "time_step_min": 1e-7,
     "mamba_d_state": 5,
     "mamba_d_conv": 3,
     "chunk_size": 4,
@@ -179,8 +180,12 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         "Zamba2Config", _ZAMBA2, num_key_value_heads=4, use_shared_attention_adapter=True, use_mem_rope=True
     ),
     "recurrent_gemma": _with(
-        "RecurrentGemmaConfig", _ATTENTION, num_key_value_heads=1, lru_width=32, attention_window_size=4,
+        "RecurrentGemmaConfig", _ATTENTION, num_key_value_heads=1, attention_window_size=4,
         block_types=("recurrent", "attention"), conv1d_width=3, w_init_variance_scale=2.0,
+    ),
+    "recurrent_gemma_wide": _with(
+        "RecurrentGemmaConfig", _GROUPED, head_dim=8, lru_width=32, attention_window_size=64,
+        block_types=("recurrent", "attention"), conv1d_width=4, w_init_variance_scale=2.0,
     ),
     # With sizes that are all different.
     "mamba_odd": _with("MambaConfig", _SSM, state_size=5, conv_kernel=3, time_step_rank=7),

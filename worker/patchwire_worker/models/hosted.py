@@ -101,7 +101,8 @@ class HostedModel:
         ids = ids.to(self.device)
         with self.lock:
             try:
-                self.interleaver.run(lambda: self.module(input_ids=ids, **self._options), {0: mediators}, stopping)
+                with prompts_of(ids.shape[1]):
+                    self.interleaver.run(lambda: self.module(input_ids=ids, **self._options), {0: mediators}, stopping)
             finally:
                 self._memory.restore()
 
@@ -159,10 +160,11 @@ class HostedModel:
     def apply(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Apply one of its modules, in the middle of a pass or outside of one."""
         with self.lock:
+            before = self._memory.remembered()
             try:
                 return self.interleaver.call(self.module.get_submodule(path), args, kwargs)
             finally:
-                self._memory.restore()
+                self._memory.restore(before)  # a pass that goes on after this still needs it
 
     def parameter(self, path: str) -> Tensor:
         """A parameter or buffer of the model's own, by its module's name or path and its own name."""
@@ -308,13 +310,14 @@ def _restore(slots: Sequence[_Slot]) -> None:
 
 
 class _Memory:
-    """What modules remember between calls (buffers, and the length that rotary embeddings have seen).
+    """What modules remember between calls (buffers, the length that rotary embeddings have seen, and the states of a
+    generation that RecurrentGemma keeps in its modules rather than in a cache).
 
     Some change it as they run, such as rotary embeddings that stretch with the longest input so far; without this, one
     request would change the numbers of the next.
     """
 
-    _ATTRIBUTES = ("max_seq_len_cached",)
+    _ATTRIBUTES = ("max_seq_len_cached", "conv1d_state", "recurrent_states")
 
     def __init__(self, model: nn.Module) -> None:
         self._buffers = [
@@ -323,15 +326,17 @@ class _Memory:
             for name, buffer in module.named_buffers(recurse=False)
         ]
         self._versions = [buffer._version for _, _, buffer, _ in self._buffers]
-        self._attributes = [
-            (module, name, getattr(module, name))
-            for module in model.modules()
-            for name in self._ATTRIBUTES
-            if name in module.__dict__
+        self._places = [
+            (module, name) for module in model.modules() for name in self._ATTRIBUTES if name in module.__dict__
         ]
+        self._attributes = self.remembered()
 
-    def restore(self) -> None:
-        """Put everything back to what it was."""
+    def remembered(self) -> list[Any]:
+        """What is remembered now, but for buffers."""
+        return [getattr(module, name) for module, name in self._places]
+
+    def restore(self, attributes: list[Any] | None = None) -> None:
+        """Put everything back to what it was at first; `attributes` to what was remembered at another time."""
         for index, (module, name, buffer, copy) in enumerate(self._buffers):
             if module._buffers.get(name) is not buffer:
                 module._buffers[name] = buffer
@@ -339,7 +344,7 @@ class _Memory:
                 with torch.no_grad():
                     buffer.copy_(copy)
                 self._versions[index] = buffer._version
-        for module, name, value in self._attributes:
+        for (module, name), value in zip(self._places, attributes or self._attributes, strict=True):
             module.__dict__[name] = value
 
 

@@ -146,7 +146,7 @@ _TOKENS: contextvars.ContextVar[int] = contextvars.ContextVar("tokens", default=
 
 @contextlib.contextmanager
 def prompts_of(tokens: int) -> Iterator[None]:
-    """Say how many tokens the prompts of a generation have."""
+    """Say how many tokens the prompts of a pass, or of a generation, have."""
     before = _TOKENS.set(tokens)
     try:
         yield
