@@ -173,7 +173,7 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         "NemotronHConfig", _GROUPED, head_dim=6, layers_block_type=["mamba", "attention", "mlp", "moe", "mamba"],
         num_hidden_layers=5, ssm_state_size=5, mamba_num_heads=6, mamba_head_dim=8, n_groups=3, conv_kernel=3,
         chunk_size=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=20,
-        moe_shared_expert_intermediate_size=16, mlp_bias=True,
+        moe_shared_expert_intermediate_size=16, mlp_bias=True, time_step_min=1e-7,
     ),
     "zamba2": _with("Zamba2Config", _ZAMBA2),
     "zamba2_adapted": _with(
@@ -198,17 +198,23 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 }
 
 
-def build(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+def build(
+    name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, layers: int | None = None
+) -> PreTrainedModel:
     """The model of a name in `CONFIGS`, ready to run.
 
     Args:
         name: Which.
         dtype: The element type of its weights.
         seed: Another one gives other weights.
+        layers: How many layers it has, if not as many as the configuration says.
     """
+    config = CONFIGS[name]()
+    if layers is not None:
+        config.num_hidden_layers = layers
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
         for parameter in model.parameters():
             if parameter.ndim == 1:  # norms start as ones and biases as zeros: as good as absent
                 parameter.data += 0.2 * torch.randn_like(parameter)

@@ -33,6 +33,7 @@ from patchwire_worker.models.standins import prompts_of
 log = logging.getLogger(__name__)
 
 _MAX_SOURCES = 1 << 11
+_LOGITS_TO_KEEP = "num_logits_to_keep"
 _PROBE = "The quick brown fox, 3.14! Ünï→cødé\n  two lines"
 
 
@@ -151,11 +152,24 @@ class HostedModel:
         looked_at = any(each.location[0] in ("", head) for each in steps.get(0, ()))
         more = {"logits_to_keep": 0} if looked_at and self._takes("logits_to_keep") else {}
         try:
-            with prompts_of(ids.shape[1]):
+            with prompts_of(ids.shape[1]), self._all_logits(looked_at):
                 made = self.interleaver.run(lambda: generate(self.module, ids, options, on_tokens, more), steps, stopping)
         finally:
             self._memory.restore()
         return None if made is None else made.to("cpu")
+
+    @contextlib.contextmanager
+    def _all_logits(self, wanted: bool) -> Iterator[None]:
+        """Have a generation compute the logits of all tokens of the prompt where only the configuration can say so."""
+        before = getattr(self.config, _LOGITS_TO_KEEP, None)
+        if not wanted or before is None:
+            yield
+            return
+        try:
+            setattr(self.config, _LOGITS_TO_KEEP, 0)
+            yield
+        finally:
+            setattr(self.config, _LOGITS_TO_KEEP, before)
 
     def apply(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Apply one of its modules, in the middle of a pass or outside of one."""
