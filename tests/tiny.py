@@ -61,6 +61,38 @@ _GPT2: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+_MAMBA2: dict[str, Any] = {
+    "mamba_n_heads": 3,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 3,
+    "mamba_d_state": 5,
+    "mamba_d_conv": 3,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 4,
+}
+_MULTIPLIERS: dict[str, Any] = {
+    "embedding_multiplier": 1.5,
+    "lm_head_multiplier": 0.5,
+    "mlp_multipliers": [0.7, 1.3],
+    "key_multiplier": 0.6,
+    "attention_out_multiplier": 0.8,
+    "attention_in_multiplier": 1.2,
+    "ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 0.7],
+    "ssm_in_multiplier": 1.25,
+    "ssm_out_multiplier": 0.75,
+}
+_ZAMBA2: dict[str, Any] = _GROUPED | {
+    "num_hidden_layers": 4,
+    "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+    "num_mem_blocks": 1,
+    "adapter_rank": 3,
+    "n_mamba_heads": 6,
+    "mamba_ngroups": 3,
+    "time_step_min": 1e-7,
+    "mamba_d_state": 5,
+    "mamba_d_conv": 3,
+    "chunk_size": 4,
+}
 _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 20}
 
 
@@ -123,6 +155,79 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         mamba_d_state=8,
         mamba_dt_rank=6,
     ),
+    "bamba": _with("BambaConfig", _GROUPED | _MAMBA2, attn_layer_indices=[1]),
+    "falcon_h1": _with("FalconH1Config", _GROUPED | _MAMBA2, mamba_d_ssm=30, mamba_d_head=10, **_MULTIPLIERS),
+    "falcon_h1_norm": _with(
+        "FalconH1Config", _GROUPED | _MAMBA2, mamba_d_ssm=30, mamba_d_head=10, mamba_rms_norm=True, **_MULTIPLIERS
+    ),
+    "falcon_h1_norm_after": _with(
+        "FalconH1Config",
+        _GROUPED | _MAMBA2,
+        mamba_d_ssm=30,
+        mamba_d_head=10,
+        mamba_rms_norm=True,
+        mamba_norm_before_gate=False,
+    ),
+    "granitemoehybrid": _with(
+        "GraniteMoeHybridConfig",
+        _GROUPED | _MAMBA2,
+        layer_types=["mamba", "attention", "mamba"],
+        shared_intermediate_size=20,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        residual_multiplier=0.5,
+        embedding_multiplier=2.0,
+        logits_scaling=0.5,
+        attention_multiplier=0.2,
+    ),
+    "nemotron_h": _with(
+        "NemotronHConfig",
+        _GROUPED,
+        head_dim=6,
+        layers_block_type=["mamba", "attention", "mlp", "moe", "mamba"],
+        num_hidden_layers=5,
+        ssm_state_size=5,
+        mamba_num_heads=6,
+        mamba_head_dim=8,
+        n_groups=3,
+        conv_kernel=3,
+        chunk_size=4,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=20,
+        moe_shared_expert_intermediate_size=16,
+        mlp_bias=True,
+        time_step_min=1e-7,
+    ),
+    "zamba2": _with("Zamba2Config", _ZAMBA2),
+    "zamba2_adapted": _with(
+        "Zamba2Config", _ZAMBA2, num_key_value_heads=4, use_shared_attention_adapter=True, use_mem_rope=True
+    ),
+    "recurrent_gemma": _with(
+        "RecurrentGemmaConfig",
+        _ATTENTION,
+        num_key_value_heads=1,
+        attention_window_size=4,
+        block_types=("recurrent", "attention"),
+        conv1d_width=3,
+        w_init_variance_scale=2.0,
+    ),
+    "recurrent_gemma_wide": _with(
+        "RecurrentGemmaConfig",
+        _GROUPED,
+        head_dim=8,
+        lru_width=32,
+        attention_window_size=64,
+        block_types=("recurrent", "attention"),
+        conv1d_width=4,
+        w_init_variance_scale=2.0,
+    ),
+    # With sizes that are all different.
+    "mamba_odd": _with("MambaConfig", _SSM, state_size=5, conv_kernel=3, time_step_rank=7),
+    "mamba2_odd": _with(
+        "Mamba2Config", _SSM, state_size=5, conv_kernel=3, num_heads=6, head_dim=8, n_groups=3, chunk_size=4
+    ),
+    "falcon_mamba_odd": _with("FalconMambaConfig", _SSM, state_size=5, conv_kernel=3, time_step_rank=7),
     # Not a real architecture: see odd.py.
     "odd": odd.OddConfig,
 }
@@ -196,15 +301,21 @@ def uneven(name: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return _built(UNEVEN[name](), dtype, 0)
 
 
-def build(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+def build(
+    name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, layers: int | None = None
+) -> PreTrainedModel:
     """The model of a name in `CONFIGS`, ready to run.
 
     Args:
         name: Which.
         dtype: The element type of its weights.
         seed: Another one gives other weights.
+        layers: How many layers it has, if not as many as the configuration says.
     """
-    return _built(CONFIGS[name](), dtype, seed)
+    config = CONFIGS[name]()
+    if layers is not None:
+        config.num_hidden_layers = layers
+    return _built(config, dtype, seed)
 
 
 def _built(config: PretrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:

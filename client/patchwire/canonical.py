@@ -89,8 +89,8 @@ def _lengths(scope: Scope) -> list[int]:
 
 
 def tokens_of(scope: Scope) -> int:
-    """How many tokens the longest row has."""
-    return max(_lengths(scope))
+    """How many tokens of the longest row are in the pass."""
+    return 1 if scope.step else max(_lengths(scope))
 
 
 def assign(model: Model, named: Name, value: Any) -> None:

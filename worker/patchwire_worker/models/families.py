@@ -6,6 +6,7 @@ looked at instead (detecting.py), and what was found is reported. To add an arch
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,9 +15,14 @@ from patchwire_worker.models.places import (
     BLOOM,
     EXPERTS,
     FALCON,
+    FALCON_H1,
+    FALCON_MAMBA,
     INTERFACE,
     MAMBA,
     MAMBA2,
+    RG_LRU,
+    ROUTER,
+    ZAMBA2,
     Place,
     Places,
     either,
@@ -53,10 +59,11 @@ class Family:
     lm_head: str
     """The unembedding."""
     mixers: Mapping[str, str]
-    """Inside a layer: what mixes tokens, and whether it is `ATTENTION` or `SSM`; each layer has one of them."""
+    """Inside a layer: what mixes tokens, and whether it is `ATTENTION` or `SSM`; of several in one layer, the first is
+    the mixer. "mixer?in_proj" is only there if it has a part `in_proj`."""
     mlps: Mapping[str, str]
     """Inside a layer: what works on each token, and whether it is `MLP` or `MOE`; a layer may have none. `LAYER` if it
-    is no module of its own."""
+    is no module of its own; "mixer?up_proj" is only there if it has a part `up_proj`."""
     norms: Mapping[str, str]
     """Inside a layer: the norms before the mixer ("mixer_norm") and before the MLP ("mlp_norm"); "a|b" is the first
     that there is."""
@@ -80,7 +87,7 @@ def _family(
         f"{body}.{layers}",
         f"{body}.{norm}",
         head,
-        {name: SSM if name in _SSM_NAMES else ATTENTION for name in mixers.split()},
+        {name: SSM if re.split("[.?]", name)[-1] in _SSM_NAMES else ATTENTION for name in mixers.split()},
         {name: MOE if name in _MOE_NAMES else MLP for name in mlps.split()},
         dict(zip(("mixer_norm", "mlp_norm"), norms.split(), strict=False)),
         {
@@ -91,7 +98,7 @@ def _family(
     )
 
 
-_SSM_NAMES = frozenset({"mamba", "mixer", "ssm", "rec", "temporal_block", "linear_attn"})
+_SSM_NAMES = frozenset({"mamba", "mixer", "ssm", "rec", "temporal_block", "linear_attn", "in_proj", "rg_lru"})
 _MOE_NAMES = frozenset({"moe", "block_sparse_moe", "experts"})
 
 _FUSED = "(qkv=0 head d_head), (qkv=1 kv_head d_head), (qkv=2 kv_head d_head)"
@@ -106,8 +113,8 @@ _NEOX_MLP = mlp("dense_h_to_4h", "dense_4h_to_h")
 _BEFORE_MLP = residual(middle="post_attention_layernorm")
 
 
-def _like_llama(parts: Places, norms: str = _NORMS, mlps: str = "mlp") -> Family:
-    return _family("model", "embed_tokens", "layers", "norm", "lm_head", "self_attn", mlps, norms, parts)
+def _like_llama(parts: Places, norms: str = _NORMS, mlps: str = "mlp", mixers: str = "self_attn") -> Family:
+    return _family("model", "embed_tokens", "layers", "norm", "lm_head", mixers, mlps, norms, parts)
 
 
 def _like_gpt2(parts: Places, norms: str = "ln_1 ln_2") -> Family:
@@ -122,7 +129,21 @@ _GEMMA2 = _like_llama(
     | residual("^post_attention_layernorm.output", "^post_feedforward_layernorm.output", "pre_feedforward_layernorm"),
     "input_layernorm pre_feedforward_layernorm",
 )
-_MAMBA = _family("backbone", "embeddings", "layers", "norm_f", "lm_head", "mixer", "", "norm", MAMBA)
+_ADDED: Places = {"mixer.update": (Place("output[0]", "batch seq d_model"), Place("output", "batch seq d_model"))}
+
+
+def _like_mamba(parts: Places) -> Family:
+    return _family("backbone", "embeddings", "layers", "norm_f", "lm_head", "mixer", "", "norm", {**parts, **_ADDED})
+
+
+def _hybrid(parts: Places, middle: str, **where: str) -> Family:
+    """Layers of attention and of an SSM."""
+    row = {
+        "body": "model", "embed": "embed_tokens", "layers": "layers", "norm": "final_layernorm", "head": "lm_head",
+        "mixers": "self_attn mamba", "mlps": "feed_forward", "norms": f"input_layernorm {middle}", **where,
+    }  # fmt: skip
+    return _family(**row, parts={**_SEPARATE, **_GATED, **residual("", middle=middle), **_ADDED, **parts})
+
 
 FAMILIES: Mapping[str, Family] = {
     "gpt2": _like_gpt2(
@@ -211,8 +232,38 @@ FAMILIES: Mapping[str, Family] = {
     "mixtral": _SPARSE,
     "qwen2_moe": _SPARSE,
     "qwen3_moe": _SPARSE,
-    "mamba": _MAMBA,
-    "mamba2": _family("backbone", "embeddings", "layers", "norm_f", "lm_head", "mixer", "", "norm", MAMBA2),
-    "falcon_mamba": _MAMBA,
+    "mamba": _like_mamba(MAMBA),
+    "mamba2": _like_mamba(MAMBA2),
+    "falcon_mamba": _like_mamba(FALCON_MAMBA),
+    "jamba": _hybrid({**FALCON_MAMBA, **ROUTER}, "pre_ff_layernorm"),
+    "bamba": _hybrid(MAMBA2, "pre_ff_layernorm"),
+    # The activation is of the multiplied gate.
+    "falcon_h1": _hybrid(
+        {**FALCON_H1, **dict.fromkeys(("mlp.pre", "mlp.gate"), Place("act_fn.input", "batch seq d_mlp"))},
+        "pre_ff_layernorm", mixers="mamba self_attn",
+    ),
+    "recurrent_gemma": _hybrid(
+        RG_LRU, "channel_pre_norm", norm="final_norm", mixers="temporal_block?q_proj temporal_block?rg_lru",
+        mlps="mlp_block", norms="temporal_pre_norm channel_pre_norm",
+    ),
+    # What is added to the stream is multiplied before, and the experts have company: both are computed.
+    "granitemoehybrid": _like_llama(
+        {
+            **_SEPARATE, **MAMBA2, **ROUTER, **fused_mlp("input_linear", "output_linear"),
+            **residual("", "", "post_attention_layernorm"),
+        },
+        mixers="self_attn mamba", mlps="block_sparse_moe shared_mlp",
+    ),
+    "nemotron_h": _family(
+        "model", "embeddings", "layers", "norm_f", "lm_head", "mixer?q_proj mixer?in_proj",
+        "mixer?up_proj mixer?experts", "norm norm",
+        {**_SEPARATE, **MAMBA2, **mlp("up_proj", "down_proj"), **EXPERTS, **residual(""), **_ADDED},
+    ),
+    "zamba2": _family(
+        "model", "embed_tokens", "layers", "final_layernorm", "lm_head",
+        "mamba mamba_decoder.mamba shared_transformer.self_attn", "shared_transformer.feed_forward",
+        "mamba_decoder.input_layernorm|input_layernorm shared_transformer.pre_ff_layernorm",
+        {**ZAMBA2, "mixer.update": Place("output", "batch seq d_model")},
+    ),
 }  # fmt: skip
 """By the `model_type` of the configuration."""

@@ -30,12 +30,14 @@ from patchwire_worker.models import operations
 from patchwire_worker.models.detecting import family_of
 from patchwire_worker.models.learning import Learner, pads
 from patchwire_worker.models.loading import Loaded
+from patchwire_worker.models.standins import prompts_of
 
 log = logging.getLogger(__name__)
 
 _MAX_SOURCES = 1 << 11
 _TOGETHER = 31
 """How many functions are learnt in the same runs as one that is asked for."""
+_LOGITS_TO_KEEP = "num_logits_to_keep"
 _PROBE = "The quick brown fox, 3.14! Ünï→cødé\n  two lines"
 
 
@@ -116,7 +118,8 @@ class HostedModel:
         ids = ids.to(self.device)
         with self.lock:
             try:
-                self.interleaver.run(lambda: self.module(input_ids=ids, **self._options), {0: mediators}, stopping)
+                with prompts_of(ids.shape[1]):
+                    self.interleaver.run(lambda: self.module(input_ids=ids, **self._options), {0: mediators}, stopping)
             finally:
                 self._memory.restore()
 
@@ -184,10 +187,26 @@ class HostedModel:
         looked_at = any(each.location[0] in ("", head) for each in steps.get(0, ()))
         more = {"logits_to_keep": 0} if looked_at and self._takes("logits_to_keep") else {}
         try:
-            made = self.interleaver.run(lambda: generate(self.module, ids, options, on_tokens, more), steps, stopping)
+            with prompts_of(ids.shape[1]), self._all_logits(looked_at):
+                made = self.interleaver.run(
+                    lambda: generate(self.module, ids, options, on_tokens, more), steps, stopping
+                )
         finally:
             self._memory.restore()
         return None if made is None else made.to("cpu")
+
+    @contextlib.contextmanager
+    def _all_logits(self, wanted: bool) -> Iterator[None]:
+        """Have a generation compute the logits of all tokens of the prompt where only the configuration can say so."""
+        before = getattr(self.config, _LOGITS_TO_KEEP, None)
+        if not wanted or before is None:
+            yield
+            return
+        try:
+            setattr(self.config, _LOGITS_TO_KEEP, 0)
+            yield
+        finally:
+            setattr(self.config, _LOGITS_TO_KEEP, before)
 
     def apply(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Apply one of its modules, in the middle of a pass or outside of one.
@@ -348,13 +367,14 @@ def _restore(slots: Sequence[_Slot]) -> None:
 
 
 class _Memory:
-    """What modules remember between calls (buffers, and the length that rotary embeddings have seen).
+    """What modules remember between calls (buffers, the length that rotary embeddings have seen, and the states of a
+    generation that RecurrentGemma keeps in its modules rather than in a cache).
 
     Some change it as they run, such as rotary embeddings that stretch with the longest input so far; without this, one
     request would change the numbers of the next.
     """
 
-    _ATTRIBUTES = ("max_seq_len_cached",)
+    _ATTRIBUTES = ("max_seq_len_cached", "conv1d_state", "recurrent_states")
 
     def __init__(self, model: nn.Module) -> None:
         self._buffers = [
@@ -363,12 +383,10 @@ class _Memory:
             for name, buffer in module.named_buffers(recurse=False)
         ]
         self._versions = [buffer._version for _, _, buffer, _ in self._buffers]
-        self._attributes = [
-            (module, name, getattr(module, name))
-            for module in model.modules()
-            for name in self._ATTRIBUTES
-            if name in module.__dict__
+        self._places = [
+            (module, name) for module in model.modules() for name in self._ATTRIBUTES if name in module.__dict__
         ]
+        self._attributes = [getattr(module, name) for module, name in self._places]
 
     def apart(self, tensor: Tensor) -> Tensor:
         """The same tensor, or a copy of it if it lies in what is put back to what it was."""
@@ -383,7 +401,7 @@ class _Memory:
                 with torch.no_grad():
                     buffer.copy_(copy)
                 self._versions[index] = buffer._version
-        for module, name, value in self._attributes:
+        for (module, name), value in zip(self._places, self._attributes, strict=True):
             module.__dict__[name] = value
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nnsight.intervention.source import SourceNotAvailable
 from torch import nn
 
-from patchwire.sites import INPUT, OUTPUT, SOURCE, Address, Axis, Leaf, Module, Name, Parameter, Part
+from patchwire.sites import INPUT, MIXERS, OUTPUT, SOURCE, Address, Axis, Leaf, Module, Name, Parameter, Part
 from patchwire_worker.models import layouts, texts
 from patchwire_worker.models.families import ATTENTION, LAYER, MOE, Family
 from patchwire_worker.models.places import FORMS, FORMULAS, Formula, Place
@@ -79,16 +79,18 @@ def _modules(modules: Mapping[str, Module], family: Family | None) -> Iterator[t
     while (layer := f"{family.layers}.{index}") in modules:
         name = f"layers.{index}"
         yield name, layer, ""
-        mixers = [(part, role) for part, role in family.mixers.items() if f"{layer}.{part}" in modules]
-        for position, (part, role) in enumerate(mixers):
+        mixers = list(_present(modules, layer, family.mixers))
+        for position, (path, role) in enumerate(mixers):
             if position == 0:
-                yield f"{name}.mixer", f"{layer}.{part}", role
-            yield f"{name}.{'attn' if role == ATTENTION else 'ssm'}", f"{layer}.{part}", role
-        for part, role in family.mlps.items():
-            if f"{layer}.{part}" in modules:
-                yield f"{name}.mlp", f"{layer}.{part}", MOE if f"{layer}.{part}.experts" in modules else role
-                break
+                yield f"{name}.mixer", path, role
+            yield f"{name}.{'attn' if role == ATTENTION else 'ssm'}", path, role
+        mlps = list(_present(modules, layer, family.mlps))
+        for path, role in mlps[:1]:
+            yield f"{name}.mlp", path, MOE if f"{path}.experts" in modules else role
+        before = {"mixer_norm": bool(mixers), "mlp_norm": bool(mlps) or LAYER in family.mlps}
         for part, of in family.norms.items():
+            if not before[part]:
+                continue
             found = [f"{layer}.{each}" for each in of.split("|") if f"{layer}.{each}" in modules]
             if found:
                 yield f"{name}.{part}", found[0], ""
@@ -96,6 +98,14 @@ def _modules(modules: Mapping[str, Module], family: Family | None) -> Iterator[t
     for name in ("norm", "lm_head"):
         if ends[name] and ends[name] in modules:
             yield name, ends[name], ""
+
+
+def _present(modules: Mapping[str, Module], layer: str, parts: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Those parts of a layer that it has: raw path, role."""
+    for part, role in parts.items():
+        path, _, has = f"{layer}.{part}".partition("?")
+        if path in modules and (not has or f"{path}.{has}" in modules):
+            yield path, role
 
 
 class _Parts:
@@ -132,6 +142,11 @@ class _Parts:
                 name = f"{owner}.{short}"
                 if of == kind and name not in self.found.names:
                     self._compute(name, path, formula, [_relative(owner, each) for each in formula.needs])
+        for owner, path in owners.items():
+            layer, _, kind = owner.rpartition(".")
+            update = self.found.names.get(f"{layer}.mixer.update")
+            if kind in MIXERS and update is not None and update.module == path:
+                self.found.names.setdefault(f"{owner}.update", replace(update, name=f"{owner}.update"))
 
     def report(self) -> None:
         """Say of every value of the vocabulary that has no name here that it has none."""

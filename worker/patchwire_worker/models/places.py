@@ -60,6 +60,9 @@ FORMS: Mapping[str, str] = {
     "model.W_U": "d_model vocab",
     "layer.resid_mid": "batch seq d_model",
     "mixer.update": "batch seq d_model",
+    "mixer.output": "batch seq d_model",
+    "attn.update": "batch seq d_model",
+    "ssm.update": "batch seq d_model",
     "mlp.update": "batch seq d_model",
     "attn.q": "batch seq head d_head",
     "attn.k": "batch seq kv_head d_head",
@@ -296,7 +299,6 @@ def residual(mixer: str = "output[0]", mlp: str = "output", middle: str = "") ->
 
 
 MAMBA: Mapping[str, Place] = {
-    "mixer.update": Place("output", "batch seq d_model"),
     "ssm.x_in": Place("in_proj.output", "batch seq x!|gate(d_inner)"),
     "ssm.gate": Place("in_proj.output", "batch seq x|gate!(d_inner)"),
     "ssm.conv": Place(
@@ -330,6 +332,13 @@ MAMBA: Mapping[str, Place] = {
 }  # fmt: skip
 """Mamba: one state for each channel (Gu and Dao 2023)."""
 
+FALCON_MAMBA: Mapping[str, Place] = {
+    **MAMBA,
+    "ssm.B": Place("b_layernorm.output", "batch seq d_state"),
+    "ssm.C": Place("c_layernorm.output", "batch seq d_state"),
+}
+"""Mamba with norms of what the scan is selected by, as in Falcon-Mamba and Jamba."""
+
 _MAMBA2_IN = "gate|x|B|C|dt"
 _MAMBA2_CONV = "x|B|C"
 
@@ -340,7 +349,6 @@ def _one(parts: str, name: str, dims: str) -> str:
 
 
 MAMBA2: Mapping[str, Place] = {
-    "mixer.update": Place("output", "batch seq d_model"),
     "ssm.x_in": Place("in_proj.output", f"batch seq {_one(_MAMBA2_IN, 'x', 'd_inner')}"),
     "ssm.gate": Place("in_proj.output", f"batch seq {_one(_MAMBA2_IN, 'gate', 'd_inner')}"),
     "ssm.conv": Place(
@@ -356,10 +364,13 @@ MAMBA2: Mapping[str, Place] = {
         ":hidden_states_B_C=/output", f"batch seq {_one(_MAMBA2_CONV, 'C', 'group d_state')}",
         form="batch seq group d_state",
     ),
-    "ssm.delta": Place(":mamba2_chunk_scan()/dt=/output", "batch seq ssm_head", form="batch seq ssm_head"),
+    "ssm.delta": Place(
+        ":mamba2_chunk_scan()/dt=/output", "batch seq ssm_head",
+        ":mamba2_selective_state_update()/delta=/output", "batch ssm_head", form="batch seq ssm_head",
+    ),
     "ssm.state": Place(
         ":mamba2_chunk_scan()/state=[*]/output", "batch ssm_head d_ssm_head d_state",
-        ":mamba2_selective_state_update()/ssm_states=[0]/output", "batch ssm_head d_ssm_head d_state",
+        ":mamba2_selective_state_update()/new_state=/output", "batch ssm_head d_ssm_head d_state",
         form="batch seq ssm_head d_ssm_head d_state",
     ),
     "ssm.scan": Place("norm.input", "batch seq d_inner"),
@@ -371,3 +382,83 @@ MAMBA2: Mapping[str, Place] = {
     "ssm.W_out": Place("out_proj.weight", "d_model d_inner"),
 }  # fmt: skip
 """Mamba-2: one state for each channel of each head, which share their decay (Dao and Gu 2024)."""
+
+FALCON_H1: Places = {
+    **MAMBA2,
+    # The multipliers come after the projection.
+    "ssm.x_in": Place(":projected_states=/output", f"batch seq {_one(_MAMBA2_IN, 'x', 'd_inner')}"),
+    "ssm.gate": Place(":projected_states=/output", f"batch seq {_one(_MAMBA2_IN, 'gate', 'd_inner')}"),
+    "ssm.scan": (
+        MAMBA2["ssm.scan"],
+        Place(
+            ":scan_output=[-2]/output", "batch seq d_inner",
+            ":mamba2_selective_state_update()/scan=/output", "batch d_inner",
+        ),
+    ),
+    "ssm.gate_act": (
+        MAMBA2["ssm.gate_act"],
+        Place(
+            ":silu()/output", "batch seq d_inner",
+            ":mamba2_selective_state_update()/gate_act=/output", "batch d_inner",
+        ),
+    ),
+    "attn.update": Place("^:attention_hidden_states=/output", "batch seq d_model"),
+    "ssm.update": Place("^:mamba_hidden_states=/output", "batch seq d_model"),
+    "mixer.update": Place("^:hidden_states=[1]/output", "batch seq d_model"),
+    "mixer.output": Place("^:hidden_states=[1]/output", "batch seq d_model"),
+}  # fmt: skip
+"""Mamba-2 beside attention, both multiplied and added, with or without a norm after the scan."""
+
+RG_LRU: Mapping[str, Place] = {
+    "ssm.x_in": Place("linear_x.output", "batch seq d_inner"),
+    # There is no activation after the convolution.
+    "ssm.conv": Place("rg_lru.input", "batch seq d_inner"),
+    "ssm.u": Place("rg_lru.input", "batch seq d_inner"),
+    "ssm.gate": Place("linear_y.output", "batch seq d_inner"),
+    "ssm.gate_act": Place("act_fn.output", "batch seq d_inner"),
+    "ssm.state": Place(
+        "rg_lru:_rnn_scan()/state=[*]/output", "batch d_inner",
+        "rg_lru:_rnn_scan()/state=[*]/output", "batch d_inner", form="batch seq d_inner",
+    ),
+    "ssm.scan": Place("rg_lru.output", "batch seq d_inner"),
+    "ssm.W_in": Place("linear_x.weight", "d_inner d_model"),
+    "ssm.W_gate": Place("linear_y.weight", "d_inner d_model"),
+    "ssm.W_out": Place("linear_out.weight", "d_model d_inner"),
+}  # fmt: skip
+"""A recurrence of one number for each channel, whose decay is a gate of the input's (De et al. 2024, "Griffin")."""
+
+ZAMBA2: Places = {
+    # The attention of a shared block, which sees the embeddings too: twice as wide as the residual stream.
+    **projections("q_proj", "k_proj", "v_proj", "o_proj"),
+    **INTERFACE,
+    **{
+        f"attn.{name}": (
+            Place(f":{word}_states=[1]/output", f"batch seq ({heads} d_head)", when="use_shared_attention_adapter"),
+            Place(f"{name}_proj.output", f"batch seq ({heads} d_head)"),
+        )
+        for name, word, heads in (("q", "query", "head"), ("k", "key", "kv_head"), ("v", "value", "kv_head"))
+    },
+    **{
+        f"attn.W_{name.upper()}": Place(
+            f"{name}_proj.weight", f"({heads} d_head) d_attn", form=f"{heads} d_attn d_head",
+            when="!use_shared_attention_adapter",
+        )
+        for name, heads in (("q", "head"), ("k", "kv_head"), ("v", "kv_head"))
+    },
+    **MAMBA2,
+    # Each use of the shared block has something of its own added to what it projects.
+    "mlp.pre": Place(":gate_up_state=[1]/output", "batch seq (half=0 d_mlp)"),
+    "mlp.gate": Place(":gate_up_state=[1]/output", "batch seq (half=0 d_mlp)"),
+    "mlp.up": Place(":gate_up_state=[1]/output", "batch seq (half=1 d_mlp)"),
+    "mlp.neurons": Place("down_proj.input", "batch seq d_mlp"),
+    "mlp.W_out": Place("down_proj.weight", "d_model d_mlp"),
+    "mlp.b_out": Place("down_proj.bias", "d_model"),
+}  # fmt: skip
+"""Mamba-2 in every layer, and before it in some a block of attention and MLP that several layers share; what that
+computes is not added to the residual stream, but to what Mamba-2 is given."""
+
+ROUTER: Mapping[str, Place] = {
+    "mlp.router": Place("router:router_logits=/output", "(batch seq) expert"),
+    "mlp.chosen_experts": Place("router.output[2]", "(batch seq) choice"),
+}
+"""A mixture of experts whose router is called so."""

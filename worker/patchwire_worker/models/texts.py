@@ -20,6 +20,7 @@ import functools
 import operator
 import re
 import sys
+import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -266,7 +267,11 @@ def transparent(function: Callable[..., Any]) -> Callable[..., Any]:
     wrapper = getattr(function, "__code__", None)
     if wrapper is not None and wrapper.co_qualname.startswith(_DISPATCHER) and hasattr(function, "__wrapped__"):
         return STAND_INS.get(function.__name__, function.__wrapped__)
-    return function
+    stand_in = STAND_INS.get(getattr(function, "__qualname__", ""))
+    if stand_in is None:
+        return function
+    receiver = getattr(function, "__self__", None)
+    return stand_in if receiver is None else types.MethodType(stand_in, receiver)
 
 
 def is_interface(label: str) -> bool:
