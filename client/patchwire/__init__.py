@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from patchwire.scanning import Scan
     from patchwire.session import Session
     from patchwire.tracing import Generation, Trace
+    from patchwire.verifying import Verification, verify
 
 _HOMES = {
     "TLS": "connection",
@@ -79,6 +80,8 @@ _HOMES = {
     "connect": "client",
     "grad": "proxy",
     "local": "client",
+    "verify": "verifying",
+    "Verification": "verifying",
 }
 """Where the names live that need torch, which takes seconds to import: they are looked up when they are first used."""
 
@@ -151,6 +154,7 @@ __all__ = [
     "TimeoutError",
     "Trace",
     "Value",
+    "Verification",
     "VersionError",
     "__version__",
     "activations",
@@ -161,4 +165,5 @@ __all__ = [
     "optim",
     "random",
     "save",
+    "verify",
 ]

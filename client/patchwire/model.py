@@ -258,7 +258,9 @@ class Model(Module):
         put(self, "_name", "")
         put(self, "name", name)
         put(self, "connection", connection)
-        catalogue = Catalogue.from_proto(name, description.modules, description.names)
+        catalogue = Catalogue.from_proto(
+            name, description.modules, description.names, description.missing, description.found_by
+        )
         sources: dict[Inside, sites.Source] = {}
 
         def learn(inside: Inside) -> sites.Source:

@@ -62,11 +62,11 @@ class HostedModel:
         family, how = family_of(self.module, getattr(self.config, "model_type", ""))
         self.lock = threading.RLock()
         learner = self._learner = Learner(self.module, self.interleaver, self._options, self.device, self.vocabulary)
-        self.catalogue = replace(learner.catalogue(self.name, family), learn=self._learn_source)
+        self.catalogue = replace(learner.catalogue(self.name, family), found_by=how, learn=self._learn_source)
         self.interleaver.boundaries = self.catalogue.layers or self.interleaver.boundaries
         self.overwritten = frozenset(learner.overwritten)
         self.pads = pads(self.catalogue) and not _scales_with_length(self.config)
-        for each, why in learner.missing.items():
+        for each, why in self.catalogue.missing.items():
             log.debug("%s: no %s (%s)", self.name, each, why)
         log.info("%s: %d layers named (%s), %s rows of different lengths", self.name, self.catalogue.num_layers, how,
                  "packs" if self.pads else "does not pack")  # fmt: skip
@@ -283,6 +283,8 @@ class HostedModel:
             tokenizes_messages=bool(getattr(self.tokenizer, "chat_template", None)),
             max_positions=self.max_positions,
             vocabulary=self.vocabulary,
+            missing=[model_pb2.Missing(name=name, reason=why) for name, why in self.catalogue.missing.items()],
+            found_by=self.catalogue.found_by,
         )
 
     def _config_json(self) -> str:

@@ -93,8 +93,6 @@ class Learner:
         self.options = options
         self.device = device
         self.vocabulary = vocabulary
-        self.missing: Mapping[str, str] = {}
-        """The canonical names that the family has and this model lacks, with the reason."""
         self.overwritten: set[tuple[Location, Path]] = set()
         """The tensors that the model changes in place after they were at a site."""
         places = [Location(path, side) for path, _ in module.named_modules() for side in (INPUT, OUTPUT)]
@@ -116,8 +114,7 @@ class Learner:
             for path, module in self.module.named_modules()
         }
         named = names(self.module, modules, family)
-        self.missing = named.missing
-        return Catalogue(name, modules, named.names)
+        return Catalogue(name, modules, named.names, named.missing)
 
     def _run(self, ids: Tensor) -> _Seen:
         seen = _Seen(self.sides)

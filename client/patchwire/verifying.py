@@ -1,0 +1,753 @@
+"""Verification: does a model do what its canonical names say? Every claim is checked on the model itself.
+
+`CHECKS` is a table of equations between canonical values, such as `softmax(scores) = pattern`. Beside them, every value
+that can be written is written: what was read, which must leave the logits as they are, and something else, which must
+not; and every value is read in a batch with a row of another length, and alone. All of it is a handful of blocks over
+the public tracing language; the differences are computed on the server, and only numbers come back.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchwire import tabular
+from patchwire.canonical import EVERY
+from patchwire.errors import (
+    ExecutionError,
+    GraphError,
+    InputError,
+    LimitError,
+    OperationError,
+    OrderError,
+    PatchwireError,
+    ShapeError,
+    SiteError,
+    here,
+)
+from patchwire.model import Model
+from patchwire.results import Stats
+from patchwire.sites import Catalogue, Name
+from patchwire.tensors import dtype_from_proto
+
+Pair = tuple[Any, Any]
+"""A value, and what it must be equal to."""
+
+TOLERANCES: Mapping[torch.dtype, float] = {
+    torch.float64: 1e-8,
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 4e-2,
+}
+"""How far two values may be apart, relative to the largest element, by the dtype of the weights."""
+_OTHERWISE = 4e-2
+_TOKENS = 9
+_EQUATIONS_AT_ONCE = 256
+_WRITES_AT_ONCE = 48
+_TOKENS_AT_ONCE = 4096
+_OF_TOKENS = ("seq", "query", "key")
+"""What the dimensions of tokens are called."""
+_FINDINGS = (ExecutionError, GraphError, LimitError, OperationError, OrderError, ShapeError, SiteError)
+"""Errors that say that a value is not what its name says; others say that nothing can be said."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the checks of a run share."""
+
+    model: Model
+    prompt: list[int]
+    """Its token ids."""
+
+    def activation(self, value: Any) -> Any:
+        """The activation function of the model's MLPs, as its configuration names it."""
+        return _ACTIVATIONS[_activation_name(self.model)](value)
+
+
+@dataclass(frozen=True)
+class Check:
+    """An equation between values of a layer, or of the model."""
+
+    name: str
+    """The equation, in words."""
+    needs: str
+    """The canonical names, and parameters, that all have to exist, relative to the layer or the model."""
+    sides: Callable[[Any, Run], Pair]
+    """Takes the layer or the model, in a block; returns the value and what it must be."""
+    unless: str = ""
+    """Names of which none may exist."""
+    only: Callable[[Model], bool] = lambda model: True
+    """Whether the model is one that it is about."""
+
+    def sites(self, owner: str) -> tuple[str, ...]:
+        """The canonical names that it is about, of a layer or of the model."""
+        return tuple(f"{owner}.{each}".lstrip(".") for each in self.needs.split())
+
+    def applies(self, model: Model, owner: str) -> bool:
+        """Whether a layer, or the model, has what it needs."""
+        catalogue, dot = model.catalogue, f"{owner}." if owner else ""
+        return (
+            self.only(model)
+            and all(exists(catalogue, f"{dot}{each}") for each in self.needs.split())
+            and not any(exists(catalogue, f"{dot}{each}") for each in self.unless.split())
+        )
+
+
+# --- what the equations are made of -----------------------------------------------------------------------------------
+
+_TANH = "tanh"
+_ACTIVATIONS: Mapping[str, Callable[[Any], Any]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": lambda value: F.gelu(value, approximate=_TANH),
+    "gelu_fast": lambda value: F.gelu(value, approximate=_TANH),
+    "gelu_pytorch_tanh": lambda value: F.gelu(value, approximate=_TANH),
+    "relu": F.relu,
+}
+"""By what configurations call them."""
+_ACTIVATION_KEYS = ("hidden_activation", "hidden_act", "activation_function")
+
+_LOGITS: Mapping[str, Callable[[Any, float], Any]] = {
+    "final_logit_softcapping": lambda logits, cap: torch.tanh(logits / cap) * cap,
+    "logits_soft_cap": lambda logits, cap: torch.tanh(logits / cap) * cap,
+    "logits_scaling": lambda logits, scale: logits / scale,
+    "logit_scale": lambda logits, scale: logits * scale,
+    "lm_head_multiplier": lambda logits, scale: logits * scale,
+}
+"""What some models do to their logits after `lm_head`, by the key of their configuration."""
+
+
+def _activation_name(model: Model) -> str:
+    return next((str(model.config[key]) for key in _ACTIVATION_KEYS if model.config.get(key)), "")
+
+
+def _knows_activation(model: Model) -> bool:
+    return _activation_name(model) in _ACTIVATIONS
+
+
+def _logits(model: Any, run: Run) -> Any:
+    logits = model.lm_head(model.norm(model.layers[-1].output))
+    for key, change in _LOGITS.items():
+        if run.model.config.get(key):
+            logits = change(logits, run.model.config[key])
+    return logits
+
+
+def _grouped(value: Any, heads: int) -> Any:
+    """Keys or values `[batch, seq, kv_head, d_head]`, repeated for the heads that share them."""
+    return value.repeat_interleave(heads // value.shape[2], 2)
+
+
+def _heads(x: Any, weight: Any, bias: Any) -> Any:
+    """`[batch, seq, d_model]` to `[batch, seq, head, d_head]`."""
+    return torch.einsum("bsm,hmd->bshd", x, weight) + bias
+
+
+def _attended(attn: Any) -> Any:
+    return torch.einsum("bhqk,bkhd->bqhd", attn.pattern, _grouped(attn.v, attn.pattern.shape[1]))
+
+
+def _unmasked(scores: Any) -> Any:
+    """Scores, with 0 in the place of what is masked."""
+    scores = scores.float()
+    return scores.masked_fill(scores < -1e4, 0.0)
+
+
+def _products(attn: Any, run: Run) -> Pair:
+    """The scores, and queries times keys as large as they are: scales differ between architectures."""
+    scores = attn.scores.float()
+    masked = scores < -1e4
+    cap = run.model.config.get("attn_logit_softcapping")
+    if cap:
+        scores = torch.atanh(scores / cap) * cap
+    scores = scores.masked_fill(masked, 0.0)
+    products = torch.einsum("bqhd,bkhd->bhqk", attn.q_rot, _grouped(attn.k_rot, scores.shape[1])).float()
+    products = products.masked_fill(masked, 0.0)
+    return scores, products * ((products * scores).sum() / (products * products).sum())
+
+
+def _convolved(ssm: Any) -> Any:
+    """The causal convolution of `x_in`, each channel by itself."""
+    x, weight = ssm.x_in, ssm.conv1d.weight
+    channels, length = x.shape[-1], weight.shape[-1]
+    padded = torch.cat([torch.zeros_like(x)[:, :1].expand(-1, length - 1, -1), x], 1)
+    total = sum(padded[:, tap : tap + x.shape[1]] * weight[:channels, 0, tap] for tap in range(length))
+    bias = getattr(ssm.conv1d, "bias", None)
+    return total if bias is None else total + bias[:channels]
+
+
+def _shares_states(ssm: Any) -> bool:
+    """Whether the channels of a head share their decay, as in Mamba-2; else each has its own, as in Mamba."""
+    return bool(ssm.delta.shape[-1] != ssm.u.shape[-1])
+
+
+def _by_head(value: Any, heads: int) -> Any:
+    """`[batch, seq, group, d_state]` to `[batch, seq, head, 1, d_state]`."""
+    return value.float().repeat_interleave(heads // value.shape[2], 2)[:, :, :, None]
+
+
+def _recurrence(ssm: Any, run: Run) -> Pair:
+    """The states, and `exp(delta A) state + delta B u` of the token before (Gu and Dao 2023)."""
+    state, delta, u = ssm.state.float(), ssm.delta.float(), ssm.u.float()
+    decay = -ssm.A_log.float().exp()
+    before = torch.cat([torch.zeros_like(state[:, :1]), state[:, :-1]], 1)
+    if _shares_states(ssm):
+        heads, size = state.shape[2:4]
+        moved = (delta[..., None] * u.unflatten(-1, (heads, size)))[..., None] * _by_head(ssm.B, heads)
+        return state, (delta * decay).exp()[..., None, None] * before + moved
+    return state, (delta[..., None] * decay).exp() * before + (delta * u)[..., None] * ssm.B.float()[:, :, None]
+
+
+def _scanned(ssm: Any, run: Run) -> Pair:
+    """The scan, and `C state + D u`."""
+    state, u, skip = ssm.state.float(), ssm.u.float(), ssm.D.float()
+    if _shares_states(ssm):
+        heads, size = state.shape[2:4]
+        out = (state * _by_head(ssm.C, heads)).sum(-1) + skip.reshape(heads, -1) * u.unflatten(-1, (heads, size))
+        return ssm.scan, out.flatten(2)
+    return ssm.scan, (state * ssm.C.float()[:, :, None]).sum(-1) + skip * u
+
+
+# --- the equations ----------------------------------------------------------------------------------------------------
+
+CHECKS: Sequence[Check] = (
+    Check("input + mixer.update = resid_mid", "input mixer.update resid_mid",
+          lambda at, _: (at.resid_mid, at.input + at.mixer.update)),
+    Check("resid_mid + mlp.update = output", "resid_mid mlp.update output",
+          lambda at, _: (at.output, at.resid_mid + at.mlp.update)),
+    Check("input + mixer.update + mlp.update = output", "input mixer.update mlp.update output",
+          lambda at, _: (at.output, at.input + at.mixer.update + at.mlp.update), unless="resid_mid"),
+    Check("input + mixer.update = output", "input mixer.update output",
+          lambda at, _: (at.output, at.input + at.mixer.update), unless="mlp"),
+    Check("input @ W_Q + b_Q = q", "attn.input attn.W_Q attn.q",
+          lambda at, _: (at.attn.q, _heads(at.attn.input, at.attn.W_Q, getattr(at.attn, "b_Q", 0)))),
+    Check("input @ W_K + b_K = k", "attn.input attn.W_K attn.k",
+          lambda at, _: (at.attn.k, _heads(at.attn.input, at.attn.W_K, getattr(at.attn, "b_K", 0)))),
+    Check("input @ W_V + b_V = v", "attn.input attn.W_V attn.v",
+          lambda at, _: (at.attn.v, _heads(at.attn.input, at.attn.W_V, getattr(at.attn, "b_V", 0)))),
+    Check("q_rot · k_rot ~ scores", "attn.q_rot attn.k_rot attn.scores", lambda at, run: _products(at.attn, run)),
+    Check("softmax(scores) = pattern", "attn.scores attn.pattern",
+          lambda at, _: (at.attn.pattern, at.attn.scores.float().softmax(-1))),
+    Check("rows of pattern sum to 1", "attn.pattern",
+          lambda at, _: (at.attn.pattern.float().sum(-1), torch.ones_like(at.attn.pattern[..., 0]))),
+    Check("pattern has nothing from later tokens", "attn.pattern",
+          lambda at, _: (at.attn.pattern, at.attn.pattern.tril())),
+    Check("pattern @ v = z", "attn.pattern attn.v attn.z", lambda at, _: (at.attn.z, _attended(at.attn))),
+    Check("sum of head_out + b_O = output", "attn.head_out attn.output attn.W_O attn.z",
+          lambda at, _: (at.attn.output, at.attn.head_out.sum(2) + getattr(at.attn, "b_O", 0))),
+    Check("input @ W_in + b_in = pre", "mlp.input mlp.W_in mlp.pre",
+          lambda at, _: (at.mlp.pre, at.mlp.input @ at.mlp.W_in + getattr(at.mlp, "b_in", 0)), unless="mlp.gate"),
+    Check("input @ W_in + b_in = up", "mlp.input mlp.W_in mlp.up",
+          lambda at, _: (at.mlp.up, at.mlp.input @ at.mlp.W_in + getattr(at.mlp, "b_in", 0))),
+    Check("input @ W_gate + b_gate = gate", "mlp.input mlp.W_gate mlp.gate",
+          lambda at, _: (at.mlp.gate, at.mlp.input @ at.mlp.W_gate + getattr(at.mlp, "b_gate", 0))),
+    Check("gate = pre", "mlp.gate mlp.pre", lambda at, _: (at.mlp.pre, at.mlp.gate)),
+    Check("act(pre) = neurons", "mlp.pre mlp.neurons",
+          lambda at, run: (at.mlp.neurons, run.activation(at.mlp.pre)), unless="mlp.gate", only=_knows_activation),
+    Check("act(gate) * up = neurons", "mlp.gate mlp.up mlp.neurons",
+          lambda at, run: (at.mlp.neurons, run.activation(at.mlp.gate) * at.mlp.up), only=_knows_activation),
+    Check("neurons @ W_out + b_out = output", "mlp.neurons mlp.W_out mlp.output",
+          lambda at, _: (at.mlp.output, at.mlp.neurons @ at.mlp.W_out + getattr(at.mlp, "b_out", 0))),
+    Check("input @ W_in + b_in = x_in", "ssm.input ssm.W_in ssm.x_in",
+          lambda at, _: (at.ssm.x_in, at.ssm.input @ at.ssm.W_in + getattr(at.ssm, "b_in", 0))),
+    Check("input @ W_gate + b_gate = gate", "ssm.input ssm.W_gate ssm.gate",
+          lambda at, _: (at.ssm.gate, at.ssm.input @ at.ssm.W_gate + getattr(at.ssm, "b_gate", 0))),
+    Check("convolution of x_in = conv", "ssm.x_in ssm.conv1d.weight ssm.conv",
+          lambda at, _: (at.ssm.conv, _convolved(at.ssm))),
+    Check("silu(conv) = u", "ssm.conv ssm.u", lambda at, _: (at.ssm.u, F.silu(at.ssm.conv))),
+    Check("exp(delta A) state + delta B u = next state", "ssm.state ssm.delta ssm.A_log ssm.B ssm.u",
+          lambda at, run: _recurrence(at.ssm, run)),
+    Check("C state + D u = scan", "ssm.state ssm.C ssm.D ssm.u ssm.scan", lambda at, run: _scanned(at.ssm, run)),
+    Check("silu(gate) = gate_act", "ssm.gate ssm.gate_act", lambda at, _: (at.ssm.gate_act, F.silu(at.ssm.gate))),
+    Check("(scan * gate_act) @ W_out + b_out = output", "ssm.scan ssm.gate_act ssm.W_out ssm.output",
+          lambda at, _: (at.ssm.output, (at.ssm.scan * at.ssm.gate_act).to(at.ssm.W_out.dtype) @ at.ssm.W_out
+                         + getattr(at.ssm, "b_out", 0)), unless="ssm.norm"),
+    Check("norm(scan, gate) @ W_out + b_out = output", "ssm.scan ssm.gate ssm.norm ssm.W_out ssm.output",
+          lambda at, _: (at.ssm.output, at.ssm.norm(at.ssm.scan, at.ssm.gate) @ at.ssm.W_out
+                         + getattr(at.ssm, "b_out", 0))),
+)  # fmt: skip
+"""The equations between the values of a layer."""
+
+MODEL_CHECKS: Sequence[Check] = (
+    Check("W_E[tokens] = embed.output", "W_E embed.output",
+          lambda at, run: (at.embed.output[0], at.W_E[torch.tensor(run.prompt)] * getattr(at.embed, "embed_scale", 1))),
+    Check("norm.output @ W_U = lm_head.output", "norm.output W_U lm_head.output",
+          lambda at, _: (at.lm_head.output, at.norm.output @ at.W_U + getattr(at.lm_head, "bias", 0))),
+    Check("lm_head(norm(output of the last layer)) = logits", "layers.0.output norm lm_head logits",
+          lambda at, run: (at.logits, _logits(at, run))),
+)  # fmt: skip
+"""The equations between the values of the model's ends."""
+
+WRITTEN_BACK = "written back: the logits stay"
+CHANGED = "changed: the logits change"
+REFUSED = "computed: cannot be written"
+TOGETHER = "the same beside a longer row"
+FUSED = "the same from the fast attention kernel"
+_STEPWISE = re.compile(r"layers\.\d+\.attn\.(scores|pattern)")
+"""What exists only where attention is computed step by step."""
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One check, at one layer or of the whole model."""
+
+    check: str
+    """What was checked."""
+    layer: int | None
+    """Where; None if it is about the model, or about all layers at once."""
+    sites: tuple[str, ...]
+    """The canonical names that it is about."""
+    error: float
+    """The largest difference; where a write has to change the logits, by how much it does."""
+    tolerance: float
+    """The error may be as large as this; where a write has to change the logits, the change must be larger."""
+    passed: bool
+    """Whether it holds."""
+    words: str = ""
+    """What was found, if it does not hold: where the difference is largest, and the two numbers there."""
+
+
+@dataclass(frozen=True, eq=False)
+class Verification:
+    """What the checks of a model found. Printed, it is a table: one line for all layers that a check holds at."""
+
+    model: str
+    """The model's name."""
+    rows: list[Row]
+    """Every check, at every layer."""
+    tokens: int
+    """How many tokens the prompt had."""
+    stats: Stats
+    """What it cost: passes, rows, seconds."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether there was something to check, and all of it holds."""
+        return bool(self.rows) and all(row.passed for row in self.rows)
+
+    @property
+    def failures(self) -> list[Row]:
+        """What does not hold."""
+        return [row for row in self.rows if not row.passed]
+
+    def of(self, site: str) -> list[Row]:
+        """The checks that a canonical name takes part in."""
+        return self._by_site.get(site, [])
+
+    @cached_property
+    def _by_site(self) -> dict[str, list[Row]]:
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            for site in row.sites:
+                found.setdefault(site, []).append(row)
+        return found
+
+    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """The heads and the lines of the table."""
+        groups: dict[tuple[str, tuple[str, ...], object], list[Row]] = {}
+        for index, row in enumerate(self.rows):
+            key = (row.check, tuple(dict.fromkeys(map(generic, row.sites))), None if row.passed else index)
+            groups.setdefault(key, []).append(row)
+        lines = []
+        for (check, sites, _), rows in groups.items():
+            worst = (min if check == CHANGED else max)(rows, key=lambda row: row.error)
+            sign = ">" if check == CHANGED else "≤"
+            layers = spans([row.layer for row in rows if row.layer is not None])
+            lines.append(
+                (
+                    "ok" if worst.passed else "FAILED",
+                    check,
+                    layers,
+                    " ".join(each.removeprefix("layers[i].") for each in sites),
+                    f"{worst.error:.1e}",
+                    f"{sign} {worst.tolerance:.0e}",
+                    worst.words,
+                )
+            )
+        return ("", "check", "layers", "sites", "error", "bound", ""), lines
+
+    def _summary(self) -> str:
+        wrong = len(self.failures)
+        result = "nothing to check" if not self.rows else f"{wrong} FAILED" if wrong else "all hold"
+        return (
+            f"{self.model}: {len(self.rows)} checks, {result}; {self.stats.passes} passes of {self.tokens} tokens and "
+            f"less, {self.stats.rows} rows, {self.stats.seconds_running:.1f} s"
+        )
+
+    def __repr__(self) -> str:
+        head, lines = self.table()
+        return "\n".join([*([tabular.text(head, lines)] if lines else []), self._summary()])
+
+    def _repr_html_(self) -> str:
+        return tabular.html(*self.table()) + tabular.html((self._summary(),), ())
+
+
+def generic(site: str) -> str:
+    """A canonical name with `[i]` in the place of the layer's number: "layers[i].attn.q"."""
+    return re.sub(r"^layers\.\d+(?=\.|$)", "layers[i]", site)
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """Numbers as ranges: "0–3, 5"."""
+    found: list[list[int]] = []
+    for each in sorted(set(numbers)):
+        if found and found[-1][-1] == each - 1:
+            found[-1][1:] = [each]
+        else:
+            found.append([each])
+    return ", ".join("–".join(map(str, each)) for each in found)
+
+
+def exists(catalogue: Catalogue, name: str) -> bool:
+    """Whether a model has a canonical value, a side of a part, a part, or a parameter."""
+    if catalogue.named(name) is not None:
+        return True
+    owner, _, last = name.rpartition(".")
+    raw = catalogue.raw(owner)
+    if raw is None:
+        return False
+    module = catalogue.modules[raw]
+    if last in ("input", "output"):
+        return bool(module.side(last))
+    return f"{raw}.{last}" in catalogue.modules or any(each.name == last for each in module.parameters)
+
+
+# --- how it is done ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """One thing to find out in a run."""
+
+    check: str
+    layer: int | None
+    sites: tuple[str, ...]
+    pair: Callable[[], Pair] | None = None
+    """The two sides of an equation, in a block."""
+
+
+@dataclass
+class _Runner:
+    """Runs probes, a few requests for many of them, and notes what they cost."""
+
+    run: Run
+    rows: list[Row] = field(default_factory=list)
+    costs: list[Stats] = field(default_factory=list)
+
+    @cached_property
+    def tolerance(self) -> float:
+        """How far values may be apart, relative to the largest."""
+        dtype = self.run.model.summary.dtype
+        return TOLERANCES.get(dtype_from_proto(dtype), _OTHERWISE) if dtype else _OTHERWISE
+
+    def answers(
+        self, probes: Sequence[_Probe], ask: Callable[[Sequence[_Probe]], tuple[Tensor, Stats | None]], at_once: int
+    ) -> Iterator[tuple[_Probe, Tensor | PatchwireError]]:
+        """What each probe finds: `_measured` numbers, or the error that it meets.
+
+        Where a request meets an error it is cut in halves, until the probe is found that it is of.
+        """
+        waiting = [list(probes[start : start + at_once]) for start in range(0, len(probes), at_once)]
+        while waiting:
+            part = waiting.pop(0)
+            try:
+                found, stats = ask(part)
+            except _FINDINGS as error:
+                if len(part) == 1:
+                    yield part[0], error
+                else:
+                    middle = len(part) // 2
+                    waiting[:0] = [part[:middle], part[middle:]]
+                continue
+            if stats is not None:
+                self.costs.append(stats)
+            yield from zip(part, found, strict=True)
+
+    def note(self, probe: _Probe, found: Tensor | PatchwireError, shape: Sequence[int] = ()) -> None:
+        """Note whether two values are equal."""
+        if isinstance(found, PatchwireError):
+            words = f"{type(found).__name__}: {found.message}"
+            self.rows.append(Row(probe.check, probe.layer, probe.sites, float("inf"), 0.0, False, words))
+            return
+        error, scale, worst, value, expected = found.tolist()
+        tolerance = self.tolerance * scale
+        passed = error <= tolerance
+        words = "" if passed else f"at {_position(int(worst), shape)} of {list(shape)}: {value:.6g}, not {expected:.6g}"
+        self.rows.append(Row(probe.check, probe.layer, probe.sites, error, tolerance, passed, words))
+
+    def note_change(self, probe: _Probe, found: Tensor | PatchwireError, noise: float) -> None:
+        """Note whether a write has changed the logits, by more than `noise`."""
+        if isinstance(found, PatchwireError):
+            self.note(probe, found)
+            return
+        change = float(found[0])
+        words = "" if change > noise else "the logits are as they were"
+        self.rows.append(Row(probe.check, probe.layer, probe.sites, change, noise, change > noise, words))
+
+
+def _position(index: int, shape: Sequence[int]) -> list[int]:
+    found = []
+    for length in reversed(shape):
+        found.append(index % length)
+        index //= length
+    return found[::-1]
+
+
+def _measured(found: Any, expected: Any) -> Any:
+    """`[5]` float32: the largest difference, the largest expected element, where the difference is largest (of the
+    elements in one row), and the two numbers there. Written once, so that a check costs few operations."""
+    if tuple(found.shape) != tuple(expected.shape):
+        raise ShapeError(
+            f"The value is {list(found.shape)}, and what it must be is {list(expected.shape)}.",
+            hint="Compare the dimensions.",
+            lines=here(),
+        )
+    found, expected = found.flatten(), expected.flatten()
+    difference = (found.float() - expected.float()).abs()
+    worst = difference.argmax()
+    numbers = [difference[worst], expected.abs().max(), worst, found[worst], expected[worst]]
+    return torch.stack([each.float() for each in numbers])
+
+
+def verify(model: Model, prompt: Any = None) -> Verification:
+    """Check on the model itself that its canonical values are what their names say.
+
+    At every layer that has the names: residual bookkeeping (`input + mixer.update = resid_mid`, …), projections
+    (`input @ W_Q + b_Q = q`, …), attention (`softmax(scores) = pattern`, whose rows sum to one and have nothing from later
+    tokens, `pattern @ v = z`, the sum of `head_out`), MLPs, the recurrence of an SSM's states, and the unembedding. Then
+    each value that can be written is written back, which must leave the logits, and changed, which must change them; what
+    is computed must refuse to be written; and every value must be the same alone, beside a longer row, and from the fast
+    attention kernel.
+
+    Two values are equal if no elements are further apart than `TOLERANCES` of the largest, by the dtype of the weights.
+
+    Args:
+        model: The model; one without a tokenizer too.
+        prompt: One prompt of at least three tokens, as for `model.trace`. Random token ids, always the same, if left out.
+
+    Returns:
+        A `Verification`: `.passed`, `.rows`, `.failures`, `.stats`. A value that cannot even be read is a failed row.
+
+    Raises:
+        InputError: the prompt is not one of three tokens or more.
+
+    Example:
+        >>> found = patchwire.verify(model)
+        >>> assert found.passed, found
+    """
+    rows = model.tokenize(_random_ids(model) if prompt is None else prompt)
+    if len(rows) != 1 or len(rows[0]) < 3:
+        raise InputError(
+            "A model is verified with one prompt of at least three tokens.", hint="Give a sentence.", lines=here()
+        )
+    runner = _Runner(Run(model, rows[0]))
+    _equations(runner)
+    _company(runner)
+    _writes(runner)
+    _refusals(runner)
+    return Verification(model.name, runner.rows, len(rows[0]), sum_of(runner.costs))
+
+
+def _random_ids(model: Model) -> list[int]:
+    length = min(_TOKENS, model.config.get("max_position_embeddings") or _TOKENS)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.embed.weight.shape[0] if "embed" in model.catalogue.names else model.config["vocab_size"]
+    found: list[int] = torch.randint(0, vocabulary, (length,), generator=generator).tolist()
+    return found
+
+
+def sum_of(costs: Iterable[Stats]) -> Stats:
+    """What several requests cost together."""
+    known = list(costs)
+    return Stats(
+        passes=sum(each.passes for each in known),
+        rows=sum(each.rows for each in known),
+        modules_skipped=sum(each.modules_skipped for each in known),
+        seconds_queued=sum(each.seconds_queued for each in known),
+        seconds_running=sum(each.seconds_running for each in known),
+        result_bytes=sum(each.result_bytes for each in known),
+    )
+
+
+def _equations(runner: _Runner) -> None:
+    run, model = runner.run, runner.run.model
+    shapes: dict[int, tuple[int, ...]] = {}
+    owners = [(index, f"layers.{index}", CHECKS) for index in range(model.num_layers)]
+
+    def probe(check: Check, layer: int | None, owner: str) -> _Probe:
+        return _Probe(check.name, layer, check.sites(owner), lambda: check.sides(_part(model, owner), run))
+
+    def ask(part: Sequence[_Probe]) -> tuple[Tensor, Stats | None]:
+        with model.trace(run.prompt) as trace:
+            pairs = [each.pair() for each in part if each.pair is not None]
+            for each, (found, _) in zip(part, pairs, strict=True):
+                shapes[id(each)] = tuple(found.shape)
+            saved = torch.stack([_measured(*pair) for pair in pairs]).save()
+        return saved.value, trace.stats
+
+    probes = [
+        probe(check, layer, owner)
+        for layer, owner, checks in [*owners, (None, "", MODEL_CHECKS)]
+        for check in checks
+        if check.applies(model, owner)
+    ]
+    for each, found in runner.answers(probes, ask, _EQUATIONS_AT_ONCE):
+        runner.note(each, found, shapes.get(id(each), ()))
+
+
+def _part(model: Model, owner: str) -> Any:
+    return model.module(owner) if owner else model
+
+
+def _values(model: Model, *, computed: bool = False) -> list[Name]:
+    """The canonical values of a model; those that are computed, or those that are not."""
+    names = [each for each in model.catalogue.names.values() if not each.is_module and each.name != "logits"]
+    return [each for each in names if bool(each.formula) == computed and not (each.part and each.part.parameter)]
+
+
+def _sides(model: Model) -> list[str]:
+    """What the layers and their parts return."""
+    parts = ("", ".mixer", ".mlp")
+    names = [f"layers.{index}{part}" for index in range(model.num_layers) for part in parts]
+    return [f"{name}.output" for name in names if exists(model.catalogue, f"{name}.output")]
+
+
+def _layer(name: str) -> int | None:
+    match = re.match(r"layers\.(\d+)\.", name)
+    return None if match is None else int(match[1])
+
+
+def _read(model: Model, name: str) -> Any:
+    owner, _, last = name.rpartition(".")
+    return getattr(_part(model, owner), last)
+
+
+def _company(runner: _Runner) -> None:
+    """Every value of a row alone and beside a longer row, and attention's from the fast kernel and step by step."""
+    model, long = runner.run.model, runner.run.prompt
+    short = long[: max(2, len(long) // 2)]
+    names = [each.name for each in (*_values(model), *_values(model, computed=True))] + [*_sides(model), "logits"]
+    stepwise = [name for name in names if _STEPWISE.fullmatch(name)]
+
+    def comparable(probe: _Probe) -> Any:
+        value = _read(model, probe.sites[0])
+        return _unmasked(value) if probe.sites[0].endswith(".scores") else value
+
+    def alone_and_beside(part: Sequence[_Probe]) -> list[Pair]:
+        with model.trace(short):
+            alone = [comparable(each) for each in part]
+        with model.trace() as together:
+            with together.invoke(long):
+                pass
+            with together.invoke(short):
+                beside = [comparable(each) for each in part]
+        return list(zip(beside, alone, strict=True))
+
+    def fast_and_stepwise(part: Sequence[_Probe]) -> list[Pair]:
+        with model.trace(long):
+            fast = [comparable(each) for each in part]
+        with model.trace(long):
+            for each in stepwise:
+                _read(model, each).amax().save()
+            slow = [comparable(each) for each in part]
+        return list(zip(fast, slow, strict=True))
+
+    def compare(check: str, names: Iterable[str], pairs: Callable[[Sequence[_Probe]], list[Pair]]) -> None:
+        shapes: dict[str, tuple[int, ...]] = {}
+
+        def ask(part: Sequence[_Probe]) -> tuple[Tensor, Stats | None]:
+            with model.session() as session:
+                found = pairs(part)
+                for each, (value, _) in zip(part, found, strict=True):
+                    shapes[each.sites[0]] = tuple(value.shape)
+                saved = torch.stack([_measured(*pair) for pair in found]).save()
+            return saved.value, session.stats
+
+        probes = [_Probe(check, _layer(name), (name,)) for name in names]
+        for each, found in runner.answers(probes, ask, _EQUATIONS_AT_ONCE):
+            runner.note(each, found, shapes.get(each.sites[0], ()))
+
+    compare(TOGETHER, stepwise, alone_and_beside)
+    compare(TOGETHER, [name for name in names if name not in stepwise], alone_and_beside)
+    if stepwise:
+        compare(FUSED, [name for name in names if name.endswith(".attn.z") or name == "logits"], fast_and_stepwise)
+
+
+def _writes(runner: _Runner) -> None:
+    """Every value that can be written, written back and changed, each in a row of its own beside an untouched one."""
+    model, prompt = runner.run.model, runner.run.prompt
+    at_once = max(1, min(_WRITES_AT_ONCE, _TOKENS_AT_ONCE // len(prompt)))
+    shape = (1, len(prompt), model.config.get("vocab_size", 0))
+    groups: dict[str, list[str]] = {}
+    for name in [*(each.name for each in _values(model)), *_sides(model)]:
+        groups.setdefault(generic(name), []).append(name)
+
+    def ask(part: Sequence[_Probe]) -> tuple[Tensor, Stats | None]:
+        with model.trace() as trace:
+            with trace.invoke(prompt):
+                clean = model.logits
+            logits = []
+            for each in part:
+                with trace.invoke(prompt):
+                    for name in each.sites:
+                        _write(model, name, change=each.check == CHANGED)
+                    logits.append(model.logits)
+            saved = torch.stack([_measured(each, clean) for each in logits]).save()
+        return saved.value, trace.stats
+
+    def back(groups: Iterable[Sequence[str]]) -> Iterator[tuple[_Probe, Tensor | PatchwireError]]:
+        probes = [_Probe(WRITTEN_BACK, _layer(names[0]) if len(names) == 1 else None, tuple(names)) for names in groups]
+        return runner.answers(probes, ask, at_once)
+
+    noise: dict[str, float] = {}
+    for probe, found in back(groups.values()):
+        runner.note(probe, found, shape)
+        row = runner.rows[-1]
+        noise[generic(probe.sites[0])] = row.error if row.passed else 0.0
+        if not row.passed and len(probe.sites) > 1:  # at which layers?
+            runner.rows.pop()
+            for single, again in back([name] for name in probe.sites):
+                runner.note(single, again, shape)
+    probes = [_Probe(CHANGED, _layer(name), (name,)) for names in groups.values() for name in names]
+    for probe, found in runner.answers(probes, ask, at_once):
+        runner.note_change(probe, found, noise[generic(probe.sites[0])])
+
+
+def _write(model: Model, name: str, *, change: bool) -> None:
+    """Write back what is read, or the same numbers at other tokens."""
+    named = model.catalogue.named(name)
+    value = _read(model, name)
+    if named is not None and named.part is not None and EVERY in named.part.address:  # a value for each token
+        for token in [value.shape[1] // 2] if change else range(value.shape[1]):
+            value[:, token] = value[:, token].roll(1, 1) if change else value[:, token].clone()
+        return
+    dims = named.dims.split() if named is not None else []
+    tokens = next((index for index, each in enumerate(dims) if each in _OF_TOKENS), 1)
+    value[...] = value.roll(1, tokens) if change else value.clone()
+
+
+def _refusals(runner: _Runner) -> None:
+    """What is computed cannot be written."""
+    model = runner.run.model
+    for named in _values(model, computed=True):
+        owner, _, last = named.name.rpartition(".")
+        try:
+            with model.scan(runner.run.prompt):
+                setattr(_part(model, owner), last, _read(model, named.name))
+        except SiteError:
+            refused = True
+        else:
+            refused = False
+        words = "" if refused else "it was written, though nothing in the model holds it"
+        runner.rows.append(Row(REFUSED, _layer(named.name), (named.name,), float(not refused), 0.0, refused, words))
