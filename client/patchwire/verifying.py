@@ -81,23 +81,24 @@ class Check:
     """The canonical names, and parameters, that all have to exist, relative to the layer or the model."""
     sides: Callable[[Any, Run], Pair]
     """Takes the layer or the model, in a block; returns the value and what it must be."""
+    also: str = ""
+    """Names that take part if they exist."""
     unless: str = ""
     """Names of which none may exist."""
     only: Callable[[Model], bool] = lambda model: True
     """Whether the model is one that it is about."""
 
-    def sites(self, owner: str) -> tuple[str, ...]:
-        """The canonical names that it is about, of a layer or of the model."""
-        return tuple(f"{owner}.{each}".lstrip(".") for each in self.needs.split())
+    def sites(self, model: Model, owner: str) -> tuple[str, ...]:
+        """The canonical names that it is about, of a layer or of the model; none if it does not apply there."""
 
-    def applies(self, model: Model, owner: str) -> bool:
-        """Whether a layer, or the model, has what it needs."""
-        catalogue, dot = model.catalogue, f"{owner}." if owner else ""
-        return (
-            self.only(model)
-            and all(exists(catalogue, f"{dot}{each}") for each in self.needs.split())
-            and not any(exists(catalogue, f"{dot}{each}") for each in self.unless.split())
-        )
+        def there(names: str) -> list[str]:
+            full = [f"{owner}.{each}".lstrip(".") for each in names.split()]
+            return [each for each in full if exists(model.catalogue, each)]
+
+        found = there(self.needs)
+        if len(found) < len(self.needs.split()) or there(self.unless) or not self.only(model):
+            return ()
+        return tuple(found + there(self.also))
 
 
 # --- what the equations are made of -----------------------------------------------------------------------------------
@@ -146,9 +147,14 @@ def _grouped(value: Any, heads: int) -> Any:
     return value.repeat_interleave(heads // value.shape[2], 2)
 
 
-def _heads(x: Any, weight: Any, bias: Any) -> Any:
-    """`[batch, seq, d_model]` to `[batch, seq, head, d_head]`."""
-    return torch.einsum("bsm,hmd->bshd", x, weight) + bias
+def _linear(part: Any, x: Any, name: str) -> Any:
+    """`x @ W + b`, with the weight and, if it has one, the bias of that name."""
+    return x @ getattr(part, f"W_{name}") + getattr(part, f"b_{name}", 0)
+
+
+def _heads(attn: Any, name: str) -> Any:
+    """The same by heads, of the attention's input: `[batch, seq, head, d_head]`."""
+    return torch.einsum("bsm,hmd->bshd", attn.input, getattr(attn, f"W_{name}")) + getattr(attn, f"b_{name}", 0)
 
 
 def _attended(attn: Any) -> Any:
@@ -216,11 +222,22 @@ def _scanned(ssm: Any, run: Run) -> Pair:
     return ssm.scan, (state * ssm.C.float()[:, :, None]).sum(-1) + skip * u
 
 
+def _mixed(ssm: Any) -> Pair:
+    """The scan, and what its effective attention makes of `u`, and `D u`."""
+    pattern, u, skip = ssm.pattern.float(), ssm.u.float(), ssm.D.float()
+    heads = u.unflatten(-1, (pattern.shape[1], -1))
+    out = torch.einsum("bhqk,bkhp->bqhp", pattern, heads) + skip.reshape(pattern.shape[1], -1) * heads
+    return ssm.scan, out.flatten(2)
+
+
 # --- the equations ----------------------------------------------------------------------------------------------------
 
 CHECKS: Sequence[Check] = (
     Check("input + mixer.update = resid_mid", "input mixer.update resid_mid",
           lambda at, _: (at.resid_mid, at.input + at.mixer.update)),
+    Check("mlp_norm.input = resid_mid", "mlp_norm.input resid_mid", lambda at, _: (at.mlp_norm.input, at.resid_mid)),
+    Check("mlp_norm.input = input, or it is resid_mid", "mlp_norm.input input",
+          lambda at, _: (at.mlp_norm.input, at.input), unless="resid_mid"),
     Check("resid_mid + mlp.update = output", "resid_mid mlp.update output",
           lambda at, _: (at.output, at.resid_mid + at.mlp.update)),
     Check("input + mixer.update + mlp.update = output", "input mixer.update mlp.update output",
@@ -228,11 +245,11 @@ CHECKS: Sequence[Check] = (
     Check("input + mixer.update = output", "input mixer.update output",
           lambda at, _: (at.output, at.input + at.mixer.update), unless="mlp"),
     Check("input @ W_Q + b_Q = q", "attn.input attn.W_Q attn.q",
-          lambda at, _: (at.attn.q, _heads(at.attn.input, at.attn.W_Q, getattr(at.attn, "b_Q", 0)))),
+          lambda at, _: (at.attn.q, _heads(at.attn, "Q")), also="attn.b_Q"),
     Check("input @ W_K + b_K = k", "attn.input attn.W_K attn.k",
-          lambda at, _: (at.attn.k, _heads(at.attn.input, at.attn.W_K, getattr(at.attn, "b_K", 0)))),
+          lambda at, _: (at.attn.k, _heads(at.attn, "K")), also="attn.b_K"),
     Check("input @ W_V + b_V = v", "attn.input attn.W_V attn.v",
-          lambda at, _: (at.attn.v, _heads(at.attn.input, at.attn.W_V, getattr(at.attn, "b_V", 0)))),
+          lambda at, _: (at.attn.v, _heads(at.attn, "V")), also="attn.b_V"),
     Check("q_rot · k_rot ~ scores", "attn.q_rot attn.k_rot attn.scores", lambda at, run: _products(at.attn, run)),
     Check("softmax(scores) = pattern", "attn.scores attn.pattern",
           lambda at, _: (at.attn.pattern, at.attn.scores.float().softmax(-1))),
@@ -242,37 +259,36 @@ CHECKS: Sequence[Check] = (
           lambda at, _: (at.attn.pattern, at.attn.pattern.tril())),
     Check("pattern @ v = z", "attn.pattern attn.v attn.z", lambda at, _: (at.attn.z, _attended(at.attn))),
     Check("sum of head_out + b_O = output", "attn.head_out attn.output attn.W_O attn.z",
-          lambda at, _: (at.attn.output, at.attn.head_out.sum(2) + getattr(at.attn, "b_O", 0))),
+          lambda at, _: (at.attn.output, at.attn.head_out.sum(2) + getattr(at.attn, "b_O", 0)), also="attn.b_O"),
     Check("input @ W_in + b_in = pre", "mlp.input mlp.W_in mlp.pre",
-          lambda at, _: (at.mlp.pre, at.mlp.input @ at.mlp.W_in + getattr(at.mlp, "b_in", 0)), unless="mlp.gate"),
+          lambda at, _: (at.mlp.pre, _linear(at.mlp, at.mlp.input, "in")), unless="mlp.gate", also="mlp.b_in"),
     Check("input @ W_in + b_in = up", "mlp.input mlp.W_in mlp.up",
-          lambda at, _: (at.mlp.up, at.mlp.input @ at.mlp.W_in + getattr(at.mlp, "b_in", 0))),
+          lambda at, _: (at.mlp.up, _linear(at.mlp, at.mlp.input, "in")), also="mlp.b_in"),
     Check("input @ W_gate + b_gate = gate", "mlp.input mlp.W_gate mlp.gate",
-          lambda at, _: (at.mlp.gate, at.mlp.input @ at.mlp.W_gate + getattr(at.mlp, "b_gate", 0))),
+          lambda at, _: (at.mlp.gate, _linear(at.mlp, at.mlp.input, "gate")), also="mlp.b_gate"),
     Check("gate = pre", "mlp.gate mlp.pre", lambda at, _: (at.mlp.pre, at.mlp.gate)),
     Check("act(pre) = neurons", "mlp.pre mlp.neurons",
           lambda at, run: (at.mlp.neurons, run.activation(at.mlp.pre)), unless="mlp.gate", only=_knows_activation),
     Check("act(gate) * up = neurons", "mlp.gate mlp.up mlp.neurons",
           lambda at, run: (at.mlp.neurons, run.activation(at.mlp.gate) * at.mlp.up), only=_knows_activation),
     Check("neurons @ W_out + b_out = output", "mlp.neurons mlp.W_out mlp.output",
-          lambda at, _: (at.mlp.output, at.mlp.neurons @ at.mlp.W_out + getattr(at.mlp, "b_out", 0))),
+          lambda at, _: (at.mlp.output, _linear(at.mlp, at.mlp.neurons, "out")), also="mlp.b_out"),
     Check("input @ W_in + b_in = x_in", "ssm.input ssm.W_in ssm.x_in",
-          lambda at, _: (at.ssm.x_in, at.ssm.input @ at.ssm.W_in + getattr(at.ssm, "b_in", 0))),
+          lambda at, _: (at.ssm.x_in, _linear(at.ssm, at.ssm.input, "in")), also="ssm.b_in"),
     Check("input @ W_gate + b_gate = gate", "ssm.input ssm.W_gate ssm.gate",
-          lambda at, _: (at.ssm.gate, at.ssm.input @ at.ssm.W_gate + getattr(at.ssm, "b_gate", 0))),
+          lambda at, _: (at.ssm.gate, _linear(at.ssm, at.ssm.input, "gate")), also="ssm.b_gate"),
     Check("convolution of x_in = conv", "ssm.x_in ssm.conv1d.weight ssm.conv",
           lambda at, _: (at.ssm.conv, _convolved(at.ssm))),
     Check("silu(conv) = u", "ssm.conv ssm.u", lambda at, _: (at.ssm.u, F.silu(at.ssm.conv))),
     Check("exp(delta A) state + delta B u = next state", "ssm.state ssm.delta ssm.A_log ssm.B ssm.u",
           lambda at, run: _recurrence(at.ssm, run)),
     Check("C state + D u = scan", "ssm.state ssm.C ssm.D ssm.u ssm.scan", lambda at, run: _scanned(at.ssm, run)),
+    Check("pattern @ u + D u = scan", "ssm.pattern ssm.u ssm.D ssm.scan", lambda at, _: _mixed(at.ssm)),
     Check("silu(gate) = gate_act", "ssm.gate ssm.gate_act", lambda at, _: (at.ssm.gate_act, F.silu(at.ssm.gate))),
     Check("(scan * gate_act) @ W_out + b_out = output", "ssm.scan ssm.gate_act ssm.W_out ssm.output",
-          lambda at, _: (at.ssm.output, (at.ssm.scan * at.ssm.gate_act).to(at.ssm.W_out.dtype) @ at.ssm.W_out
-                         + getattr(at.ssm, "b_out", 0)), unless="ssm.norm"),
+          lambda at, _: (at.ssm.output, _linear(at.ssm, (at.ssm.scan * at.ssm.gate_act).to(at.ssm.W_out.dtype), "out")), unless="ssm.norm", also="ssm.b_out"),
     Check("norm(scan, gate) @ W_out + b_out = output", "ssm.scan ssm.gate ssm.norm ssm.W_out ssm.output",
-          lambda at, _: (at.ssm.output, at.ssm.norm(at.ssm.scan, at.ssm.gate) @ at.ssm.W_out
-                         + getattr(at.ssm, "b_out", 0))),
+          lambda at, _: (at.ssm.output, _linear(at.ssm, at.ssm.norm(at.ssm.scan, at.ssm.gate), "out")), also="ssm.b_out"),
 )  # fmt: skip
 """The equations between the values of a layer."""
 
@@ -353,13 +369,13 @@ class Verification:
                 found.setdefault(site, []).append(row)
         return found
 
-    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """The heads and the lines of the table."""
+    def table(self) -> tuple[Sequence[str], list[Sequence[str]]]:
+        """The heads of the columns, and the lines: what holds at several layers on one, each failure on its own."""
         groups: dict[tuple[str, tuple[str, ...], object], list[Row]] = {}
         for index, row in enumerate(self.rows):
             key = (row.check, tuple(dict.fromkeys(map(generic, row.sites))), None if row.passed else index)
             groups.setdefault(key, []).append(row)
-        lines = []
+        lines: list[Sequence[str]] = []
         for (check, sites, _), rows in groups.items():
             worst = (min if check == CHANGED else max)(rows, key=lambda row: row.error)
             sign = ">" if check == CHANGED else "≤"
@@ -425,6 +441,35 @@ def exists(catalogue: Catalogue, name: str) -> bool:
 
 # --- how it is done ---------------------------------------------------------------------------------------------------
 
+_Measure = Callable[[Any, Any], list[Any]]
+"""Takes a value and what it must be, in a block; returns numbers."""
+
+
+def _sizes(found: Any, expected: Any) -> list[Any]:
+    """The largest difference, and the largest element that is expected: few operations, as there are many checks."""
+    if tuple(found.shape) != tuple(expected.shape):
+        raise ShapeError(
+            f"The value is {list(found.shape)}, and what it must be is {list(expected.shape)}.",
+            hint="Compare the dimensions.",
+            lines=here(),
+        )
+    return [(found - expected).abs().max(), expected.abs().max()]
+
+
+def _numbers(found: Any, expected: Any) -> list[Any]:
+    """The same, then where the difference is largest (counted as in one row), and the two numbers there."""
+    found, expected = found.flatten(), expected.flatten()
+    worst = (found - expected).abs().argmax()
+    return [*_sizes(found, expected), worst, found[worst], expected[worst]]
+
+
+def _saved(pairs: Iterable[Pair], measure: _Measure) -> Any:
+    """The numbers of every pair, `[pairs, numbers]` float32, as a value that is saved."""
+    numbers = [measure(*pair) for pair in pairs]
+    flat = [each if each.dtype is torch.float32 else each.float() for row in numbers for each in row]
+    table: Any = torch.stack(flat).reshape(len(numbers), -1)
+    return table.save()
+
 
 @dataclass(frozen=True)
 class _Probe:
@@ -437,13 +482,19 @@ class _Probe:
     """The two sides of an equation, in a block."""
 
 
+_Ask = Callable[[Sequence[_Probe], _Measure], tuple[Tensor, Stats | None]]
+"""Sends one request for some probes; returns the numbers of each, and what it cost."""
+
+
 @dataclass
 class _Runner:
-    """Runs probes, a few requests for many of them, and notes what they cost."""
+    """Runs probes, a few requests for many of them, and notes what they find and what they cost."""
 
     run: Run
     rows: list[Row] = field(default_factory=list)
     costs: list[Stats] = field(default_factory=list)
+    shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """Of the values that probes compare."""
 
     @cached_property
     def tolerance(self) -> float:
@@ -452,9 +503,9 @@ class _Runner:
         return TOLERANCES.get(dtype_from_proto(dtype), _OTHERWISE) if dtype else _OTHERWISE
 
     def answers(
-        self, probes: Sequence[_Probe], ask: Callable[[Sequence[_Probe]], tuple[Tensor, Stats | None]], at_once: int
-    ) -> Iterator[tuple[_Probe, Tensor | PatchwireError]]:
-        """What each probe finds: `_measured` numbers, or the error that it meets.
+        self, probes: Sequence[_Probe], ask: _Ask, at_once: int, measure: _Measure = _sizes
+    ) -> Iterator[tuple[_Probe, list[float] | PatchwireError]]:
+        """What each probe finds: its numbers, or the error that it meets.
 
         Where a request meets an error it is cut in halves, until the probe is found that it is of.
         """
@@ -462,7 +513,7 @@ class _Runner:
         while waiting:
             part = waiting.pop(0)
             try:
-                found, stats = ask(part)
+                found, stats = ask(part, measure)
             except _FINDINGS as error:
                 if len(part) == 1:
                     yield part[0], error
@@ -472,28 +523,36 @@ class _Runner:
                 continue
             if stats is not None:
                 self.costs.append(stats)
-            yield from zip(part, found, strict=True)
+            yield from zip(part, found.tolist(), strict=True)
 
-    def note(self, probe: _Probe, found: Tensor | PatchwireError, shape: Sequence[int] = ()) -> None:
-        """Note whether two values are equal."""
-        if isinstance(found, PatchwireError):
-            words = f"{type(found).__name__}: {found.message}"
-            self.rows.append(Row(probe.check, probe.layer, probe.sites, float("inf"), 0.0, False, words))
-            return
-        error, scale, worst, value, expected = found.tolist()
-        tolerance = self.tolerance * scale
-        passed = error <= tolerance
-        words = "" if passed else f"at {_position(int(worst), shape)} of {list(shape)}: {value:.6g}, not {expected:.6g}"
-        self.rows.append(Row(probe.check, probe.layer, probe.sites, error, tolerance, passed, words))
+    def equal(self, probes: Sequence[_Probe], ask: _Ask, at_once: int = _EQUATIONS_AT_ONCE) -> list[Row]:
+        """Whether the two values of each probe are equal; where they are not, more is asked."""
+        rows = {id(probe): self._row(probe, found) for probe, found in self.answers(probes, ask, at_once)}
+        wrong = [each for each in probes if not rows[id(each)].passed and not rows[id(each)].words]
+        rows |= {id(probe): self._row(probe, found) for probe, found in self.answers(wrong, ask, at_once, _numbers)}
+        return [rows[id(each)] for each in probes]
 
-    def note_change(self, probe: _Probe, found: Tensor | PatchwireError, noise: float) -> None:
-        """Note whether a write has changed the logits, by more than `noise`."""
-        if isinstance(found, PatchwireError):
-            self.note(probe, found)
-            return
-        change = float(found[0])
-        words = "" if change > noise else "the logits are as they were"
-        self.rows.append(Row(probe.check, probe.layer, probe.sites, change, noise, change > noise, words))
+    def _row(self, probe: _Probe, numbers: list[float] | PatchwireError) -> Row:
+        if isinstance(numbers, PatchwireError):
+            words = f"{type(numbers).__name__}: {numbers.message}"
+            return Row(probe.check, probe.layer, probe.sites, float("inf"), 0.0, False, words)
+        error, scale, *more = numbers
+        tolerance, words = self.tolerance * scale, ""
+        if more:
+            worst, value, expected = more
+            shape = self.shapes[id(probe)]
+            words = f"at {_position(int(worst), shape)} of {list(shape)}: {value:.6g}, not {expected:.6g}"
+        return Row(probe.check, probe.layer, probe.sites, error, tolerance, error <= tolerance, words)
+
+    def changed(self, probes: Sequence[_Probe], ask: _Ask, at_once: int, noise: Mapping[str, float]) -> Iterator[Row]:
+        """Whether the write of each probe changes the logits, by more than `noise`, by the site."""
+        for probe, found in self.answers(probes, ask, at_once):
+            if isinstance(found, PatchwireError):
+                yield self._row(probe, found)
+            else:
+                change, bound = found[0], noise[generic(probe.sites[0])]
+                words = "" if change > bound else "the logits are as they were"
+                yield Row(probe.check, probe.layer, probe.sites, change, bound, change > bound, words)
 
 
 def _position(index: int, shape: Sequence[int]) -> list[int]:
@@ -504,37 +563,22 @@ def _position(index: int, shape: Sequence[int]) -> list[int]:
     return found[::-1]
 
 
-def _measured(found: Any, expected: Any) -> Any:
-    """`[5]` float32: the largest difference, the largest expected element, where the difference is largest (of the
-    elements in one row), and the two numbers there. Written once, so that a check costs few operations."""
-    if tuple(found.shape) != tuple(expected.shape):
-        raise ShapeError(
-            f"The value is {list(found.shape)}, and what it must be is {list(expected.shape)}.",
-            hint="Compare the dimensions.",
-            lines=here(),
-        )
-    found, expected = found.flatten(), expected.flatten()
-    difference = (found.float() - expected.float()).abs()
-    worst = difference.argmax()
-    numbers = [difference[worst], expected.abs().max(), worst, found[worst], expected[worst]]
-    return torch.stack([each.float() for each in numbers])
-
-
 def verify(model: Model, prompt: Any = None) -> Verification:
     """Check on the model itself that its canonical values are what their names say.
 
     At every layer that has the names: residual bookkeeping (`input + mixer.update = resid_mid`, …), projections
-    (`input @ W_Q + b_Q = q`, …), attention (`softmax(scores) = pattern`, whose rows sum to one and have nothing from later
-    tokens, `pattern @ v = z`, the sum of `head_out`), MLPs, the recurrence of an SSM's states, and the unembedding. Then
-    each value that can be written is written back, which must leave the logits, and changed, which must change them; what
-    is computed must refuse to be written; and every value must be the same alone, beside a longer row, and from the fast
-    attention kernel.
+    (`input @ W_Q + b_Q = q`, …), attention (`softmax(scores) = pattern`, whose rows sum to one and have nothing from
+    later tokens, `pattern @ v = z`, the sum of `head_out`), MLPs, the recurrence of an SSM's states; and the embedding
+    and unembedding. Then each value that can be written is written back, which must leave the logits, and changed,
+    which must change them; what is computed must refuse to be written; and every value must be the same alone, beside
+    a longer row, and from the fast attention kernel.
 
     Two values are equal if no elements are further apart than `TOLERANCES` of the largest, by the dtype of the weights.
 
     Args:
         model: The model; one without a tokenizer too.
-        prompt: One prompt of at least three tokens, as for `model.trace`. Random token ids, always the same, if left out.
+        prompt: One prompt of at least three tokens, as for `model.trace`. If left out, random token ids, the same ones
+            every time.
 
     Returns:
         A `Verification`: `.passed`, `.rows`, `.failures`, `.stats`. A value that cannot even be read is a failed row.
@@ -582,28 +626,25 @@ def sum_of(costs: Iterable[Stats]) -> Stats:
 
 def _equations(runner: _Runner) -> None:
     run, model = runner.run, runner.run.model
-    shapes: dict[int, tuple[int, ...]] = {}
     owners = [(index, f"layers.{index}", CHECKS) for index in range(model.num_layers)]
 
-    def probe(check: Check, layer: int | None, owner: str) -> _Probe:
-        return _Probe(check.name, layer, check.sites(owner), lambda: check.sides(_part(model, owner), run))
+    def probe(check: Check, layer: int | None, owner: str, sites: tuple[str, ...]) -> _Probe:
+        return _Probe(check.name, layer, sites, lambda: check.sides(_part(model, owner), run))
 
-    def ask(part: Sequence[_Probe]) -> tuple[Tensor, Stats | None]:
+    def ask(part: Sequence[_Probe], measure: _Measure) -> tuple[Tensor, Stats | None]:
         with model.trace(run.prompt) as trace:
             pairs = [each.pair() for each in part if each.pair is not None]
-            for each, (found, _) in zip(part, pairs, strict=True):
-                shapes[id(each)] = tuple(found.shape)
-            saved = torch.stack([_measured(*pair) for pair in pairs]).save()
+            runner.shapes |= {id(each): tuple(found.shape) for each, (found, _) in zip(part, pairs, strict=True)}
+            saved = _saved(pairs, measure)
         return saved.value, trace.stats
 
     probes = [
-        probe(check, layer, owner)
+        probe(check, layer, owner, sites)
         for layer, owner, checks in [*owners, (None, "", MODEL_CHECKS)]
         for check in checks
-        if check.applies(model, owner)
+        if (sites := check.sites(model, owner))
     ]
-    for each, found in runner.answers(probes, ask, _EQUATIONS_AT_ONCE):
-        runner.note(each, found, shapes.get(id(each), ()))
+    runner.rows += runner.equal(probes, ask)
 
 
 def _part(model: Model, owner: str) -> Any:
@@ -637,7 +678,8 @@ def _company(runner: _Runner) -> None:
     """Every value of a row alone and beside a longer row, and attention's from the fast kernel and step by step."""
     model, long = runner.run.model, runner.run.prompt
     short = long[: max(2, len(long) // 2)]
-    names = [each.name for each in (*_values(model), *_values(model, computed=True))] + [*_sides(model), "logits"]
+    named = [each.name for each in (*_values(model), *_values(model, computed=True))]
+    names = list(dict.fromkeys([*named, *_sides(model), "logits"]))
     stepwise = [name for name in names if _STEPWISE.fullmatch(name)]
 
     def comparable(probe: _Probe) -> Any:
@@ -664,19 +706,14 @@ def _company(runner: _Runner) -> None:
         return list(zip(fast, slow, strict=True))
 
     def compare(check: str, names: Iterable[str], pairs: Callable[[Sequence[_Probe]], list[Pair]]) -> None:
-        shapes: dict[str, tuple[int, ...]] = {}
-
-        def ask(part: Sequence[_Probe]) -> tuple[Tensor, Stats | None]:
+        def ask(part: Sequence[_Probe], measure: _Measure) -> tuple[Tensor, Stats | None]:
             with model.session() as session:
                 found = pairs(part)
-                for each, (value, _) in zip(part, found, strict=True):
-                    shapes[each.sites[0]] = tuple(value.shape)
-                saved = torch.stack([_measured(*pair) for pair in found]).save()
+                runner.shapes |= {id(each): tuple(value.shape) for each, (value, _) in zip(part, found, strict=True)}
+                saved = _saved(found, measure)
             return saved.value, session.stats
 
-        probes = [_Probe(check, _layer(name), (name,)) for name in names]
-        for each, found in runner.answers(probes, ask, _EQUATIONS_AT_ONCE):
-            runner.note(each, found, shapes.get(each.sites[0], ()))
+        runner.rows += runner.equal([_Probe(check, _layer(name), (name,)) for name in names], ask)
 
     compare(TOGETHER, stepwise, alone_and_beside)
     compare(TOGETHER, [name for name in names if name not in stepwise], alone_and_beside)
@@ -688,12 +725,11 @@ def _writes(runner: _Runner) -> None:
     """Every value that can be written, written back and changed, each in a row of its own beside an untouched one."""
     model, prompt = runner.run.model, runner.run.prompt
     at_once = max(1, min(_WRITES_AT_ONCE, _TOKENS_AT_ONCE // len(prompt)))
-    shape = (1, len(prompt), model.config.get("vocab_size", 0))
     groups: dict[str, list[str]] = {}
-    for name in [*(each.name for each in _values(model)), *_sides(model)]:
+    for name in dict.fromkeys([*(each.name for each in _values(model)), *_sides(model)]):
         groups.setdefault(generic(name), []).append(name)
 
-    def ask(part: Sequence[_Probe]) -> tuple[Tensor, Stats | None]:
+    def ask(part: Sequence[_Probe], measure: _Measure) -> tuple[Tensor, Stats | None]:
         with model.trace() as trace:
             with trace.invoke(prompt):
                 clean = model.logits
@@ -703,25 +739,21 @@ def _writes(runner: _Runner) -> None:
                     for name in each.sites:
                         _write(model, name, change=each.check == CHANGED)
                     logits.append(model.logits)
-            saved = torch.stack([_measured(each, clean) for each in logits]).save()
+            runner.shapes |= {id(each): tuple(clean.shape) for each in part}
+            saved = _saved([(each, clean) for each in logits], measure)
         return saved.value, trace.stats
 
-    def back(groups: Iterable[Sequence[str]]) -> Iterator[tuple[_Probe, Tensor | PatchwireError]]:
+    def back(groups: Iterable[Sequence[str]]) -> list[Row]:
         probes = [_Probe(WRITTEN_BACK, _layer(names[0]) if len(names) == 1 else None, tuple(names)) for names in groups]
-        return runner.answers(probes, ask, at_once)
+        return runner.equal(probes, ask, at_once)
 
     noise: dict[str, float] = {}
-    for probe, found in back(groups.values()):
-        runner.note(probe, found, shape)
-        row = runner.rows[-1]
-        noise[generic(probe.sites[0])] = row.error if row.passed else 0.0
-        if not row.passed and len(probe.sites) > 1:  # at which layers?
-            runner.rows.pop()
-            for single, again in back([name] for name in probe.sites):
-                runner.note(single, again, shape)
+    for row in back(groups.values()):
+        noise[generic(row.sites[0])] = row.error if row.passed else 0.0
+        several = not row.passed and len(row.sites) > 1
+        runner.rows += back([name] for name in row.sites) if several else [row]
     probes = [_Probe(CHANGED, _layer(name), (name,)) for names in groups.values() for name in names]
-    for probe, found in runner.answers(probes, ask, at_once):
-        runner.note_change(probe, found, noise[generic(probe.sites[0])])
+    runner.rows += runner.changed(probes, ask, at_once, noise)
 
 
 def _write(model: Model, name: str, *, change: bool) -> None:
