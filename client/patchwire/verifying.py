@@ -32,6 +32,7 @@ from patchwire.errors import (
     SiteError,
     here,
 )
+from patchwire.listing import generic, layer_of, spans
 from patchwire.model import Model
 from patchwire.results import Stats
 from patchwire.sites import Catalogue, Name
@@ -149,7 +150,8 @@ def _grouped(value: Any, heads: int) -> Any:
 
 def _linear(part: Any, x: Any, name: str) -> Any:
     """`x @ W + b`, with the weight and, if it has one, the bias of that name."""
-    return x @ getattr(part, f"W_{name}") + getattr(part, f"b_{name}", 0)
+    weight = getattr(part, f"W_{name}")
+    return x.to(weight.dtype) @ weight + getattr(part, f"b_{name}", 0)
 
 
 def _heads(attn: Any, name: str) -> Any:
@@ -233,11 +235,16 @@ def _mixed(ssm: Any) -> Pair:
 # --- the equations ----------------------------------------------------------------------------------------------------
 
 CHECKS: Sequence[Check] = (
+    Check("mixer_norm.input = input", "mixer_norm.input input", lambda at, _: (at.mixer_norm.input, at.input)),
+    Check("mixer_norm.output = mixer.input", "mixer_norm.output mixer.input",
+          lambda at, _: (at.mixer.input, at.mixer_norm.output)),
     Check("input + mixer.update = resid_mid", "input mixer.update resid_mid",
           lambda at, _: (at.resid_mid, at.input + at.mixer.update)),
     Check("mlp_norm.input = resid_mid", "mlp_norm.input resid_mid", lambda at, _: (at.mlp_norm.input, at.resid_mid)),
     Check("mlp_norm.input = input, or it is resid_mid", "mlp_norm.input input",
           lambda at, _: (at.mlp_norm.input, at.input), unless="resid_mid"),
+    Check("mlp_norm.output = mlp.input", "mlp_norm.output mlp.input",
+          lambda at, _: (at.mlp.input, at.mlp_norm.output)),
     Check("resid_mid + mlp.update = output", "resid_mid mlp.update output",
           lambda at, _: (at.output, at.resid_mid + at.mlp.update)),
     Check("input + mixer.update + mlp.update = output", "input mixer.update mlp.update output",
@@ -286,9 +293,11 @@ CHECKS: Sequence[Check] = (
     Check("pattern @ u + D u = scan", "ssm.pattern ssm.u ssm.D ssm.scan", lambda at, _: _mixed(at.ssm)),
     Check("silu(gate) = gate_act", "ssm.gate ssm.gate_act", lambda at, _: (at.ssm.gate_act, F.silu(at.ssm.gate))),
     Check("(scan * gate_act) @ W_out + b_out = output", "ssm.scan ssm.gate_act ssm.W_out ssm.output",
-          lambda at, _: (at.ssm.output, _linear(at.ssm, (at.ssm.scan * at.ssm.gate_act).to(at.ssm.W_out.dtype), "out")), unless="ssm.norm", also="ssm.b_out"),
+          lambda at, _: (at.ssm.output, _linear(at.ssm, at.ssm.scan * at.ssm.gate_act, "out")),
+          unless="ssm.norm", also="ssm.b_out"),
     Check("norm(scan, gate) @ W_out + b_out = output", "ssm.scan ssm.gate ssm.norm ssm.W_out ssm.output",
-          lambda at, _: (at.ssm.output, _linear(at.ssm, at.ssm.norm(at.ssm.scan, at.ssm.gate), "out")), also="ssm.b_out"),
+          lambda at, _: (at.ssm.output, _linear(at.ssm, at.ssm.norm(at.ssm.scan, at.ssm.gate), "out")),
+          also="ssm.b_out"),
 )  # fmt: skip
 """The equations between the values of a layer."""
 
@@ -297,16 +306,16 @@ MODEL_CHECKS: Sequence[Check] = (
           lambda at, run: (at.embed.output[0], at.W_E[torch.tensor(run.prompt)] * getattr(at.embed, "embed_scale", 1))),
     Check("norm.output @ W_U = lm_head.output", "norm.output W_U lm_head.output",
           lambda at, _: (at.lm_head.output, at.norm.output @ at.W_U + getattr(at.lm_head, "bias", 0))),
-    Check("lm_head(norm(output of the last layer)) = logits", "layers.0.output norm lm_head logits",
-          lambda at, run: (at.logits, _logits(at, run))),
+    Check("lm_head(norm(output of the last layer)) = logits", "norm lm_head logits",
+          lambda at, run: (at.logits, _logits(at, run)), only=lambda model: model.num_layers > 0),
 )  # fmt: skip
 """The equations between the values of the model's ends."""
 
 WRITTEN_BACK = "written back: the logits stay"
 CHANGED = "changed: the logits change"
 REFUSED = "computed: cannot be written"
-TOGETHER = "the same beside a longer row"
-FUSED = "the same from the fast attention kernel"
+TOGETHER = "in a batch: the same beside a longer row"
+FUSED = "fused: the same from the fast attention kernel"
 _STEPWISE = re.compile(r"layers\.\d+\.attn\.(scores|pattern)")
 """What exists only where attention is computed step by step."""
 
@@ -393,7 +402,9 @@ class Verification:
             )
         return ("", "check", "layers", "sites", "error", "bound", ""), lines
 
-    def _summary(self) -> str:
+    @property
+    def summary(self) -> str:
+        """How many checks there were, whether they hold, and what they cost, in one sentence."""
         wrong = len(self.failures)
         result = "nothing to check" if not self.rows else f"{wrong} FAILED" if wrong else "all hold"
         return (
@@ -403,26 +414,10 @@ class Verification:
 
     def __repr__(self) -> str:
         head, lines = self.table()
-        return "\n".join([*([tabular.text(head, lines)] if lines else []), self._summary()])
+        return "\n".join([*([tabular.text(head, lines)] if lines else []), self.summary])
 
     def _repr_html_(self) -> str:
-        return tabular.html(*self.table()) + tabular.html((self._summary(),), ())
-
-
-def generic(site: str) -> str:
-    """A canonical name with `[i]` in the place of the layer's number: "layers[i].attn.q"."""
-    return re.sub(r"^layers\.\d+(?=\.|$)", "layers[i]", site)
-
-
-def spans(numbers: Iterable[int]) -> str:
-    """Numbers as ranges: "0–3, 5"."""
-    found: list[list[int]] = []
-    for each in sorted(set(numbers)):
-        if found and found[-1][-1] == each - 1:
-            found[-1][1:] = [each]
-        else:
-            found.append([each])
-    return ", ".join("–".join(map(str, each)) for each in found)
+        return tabular.html(*self.table()) + tabular.html((self.summary,), ())
 
 
 def exists(catalogue: Catalogue, name: str) -> bool:
@@ -664,11 +659,6 @@ def _sides(model: Model) -> list[str]:
     return [f"{name}.output" for name in names if exists(model.catalogue, f"{name}.output")]
 
 
-def _layer(name: str) -> int | None:
-    match = re.match(r"layers\.(\d+)\.", name)
-    return None if match is None else int(match[1])
-
-
 def _read(model: Model, name: str) -> Any:
     owner, _, last = name.rpartition(".")
     return getattr(_part(model, owner), last)
@@ -713,7 +703,7 @@ def _company(runner: _Runner) -> None:
                 saved = _saved(found, measure)
             return saved.value, session.stats
 
-        runner.rows += runner.equal([_Probe(check, _layer(name), (name,)) for name in names], ask)
+        runner.rows += runner.equal([_Probe(check, layer_of(name), (name,)) for name in names], ask)
 
     compare(TOGETHER, stepwise, alone_and_beside)
     compare(TOGETHER, [name for name in names if name not in stepwise], alone_and_beside)
@@ -744,7 +734,9 @@ def _writes(runner: _Runner) -> None:
         return saved.value, trace.stats
 
     def back(groups: Iterable[Sequence[str]]) -> list[Row]:
-        probes = [_Probe(WRITTEN_BACK, _layer(names[0]) if len(names) == 1 else None, tuple(names)) for names in groups]
+        probes = [
+            _Probe(WRITTEN_BACK, layer_of(names[0]) if len(names) == 1 else None, tuple(names)) for names in groups
+        ]
         return runner.equal(probes, ask, at_once)
 
     noise: dict[str, float] = {}
@@ -752,7 +744,7 @@ def _writes(runner: _Runner) -> None:
         noise[generic(row.sites[0])] = row.error if row.passed else 0.0
         several = not row.passed and len(row.sites) > 1
         runner.rows += back([name] for name in row.sites) if several else [row]
-    probes = [_Probe(CHANGED, _layer(name), (name,)) for names in groups.values() for name in names]
+    probes = [_Probe(CHANGED, layer_of(name), (name,)) for names in groups.values() for name in names]
     runner.rows += runner.changed(probes, ask, at_once, noise)
 
 
@@ -782,4 +774,4 @@ def _refusals(runner: _Runner) -> None:
         else:
             refused = False
         words = "" if refused else "it was written, though nothing in the model holds it"
-        runner.rows.append(Row(REFUSED, _layer(named.name), (named.name,), float(not refused), 0.0, refused, words))
+        runner.rows.append(Row(REFUSED, layer_of(named.name), (named.name,), float(not refused), 0.0, refused, words))
