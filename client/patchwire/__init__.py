@@ -44,8 +44,9 @@ from patchwire.errors import (
 from patchwire.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from patchwire import activations, optim, random
+    from patchwire import activations, methods, optim, random
     from patchwire.client import Client, connect, local
+    from patchwire.comparing import Comparison, compare
     from patchwire.conditions import cond
     from patchwire.connection import TLS
     from patchwire.jobs import Job, JobStatus
@@ -63,6 +64,7 @@ _HOMES = {
     "TLS": "connection",
     "Batches": "loops",
     "Client": "client",
+    "Comparison": "comparing",
     "Generation": "tracing",
     "Job": "jobs",
     "JobStatus": "jobs",
@@ -76,6 +78,7 @@ _HOMES = {
     "Structure": "proxy",
     "Trace": "tracing",
     "Value": "proxy",
+    "compare": "comparing",
     "cond": "conditions",
     "connect": "client",
     "grad": "proxy",
@@ -86,7 +89,7 @@ _HOMES = {
 """Where the names live that need torch, which takes seconds to import: they are looked up when they are first used."""
 
 
-_ROOMS = ("activations", "optim", "random")
+_ROOMS = ("activations", "methods", "optim", "random")
 """Modules that are looked up in the same way: `patchwire.random.normal(…)` needs no import of its own."""
 
 
@@ -124,6 +127,7 @@ __all__ = [
     "BusyError",
     "CancelledError",
     "Client",
+    "Comparison",
     "ConnectionFailedError",
     "ConnectionLostError",
     "ExecutionError",
@@ -158,10 +162,12 @@ __all__ = [
     "VersionError",
     "__version__",
     "activations",
+    "compare",
     "cond",
     "connect",
     "grad",
     "local",
+    "methods",
     "optim",
     "random",
     "save",

@@ -494,6 +494,71 @@ def sites(
         out.print(Text(f"\n{verification.summary}", "green" if verification.passed else "bold red"), soft_wrap=True)
 
 
+# --- compare ----------------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "patchwire compare gpt2 state-spaces/mamba-130m-hf --clean 'The Eiffel Tower is in the city of' "
+    "--corrupt 'The Colosseum is in the city of' --answer ' Paris' --save compare.png\n\n"
+    "patchwire compare gpt2 pythia --clean 'The Eiffel Tower' --server gpu-box:50051  [dim]# two logit lenses[/]"
+)
+def compare(
+    first: Annotated[str, typer.Argument(metavar="MODEL_A", help="A model, as for the other commands.")],
+    second: Annotated[str, typer.Argument(metavar="MODEL_B", help="Another; from the same server with --server.")],
+    clean: Annotated[str, typer.Option(help="The prompt.")],
+    corrupt: Annotated[
+        str | None,
+        typer.Option(help="A prompt of as many tokens, into which states of the clean one go.", show_default=False),
+    ] = None,
+    answer: Annotated[
+        str | None,
+        typer.Option(
+            help="How the clean prompt goes on, or with --ids a token id; what each model says, if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Prompts are token ids, separated by spaces.")] = False,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Save the figure (png, pdf, svg).", show_default=False)
+    ] = None,
+    server: ServerAddress = None,
+    token: Token = None,
+    tls: Tls = False,
+    tls_ca: TlsCa = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """Run one experiment on two models, side by side: layers by relative depth, tokens by the text that they stand for.
+
+    With --corrupt, residual patching: the probability of the answer when one state of the clean run, after one layer at
+    one token, is copied into the corrupt run. Without it, the logit lens: the probability of the likeliest next token.
+    """
+    from patchwire import plots
+    from patchwire.methods import logit_lens, residual_patching
+
+    if save is not None:
+        plots.require()
+    if corrupt is None and answer is not None:
+        raise InputError("An answer belongs to a corrupt prompt.", hint="Give --corrupt too.")
+    title = "Logit lens: the likeliest next token" if corrupt is None else "Residual stream patched"
+    prompt: str | list[int] = _ids(clean) if ids else clean
+    other = _ids(corrupt) if ids and corrupt is not None else corrupt
+    wanted = _ids(answer)[0] if ids and answer is not None else answer
+
+    def experiment(model: patchwire.Model) -> object:
+        if other is None:
+            return logit_lens(model, prompt, top=1)
+        return residual_patching(model, prompt, other, wanted)
+
+    one, two = (_model(each, server, token, _tls(tls, tls_ca), device, dtype) for each in (first, second))
+    found = patchwire.compare(one, two, experiment)
+    out.print(Text(title, style="bold"))
+    _show(*found.table())
+    if save is not None:
+        out.print(Text(f"\nSaved {plots.save(found.plot(title=title), save)}"), soft_wrap=True)
+
+
 def _show(head: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for index, each in enumerate(head):

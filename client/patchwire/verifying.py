@@ -595,7 +595,7 @@ def verify(model: Model, prompt: Any = None) -> Verification:
     _company(runner)
     _writes(runner)
     _refusals(runner)
-    return Verification(model.name, runner.rows, len(rows[0]), sum_of(runner.costs))
+    return Verification(model.name, runner.rows, len(rows[0]), Stats.sum(runner.costs))
 
 
 def _random_ids(model: Model) -> list[int]:
@@ -604,19 +604,6 @@ def _random_ids(model: Model) -> list[int]:
     vocabulary = model.embed.weight.shape[0] if "embed" in model.catalogue.names else model.config["vocab_size"]
     found: list[int] = torch.randint(0, vocabulary, (length,), generator=generator).tolist()
     return found
-
-
-def sum_of(costs: Iterable[Stats]) -> Stats:
-    """What several requests cost together."""
-    known = list(costs)
-    return Stats(
-        passes=sum(each.passes for each in known),
-        rows=sum(each.rows for each in known),
-        modules_skipped=sum(each.modules_skipped for each in known),
-        seconds_queued=sum(each.seconds_queued for each in known),
-        seconds_running=sum(each.seconds_running for each in known),
-        result_bytes=sum(each.result_bytes for each in known),
-    )
 
 
 def _equations(runner: _Runner) -> None:
