@@ -117,6 +117,9 @@ _ACTIVATIONS: Mapping[str, Callable[[Any], Any]] = {
 """By what configurations call them."""
 _ACTIVATION_KEYS = ("hidden_activation", "hidden_act", "activation_function")
 
+_ALIBI = ("bloom", "mpt")
+"""Model types that add something for the distance of two tokens to their scores, and do not say so otherwise."""
+
 _LOGITS: Mapping[str, Callable[[Any, float], Any]] = {
     "final_logit_softcapping": lambda logits, cap: torch.tanh(logits / cap) * cap,
     "logits_soft_cap": lambda logits, cap: torch.tanh(logits / cap) * cap,
@@ -157,6 +160,32 @@ def _linear(part: Any, x: Any, name: str) -> Any:
 def _heads(attn: Any, name: str) -> Any:
     """The same by heads, of the attention's input: `[batch, seq, head, d_head]`."""
     return torch.einsum("bsm,hmd->bshd", attn.input, getattr(attn, f"W_{name}")) + getattr(attn, f"b_{name}", 0)
+
+
+def _alike(found: Any, expected: Any) -> Pair:
+    """Two values of the same elements: some models flatten rows and tokens into one dimension in between."""
+    return found.reshape(expected.shape), expected
+
+
+def _adds_inside(model: Model) -> bool:
+    """Whether mixers and MLPs return the residual stream with their update added, as BLOOM's do."""
+    update = model.catalogue.named("layers.0.mixer.update")
+    return update is not None and bool(update.formula)
+
+
+def _returns_updates(model: Model) -> bool:
+    return not _adds_inside(model)
+
+
+def _has_no_alibi(model: Model) -> bool:
+    """Whether scores are products of queries and keys alone, and nothing for their distance is added."""
+    return not model.config.get("alibi") and model.config.get("model_type") not in _ALIBI
+
+
+def _chosen(mlp: Any) -> Pair:
+    """The experts of each token, and those that the router likes best, both in order of their numbers."""
+    chosen = mlp.chosen_experts
+    return chosen.sort(-1)[0], mlp.router.topk(chosen.shape[-1])[1].sort(-1)[0]
 
 
 def _attended(attn: Any) -> Any:
@@ -235,29 +264,31 @@ def _mixed(ssm: Any) -> Pair:
 # --- the equations ----------------------------------------------------------------------------------------------------
 
 CHECKS: Sequence[Check] = (
-    Check("mixer_norm.input = input", "mixer_norm.input input", lambda at, _: (at.mixer_norm.input, at.input)),
+    Check("mixer_norm.input = input", "mixer_norm.input input", lambda at, _: _alike(at.mixer_norm.input, at.input)),
     Check("mixer_norm.output = mixer.input", "mixer_norm.output mixer.input",
-          lambda at, _: (at.mixer.input, at.mixer_norm.output)),
+          lambda at, _: _alike(at.mixer_norm.output, at.mixer.input)),
     Check("input + mixer.update = resid_mid", "input mixer.update resid_mid",
           lambda at, _: (at.resid_mid, at.input + at.mixer.update)),
-    Check("mlp_norm.input = resid_mid", "mlp_norm.input resid_mid", lambda at, _: (at.mlp_norm.input, at.resid_mid)),
+    Check("mlp_norm.input = resid_mid", "mlp_norm.input resid_mid",
+          lambda at, _: _alike(at.mlp_norm.input, at.resid_mid)),
     Check("mlp_norm.input = input, or it is resid_mid", "mlp_norm.input input",
-          lambda at, _: (at.mlp_norm.input, at.input), unless="resid_mid"),
+          lambda at, _: _alike(at.mlp_norm.input, at.input), unless="resid_mid"),
     Check("mlp_norm.output = mlp.input", "mlp_norm.output mlp.input",
-          lambda at, _: (at.mlp.input, at.mlp_norm.output)),
+          lambda at, _: _alike(at.mlp_norm.output, at.mlp.input)),
     Check("resid_mid + mlp.update = output", "resid_mid mlp.update output",
           lambda at, _: (at.output, at.resid_mid + at.mlp.update)),
     Check("input + mixer.update + mlp.update = output", "input mixer.update mlp.update output",
           lambda at, _: (at.output, at.input + at.mixer.update + at.mlp.update), unless="resid_mid"),
     Check("input + mixer.update = output", "input mixer.update output",
-          lambda at, _: (at.output, at.input + at.mixer.update), unless="mlp"),
+          lambda at, _: (at.output, at.input + at.mixer.update), unless="mlp mlp.update"),
     Check("input @ W_Q + b_Q = q", "attn.input attn.W_Q attn.q",
           lambda at, _: (at.attn.q, _heads(at.attn, "Q")), also="attn.b_Q"),
     Check("input @ W_K + b_K = k", "attn.input attn.W_K attn.k",
           lambda at, _: (at.attn.k, _heads(at.attn, "K")), also="attn.b_K"),
     Check("input @ W_V + b_V = v", "attn.input attn.W_V attn.v",
           lambda at, _: (at.attn.v, _heads(at.attn, "V")), also="attn.b_V"),
-    Check("q_rot · k_rot ~ scores", "attn.q_rot attn.k_rot attn.scores", lambda at, run: _products(at.attn, run)),
+    Check("q_rot · k_rot ~ scores", "attn.q_rot attn.k_rot attn.scores", lambda at, run: _products(at.attn, run),
+          only=_has_no_alibi),
     Check("softmax(scores) = pattern", "attn.scores attn.pattern",
           lambda at, _: (at.attn.pattern, at.attn.scores.float().softmax(-1))),
     Check("rows of pattern sum to 1", "attn.pattern",
@@ -266,7 +297,11 @@ CHECKS: Sequence[Check] = (
           lambda at, _: (at.attn.pattern, at.attn.pattern.tril())),
     Check("pattern @ v = z", "attn.pattern attn.v attn.z", lambda at, _: (at.attn.z, _attended(at.attn))),
     Check("sum of head_out + b_O = output", "attn.head_out attn.output attn.W_O attn.z",
-          lambda at, _: (at.attn.output, at.attn.head_out.sum(2) + getattr(at.attn, "b_O", 0)), also="attn.b_O"),
+          lambda at, _: (at.attn.output, at.attn.head_out.sum(2) + getattr(at.attn, "b_O", 0)),
+          also="attn.b_O", only=_returns_updates),
+    Check("sum of head_out + b_O = mixer.update", "attn.head_out mixer.update attn.W_O attn.z",
+          lambda at, _: (at.mixer.update, at.attn.head_out.sum(2) + getattr(at.attn, "b_O", 0)),
+          also="attn.b_O", only=_adds_inside),
     Check("input @ W_in + b_in = pre", "mlp.input mlp.W_in mlp.pre",
           lambda at, _: (at.mlp.pre, _linear(at.mlp, at.mlp.input, "in")), unless="mlp.gate", also="mlp.b_in"),
     Check("input @ W_in + b_in = up", "mlp.input mlp.W_in mlp.up",
@@ -279,7 +314,11 @@ CHECKS: Sequence[Check] = (
     Check("act(gate) * up = neurons", "mlp.gate mlp.up mlp.neurons",
           lambda at, run: (at.mlp.neurons, run.activation(at.mlp.gate) * at.mlp.up), only=_knows_activation),
     Check("neurons @ W_out + b_out = output", "mlp.neurons mlp.W_out mlp.output",
-          lambda at, _: (at.mlp.output, _linear(at.mlp, at.mlp.neurons, "out")), also="mlp.b_out"),
+          lambda at, _: (at.mlp.output, _linear(at.mlp, at.mlp.neurons, "out")),
+          also="mlp.b_out", only=_returns_updates),
+    Check("neurons @ W_out + b_out = mlp.update", "mlp.neurons mlp.W_out mlp.update",
+          lambda at, _: (at.mlp.update, _linear(at.mlp, at.mlp.neurons, "out")), also="mlp.b_out", only=_adds_inside),
+    Check("largest of router = chosen_experts", "mlp.router mlp.chosen_experts", lambda at, _: _chosen(at.mlp)),
     Check("input @ W_in + b_in = x_in", "ssm.input ssm.W_in ssm.x_in",
           lambda at, _: (at.ssm.x_in, _linear(at.ssm, at.ssm.input, "in")), also="ssm.b_in"),
     Check("input @ W_gate + b_gate = gate", "ssm.input ssm.W_gate ssm.gate",
@@ -630,7 +669,11 @@ def _equations(runner: _Runner) -> None:
 
 
 def _part(model: Model, owner: str) -> Any:
-    return model.module(owner) if owner else model
+    """A layer or a part of it; some parts have values and are no module, such as OPT's MLPs."""
+    part: Any = model
+    for word in owner.split(".") if owner else ():
+        part = part[int(word)] if word.isdigit() else getattr(part, word)
+    return part
 
 
 def _values(model: Model, *, computed: bool = False) -> list[Name]:
