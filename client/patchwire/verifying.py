@@ -169,8 +169,12 @@ def _alike(found: Any, expected: Any) -> Pair:
 
 def _adds_inside(model: Model) -> bool:
     """Whether mixers and MLPs return the residual stream with their update added, as BLOOM's do."""
-    update = model.catalogue.named("layers.0.mixer.update")
-    return update is not None and bool(update.formula)
+    update, mixer = model.catalogue.named("layers.0.mixer.update"), model.catalogue.named("layers.0.mixer")
+    if update is None or mixer is None or update.part is None:
+        return update is not None and bool(update.formula)
+    return update.part.address.startswith(f"{mixer.module}.") and not update.part.address.startswith(
+        f"{mixer.module}.output"
+    )
 
 
 def _returns_updates(model: Model) -> bool:
