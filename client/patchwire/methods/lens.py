@@ -148,7 +148,8 @@ def logit_lens(model: Model, prompt: Any, *, top: int = 5) -> LogitLens:
 
     with model.trace(rows) as trace:
         states = [model.layers[0].input, *(layer.output for layer in model.layers)]
-        *lenses, last = [model.lm_head(model.norm(state)) for state in states]
+        dtype = model.lm_head.input.dtype  # some residual streams are wider
+        *lenses, last = [model.lm_head(model.norm(state).to(dtype)) for state in states]
         count = min(top, model.logits.shape[-1])
         likeliest = [logits[0].float().softmax(-1).topk(count) for logits in (*lenses, model.logits)]
         probabilities = [each[0].save() for each in likeliest]
