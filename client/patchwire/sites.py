@@ -543,6 +543,10 @@ class Catalogue:
     """By raw path, parents before children."""
     names: dict[str, Name] = field(default_factory=dict)
     """By canonical name."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """The canonical names that models of this architecture have and this one lacks, with the reason."""
+    found_by: str = ""
+    """How the parts were found: "table" (the architecture is known), "detected" (by their structure) or "unknown"."""
     learn: Callable[[Inside], Source] | None = field(default=None, compare=False, repr=False)
     """Finds out what is inside a function, where that is possible; raises `SiteError` if there is no text of it."""
     sources: dict[Inside, Source] = field(default_factory=dict, compare=False, repr=False)
@@ -898,7 +902,14 @@ class Catalogue:
         return modules, names
 
     @classmethod
-    def from_proto(cls, model: str, modules: Iterable[model_pb2.Module], names: Iterable[model_pb2.Name]) -> Catalogue:
+    def from_proto(
+        cls,
+        model: str,
+        modules: Iterable[model_pb2.Module],
+        names: Iterable[model_pb2.Name],
+        missing: Iterable[model_pb2.Missing] = (),
+        found_by: str = "",
+    ) -> Catalogue:
         """The catalogue of messages."""
         return cls(
             model,
@@ -917,6 +928,8 @@ class Catalogue:
                 for each in modules
             },
             {each.name: Name.from_proto(each) for each in names},
+            {each.name: each.reason for each in missing},
+            found_by,
         )
 
 

@@ -68,12 +68,13 @@ class HostedModel:
         family, detected = family_of(self.module, getattr(self.config, "model_type", ""))
         self.lock = threading.RLock()
         learner = self._learner = Learner(self.module, self.interleaver, self._options, self.device, self.vocabulary)
-        self.catalogue = replace(learner.catalogue(self.name, family, detected=detected), learn=self._learn_source)
+        how = "unknown" if family is None else "detected" if detected else "table"
+        learnt = learner.catalogue(self.name, family, detected=detected)
+        self.catalogue = replace(learnt, found_by=how, learn=self._learn_source)
         self._memory.restore()
         self.interleaver.boundaries = self.catalogue.layers or self.interleaver.boundaries
         self.overwritten = frozenset(learner.overwritten)
         self.pads = pads(self.catalogue) and not _scales_with_length(self.config)
-        how = "from the table" if not detected else "unknown architecture" if family is None else "by their structure"
         log.info("%s: %d layers named (%s), %s rows of different lengths", self.name, self.catalogue.num_layers, how,
                  "packs" if self.pads else "does not pack")  # fmt: skip
         lacking: dict[tuple[str, str], list[str]] = {}
@@ -87,7 +88,7 @@ class HostedModel:
     @property
     def missing(self) -> Mapping[str, str]:
         """The canonical names that a model of its kind may have and this one lacks, with the reason."""
-        return self._learner.missing
+        return self.catalogue.missing
 
     def _call_options(self) -> dict[str, Any]:
         """What every call of the model gets besides its tokens: a forward pass needs no cache."""
@@ -344,6 +345,8 @@ class HostedModel:
             tokenizes_messages=bool(getattr(self.tokenizer, "chat_template", None)),
             max_positions=self.max_positions,
             vocabulary=self.vocabulary,
+            missing=[model_pb2.Missing(name=name, reason=why) for name, why in self.catalogue.missing.items()],
+            found_by=self.catalogue.found_by,
         )
 
     def _config_json(self) -> str:

@@ -99,8 +99,6 @@ class Learner:
         self.options = options
         self.device = device
         self.vocabulary = vocabulary
-        self.missing: Mapping[str, str] = {}
-        """The canonical names that the family has and this model lacks, with the reason."""
         self.overwritten: set[tuple[Location, Path]] = set()
         """The tensors that the model changes in place after they were at a site."""
         places = [Location(path, side) for path, _ in module.named_modules() for side in (INPUT, OUTPUT)]
@@ -134,8 +132,7 @@ class Learner:
             family = completed(family, self.module, runs[-1].side)
         self.interleaver.steps_are_exact = self._steps_are_exact(runs[-1])
         named = names(self.module, modules, family, exact=self.interleaver.steps_are_exact, detected=detected)
-        self.missing = named.missing
-        return Catalogue(name, modules, named.names)
+        return Catalogue(name, modules, named.names, named.missing)
 
     def _run(self, ids: Tensor, *, stepwise: bool = False) -> _Seen:
         seen = _Seen(self.sides)

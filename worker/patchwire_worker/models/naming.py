@@ -60,12 +60,27 @@ def names(
     for leaf in modules[""].side(OUTPUT):
         if leaf.path == ("logits",):
             found.names["logits"] = Name("logits", "", leaf)
+    found.missing |= _modules_missing(found.names, family)
     if family is not None:
         parts = _Parts(model, modules, family, found, exact)
         parts.add()
         if detected:
             parts.report()
     return found
+
+
+def _modules_missing(names: Mapping[str, Name], family: Family | None) -> Iterator[tuple[str, str]]:
+    """The parts that every language model has and this one seems to lack, with the reason."""
+    if family is None:
+        yield "layers", "no list of layers was found"
+        return
+    for name, path in (("embed", family.embed), ("norm", family.norm), ("lm_head", family.lm_head)):
+        if name not in names:
+            yield name, f"`{path}` is not there" if path else "its structure does not show which module that is"
+    for name in [each for each in names if re.fullmatch(r"layers\.\d+", each)]:
+        for part, known in (("mixer", family.mixers), ("mlp", family.mlps)):
+            if known and f"{name}.{part}" not in names:
+                yield f"{name}.{part}", f"it has no module called {' or '.join(known)}"
 
 
 def _modules(modules: Mapping[str, Module], family: Family | None) -> Iterator[tuple[str, str, str]]:

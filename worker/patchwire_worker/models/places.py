@@ -88,6 +88,7 @@ FORMS: Mapping[str, str] = {
     "mlp.W_gate": "d_model d_mlp",
     "mlp.W_out": "d_mlp d_model",
     "mlp.b_in": "d_mlp",
+    "mlp.b_gate": "d_mlp",
     "mlp.b_out": "d_model",
     "mlp.input": "batch seq d_model",
     "mlp.output": "batch seq d_model",
@@ -108,6 +109,9 @@ FORMS: Mapping[str, str] = {
     "ssm.W_in": "d_model d_inner",
     "ssm.W_gate": "d_model d_inner",
     "ssm.W_out": "d_inner d_model",
+    "ssm.b_in": "d_inner",
+    "ssm.b_gate": "d_inner",
+    "ssm.b_out": "d_model",
 }
 """The dimensions of every canonical value, by what it is of and its name."""
 
@@ -220,6 +224,7 @@ def gated_mlp(gate: str, up: str, down: str) -> dict[str, Place]:
         "mlp.W_in": Place(f"{up}.weight", "d_mlp d_model"),
         "mlp.W_gate": Place(f"{gate}.weight", "d_mlp d_model"),
         "mlp.b_in": Place(f"{up}.bias", "d_mlp"),
+        "mlp.b_gate": Place(f"{gate}.bias", "d_mlp"),
     }
 
 
@@ -329,6 +334,9 @@ MAMBA: Mapping[str, Place] = {
     "ssm.W_in": Place("in_proj.weight", "x!|gate(d_inner) d_model"),
     "ssm.W_gate": Place("in_proj.weight", "x|gate!(d_inner) d_model"),
     "ssm.W_out": Place("out_proj.weight", "d_model d_inner"),
+    "ssm.b_in": Place("in_proj.bias", "x!|gate(d_inner)"),
+    "ssm.b_gate": Place("in_proj.bias", "x|gate!(d_inner)"),
+    "ssm.b_out": Place("out_proj.bias", "d_model"),
 }  # fmt: skip
 """Mamba: one state for each channel (Gu and Dao 2023)."""
 
