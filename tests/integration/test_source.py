@@ -79,7 +79,7 @@ class TestListing:
         inner = model.layers[0].mixer.source.attention_interface_1.source
 
         assert "def eager_attention_forward(" in str(inner)
-        assert "torch_nn_functional_scaled_dot_product_attention_0" in inner
+        assert "nn_functional_softmax_0" in inner
 
     def test_is_there_for_the_whole_model(self, model):
         assert "self_transformer_0" in model.source

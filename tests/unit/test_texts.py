@@ -78,8 +78,8 @@ def test_a_model_that_goes_step_by_step_anyway_needs_nothing() -> None:
 
     assert texts.only_eager(module) == frozenset()
     assert not texts.needs_steps(module, ["torch_softmax_0"])
-    assert not texts.chooses_attention(module)
-    assert texts.chooses_attention(Branching())
+    assert texts.choosing_attention(module) == []
+    assert texts.choosing_attention(Branching()) == [""]
 
 
 def test_inside_the_interface_needs_steps_but_its_arguments_do_not() -> None:

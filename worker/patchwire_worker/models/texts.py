@@ -299,12 +299,11 @@ def needs_steps(module: nn.Module, operations: Sequence[str]) -> bool:
     return any(map(is_interface, operations[:-1])) or operations[0] in only_eager(module)
 
 
-def chooses_attention(model: nn.Module) -> bool:
-    """Whether a pass can compute attention step by step, and usually does otherwise."""
+def choosing_attention(model: nn.Module) -> list[str]:
+    """The paths of the modules that would compute attention step by step, and usually do not."""
     if all(getattr(each, _CHOICE, "eager") == "eager" for each in _configs(model).values()):
-        return False
-    kinds = {type(each): each for each in model.modules()}
-    return any(_calls_interface(kind) or only_eager(each) for kind, each in kinds.items())
+        return []
+    return [path for path, each in model.named_modules() if _calls_interface(type(each)) or only_eager(each)]
 
 
 def _calls_interface(kind: type[nn.Module]) -> bool:
