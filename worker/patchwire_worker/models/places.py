@@ -361,7 +361,10 @@ MAMBA2: Mapping[str, Place] = {
         ":mamba2_selective_state_update()/new_state=/output", "batch ssm_head d_ssm_head d_state",
         form="batch seq ssm_head d_ssm_head d_state",
     ),
-    "ssm.scan": Place("norm.input", "batch seq d_inner"),
+    "ssm.scan": Place(
+        "norm.input", "batch seq d_inner",
+        ":mamba2_selective_state_update()/scan=/output", "batch d_inner",
+    ),
     "ssm.gate_act": Place("norm:silu()/output", "batch seq d_inner"),
     "ssm.W_in": Place("in_proj.weight", f"{_one(_MAMBA2_IN, 'x', 'd_inner')} d_model"),
     "ssm.W_gate": Place("in_proj.weight", f"{_one(_MAMBA2_IN, 'gate', 'd_inner')} d_model"),

@@ -138,7 +138,8 @@ def rnn_scan(
     for index in range(hidden_states.shape[1]):
         state = decay[:, index] * state + hidden_states[:, index].to(acc_dtype)
         outputs.append(state.to(hidden_states.dtype))
-    return torch.stack(outputs, dim=1), state
+    # In memory as the input is: how a product rounds depends on that.
+    return torch.empty_like(hidden_states).copy_(torch.stack(outputs, dim=1)), state
 
 
 _TOKENS: contextvars.ContextVar[int] = contextvars.ContextVar("tokens", default=0)
