@@ -143,7 +143,7 @@ def _hybrid(parts: Places, middle: str, **where: str) -> Family:
         "body": "model", "embed": "embed_tokens", "layers": "layers", "norm": "final_layernorm", "head": "lm_head",
         "mixers": "self_attn mamba", "mlps": "feed_forward", "norms": f"input_layernorm {middle}", **where,
     }  # fmt: skip
-    return _family(**row, parts={**_SEPARATE, **_GATED, **residual("", middle=middle), **_ADDED, **parts})  # type: ignore[arg-type]
+    return _family(**row, parts={**_SEPARATE, **_GATED, **residual("", middle=middle), **_ADDED, **parts})
 
 
 FAMILIES: Mapping[str, Family] = {

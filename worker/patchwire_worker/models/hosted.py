@@ -151,9 +151,10 @@ class HostedModel:
         head = self.catalogue.raw("lm_head")
         looked_at = any(each.location[0] in ("", head) for each in steps.get(0, ()))
         more = {"logits_to_keep": 0} if looked_at and self._takes("logits_to_keep") else {}
+        call = lambda: generate(self.module, ids, options, on_tokens, more)  # noqa: E731
         try:
             with prompts_of(ids.shape[1]), self._all_logits(looked_at):
-                made = self.interleaver.run(lambda: generate(self.module, ids, options, on_tokens, more), steps, stopping)
+                made = self.interleaver.run(call, steps, stopping)
         finally:
             self._memory.restore()
         return None if made is None else made.to("cpu")

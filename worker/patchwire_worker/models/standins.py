@@ -76,8 +76,9 @@ def mamba2_selective_state_update(
 ) -> Tensor:
     """One token of the same recurrence; transformers hands over each head's `delta` once for each of its channels.
 
-    Here it is one number for each head, as in the paper. Shapes: `state` `[batch, head, d_head, d_state]`, which becomes
-    the new one; `hidden_states`, `dt` and the gate `z` `[batch, head, d_head]`, `B` and `C` `[batch, group, d_state]`.
+    Here it is one number for each head, as in the paper. Shapes: `state` `[batch, head, d_head, d_state]`, which
+    becomes the new one; `hidden_states`, `dt` and the gate `z` `[batch, head, d_head]`, `B` and `C` `[batch, group,
+    d_state]`.
     """
     heads, groups = hidden_states.shape[1], B.shape[1]
     delta = dt[..., 0]
