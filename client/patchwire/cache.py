@@ -9,14 +9,12 @@ What a cache holds is what the site holds when the block ends: edits are in it, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
 from patchwire.errors import BranchError, SiteError, here, nearest
-from patchwire.graph import Site
 from patchwire.proxy import Value
-from patchwire.recording import Recorder
 
 
 class Cache(Mapping[str, Value]):
@@ -25,18 +23,17 @@ class Cache(Mapping[str, Value]):
     The addresses are known at once, in the order of the selection.
     """
 
-    def __init__(self, recorder: Recorder, sites: Mapping[str, Site], dtype: torch.dtype | None) -> None:
-        self._recorder = recorder
+    def __init__(self, sites: Mapping[str, Callable[[], Value]], dtype: torch.dtype | None) -> None:
         self._sites = sites
         self._dtype = dtype
         self._values: dict[str, Value] = {}
-        for site in sites.values():
-            recorder.read(site)  # so that what is wrong with it is found at this line
+        for read in sites.values():
+            read()  # so that what is wrong with it is found at this line
 
     def close(self) -> None:
         """Save what the sites hold now: the block has ended."""
-        for name, site in self._sites.items():
-            self._values[name] = self._recorder.read(site).save(dtype=self._dtype)
+        for name, read in self._sites.items():
+            self._values[name] = read().save(dtype=self._dtype)
 
     def __getitem__(self, address: str) -> Value:
         if address not in self._sites:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 EVERY = "[*]"
 """What follows an operation in an address that runs once for each token, and all of these times are meant."""
-_parse = functools.lru_cache(1 << 14)(Address.parse)
+parse = functools.lru_cache(1 << 14)(Address.parse)
+"""The address of a text."""
 
 
 def read(model: Model, named: Name) -> Any:
@@ -56,21 +57,22 @@ def read(model: Model, named: Name) -> Any:
     if part.parameter:
         value = recorder.parameter(scope.trace, part.address)
     elif EVERY in part.address:
-        site = scope.site(_parse(part.address.replace(EVERY, "[0]")))
-        addresses = (_parse(part.address.replace(EVERY, f"[{token}]")) for token in range(_tokens(scope)))
-        return States([_viewed(recorder.read(replace(site, address=each)), named, scope) for each in addresses])
+        site = scope.site(parse(part.address.replace(EVERY, "[0]")))
+        addresses = (parse(part.address.replace(EVERY, f"[{token}]")) for token in range(tokens_of(scope)))
+        return States([viewed(recorder.read(replace(site, address=each)), part) for each in addresses])
     else:
-        value = recorder.read(scope.site(_parse(part.address)))
-    return _viewed(value, named, scope)
+        value = recorder.read(scope.site(parse(part.address)))
+    value = viewed(value, part, 0 if part.parameter else len(_lengths(scope)))
+    if named.is_computed:
+        value.memory.constant = _computed(named)
+    return value
 
 
-def _viewed(value: Value, named: Name, scope: Scope) -> Value:
-    part = _part(named, scope)
+def viewed(value: Value, part: Part, rows: int = 0) -> Value:
+    """The part of a tensor that is meant; `rows` is how many there are, where it has the tokens of all in one."""
     for view in part.views:
-        name, args = view.call(0 if part.parameter else len(_lengths(scope)))
+        name, args = view.call(rows)
         value = value.recorder.call(ops.OPERATIONS[name], (value, *args), {})
-        if view.copies:
-            value.memory.constant = _computed(named)
     return value
 
 
@@ -86,7 +88,7 @@ def _lengths(scope: Scope) -> list[int]:
     return [length for invoke in mine for length in invoke.lengths]
 
 
-def _tokens(scope: Scope) -> int:
+def tokens_of(scope: Scope) -> int:
     """How many tokens of the longest row are in the pass."""
     return 1 if scope.step else max(_lengths(scope))
 

@@ -20,9 +20,11 @@ from patchwire import graph as g
 from patchwire.connection import Connection
 from patchwire.errors import GraphError, InputError, SiteError, here
 from patchwire.inputs import ModelTokenizer, to_invoke
+from patchwire.listing import Listing, listing
 from patchwire.loops import BatchPrompt
 from patchwire.proxy import Value
 from patchwire.scanning import Scan
+from patchwire.selecting import Selected
 from patchwire.session import Session
 from patchwire.sided import NoSuchIndex, NoSuchName, Sided
 from patchwire.sites import OUTPUT, SOURCE, Address, Catalogue, Inside, Leaf, Parameter, spell
@@ -269,7 +271,9 @@ class Model(Module):
         put(self, "_name", "")
         put(self, "name", name)
         put(self, "connection", connection)
-        catalogue = Catalogue.from_proto(name, description.modules, description.names)
+        catalogue = Catalogue.from_proto(
+            name, description.modules, description.names, description.missing, description.found_by
+        )
         sources: dict[Inside, sites.Source] = {}
 
         def learn(inside: Inside) -> sites.Source:
@@ -297,6 +301,14 @@ class Model(Module):
     def num_layers(self) -> int:
         """How many layers `model.layers` has."""
         return self.catalogue.num_layers
+
+    @property
+    def sites(self) -> Listing:
+        """Its canonical names as a table: dimensions, where each is in this model, and what can be written.
+
+        `patchwire.verify(model)` checks them.
+        """
+        return listing(self.catalogue)
 
     def trace(self, given: Any = None, *, blocking: bool = True) -> Trace:
         """A block that records one call of the model.
@@ -486,6 +498,13 @@ class Model(Module):
         """
         self.catalogue.module(path)
         return self._at(path)
+
+    def _selected(self, selected: Selected) -> Value:
+        """The value of something that was selected."""
+        if isinstance(selected, Address):
+            return self._read(selected)
+        found: Value = canonical.read(self, selected)
+        return found
 
     def _at(self, name: str) -> Module:
         """The proxy of a module, by a name that exists."""

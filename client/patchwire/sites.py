@@ -315,6 +315,8 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    tied: str = ""
+    """The raw path of the same tensor in an earlier module; empty if it is in none."""
 
 
 @dataclass(frozen=True)
@@ -446,18 +448,6 @@ class Source:
 Inside = tuple[str, tuple[str, ...]]
 """Which function: the raw path of a module, and the operations that lead from its forward to the function."""
 
-_FUSED = {
-    "sdpa_attention_forward",
-    "flash_attention_forward",
-    "flex_attention_forward",
-    "flash_paged_attention_forward",
-}
-"""Transformers' attention functions that hand everything to one kernel."""
-_EAGER = (
-    "This attention is one fused kernel, in which scores and probabilities never exist. A server started with "
-    '`patchwire serve --attention eager`, or `patchwire.local(..., attention="eager")`, computes them step by step.'
-)
-
 
 @dataclass(frozen=True)
 class Part:
@@ -553,6 +543,10 @@ class Catalogue:
     """By raw path, parents before children."""
     names: dict[str, Name] = field(default_factory=dict)
     """By canonical name."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """The canonical names that models of this architecture have and this one lacks, with the reason."""
+    found_by: str = ""
+    """How the parts were found: "table" (the architecture is known), "detected" (by their structure) or "unknown"."""
     learn: Callable[[Inside], Source] | None = field(default=None, compare=False, repr=False)
     """Finds out what is inside a function, where that is possible; raises `SiteError` if there is no text of it."""
     sources: dict[Inside, Source] = field(default_factory=dict, compare=False, repr=False)
@@ -784,8 +778,6 @@ class Catalogue:
         typed = typed or spell(".".join([source.module, *(f"{SOURCE}.{each}" for each in source.path), SOURCE]))
         near = [f"`{typed}.{each}`" for each in nearest(name, source.operations)]
         hint = f"Did you mean {' or '.join(near)}?" if near else f"`print({typed})` shows the operations."
-        if source.function in _FUSED:
-            hint = f"{hint} {_EAGER}"
         return SiteError(f"`{typed}` has no operation `{name}`: it is `{source.function}`.", hint=hint)
 
     def _find_operation(
@@ -895,7 +887,9 @@ class Catalogue:
                 path=module.path,
                 class_name=module.class_name,
                 parameters=[
-                    model_pb2.ParameterInfo(name=each.name, shape=each.shape, dtype=dtype_to_proto(each.dtype))
+                    model_pb2.ParameterInfo(
+                        name=each.name, shape=each.shape, dtype=dtype_to_proto(each.dtype), tied=each.tied
+                    )
                     for each in module.parameters
                 ],
                 leaves=[leaf.to_proto() for leaf in module.leaves],
@@ -908,7 +902,14 @@ class Catalogue:
         return modules, names
 
     @classmethod
-    def from_proto(cls, model: str, modules: Iterable[model_pb2.Module], names: Iterable[model_pb2.Name]) -> Catalogue:
+    def from_proto(
+        cls,
+        model: str,
+        modules: Iterable[model_pb2.Module],
+        names: Iterable[model_pb2.Name],
+        missing: Iterable[model_pb2.Missing] = (),
+        found_by: str = "",
+    ) -> Catalogue:
         """The catalogue of messages."""
         return cls(
             model,
@@ -917,7 +918,7 @@ class Catalogue:
                     each.path,
                     each.class_name,
                     tuple(
-                        Parameter(info.name, tuple(info.shape), dtype_from_proto(info.dtype))
+                        Parameter(info.name, tuple(info.shape), dtype_from_proto(info.dtype), info.tied)
                         for info in each.parameters
                     ),
                     tuple(Leaf.from_proto(each.path, leaf) for leaf in each.leaves),
@@ -927,6 +928,8 @@ class Catalogue:
                 for each in modules
             },
             {each.name: Name.from_proto(each) for each in names},
+            {each.name: each.reason for each in missing},
+            found_by,
         )
 
 

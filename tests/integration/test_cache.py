@@ -163,3 +163,21 @@ class TestRefusals:
         with refused(ShapeError, "cannot become"), model.trace(IDS) as trace:
             trace.cache()
             model.layers[1].output = torch.zeros(3)  # this line
+
+
+def test_values_inside_modules_by_their_canonical_names(served):
+    model = served["gpt2"]
+    with model.trace([1, 2, 3, 4]) as trace:
+        cache = trace.cache(["layers.*.mlp.neurons", "layers.1.mixer.pattern", "layers.*.attn.z"])
+        neurons = [layer.mlp.c_proj.input.save() for layer in model.layers]
+        pattern = model.layers[1].attn.pattern.save()
+    assert [each for each in cache if each.endswith("neurons")] == [f"layers.{n}.mlp.neurons" for n in range(3)]
+    assert all(torch.equal(cache[f"layers.{n}.mlp.neurons"].value, neurons[n].value) for n in range(3))
+    assert torch.equal(cache["layers.1.mixer.pattern"].value, pattern.value)
+    assert cache["layers.2.attn.z"].shape == (1, 4, 4, 6)
+
+
+def test_a_pattern_over_modules_leaves_values_inside_them_out(served):
+    with served["gpt2"].trace([1, 2, 3]) as trace:
+        cache = trace.cache("layers.*.*")
+    assert all(each.rpartition(".")[2].startswith("output") for each in cache)

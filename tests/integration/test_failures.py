@@ -17,7 +17,7 @@ from integration import messages
 from integration.refusals import refused
 from patchwire.results import Progress
 from patchwire.status import error_from_call
-from patchwire.v1 import service_pb2
+from patchwire.v1 import graph_pb2, service_pb2
 from serving import Server
 
 # Longer than any request here takes, and shorter than what is cancelled would have taken.
@@ -84,6 +84,24 @@ class TestCancelling:
 
         with torch.no_grad():
             torch.testing.assert_close(during, references["mamba"](torch.tensor([[1, 2, 3]]), use_cache=False).logits)
+
+    def test_does_not_keep_the_server_from_answering_who_looks_into_its_model(self, stub):
+        # The second model of a request; and a function that no other test looks into.
+        graph = small("gpt2").graph
+        graph.traces.add(model="llama").invokes.add().rows.add(ids=[1, 2])
+        address = "model.layers.2.mlp.source.self_down_proj_0.output"
+        graph.nodes.add().read.site.MergeFrom(graph_pb2.Site(trace=1, address=address))
+        graph.nodes.add().save.value = 2
+        busy = stub.Run(service_pb2.RunRequest(graph=messages.slow("llama", steps=3_000)))
+        until(busy, "running")
+
+        looking = stub.Run(service_pb2.RunRequest(graph=graph))
+        for _ in range(20):
+            assert stub.ListModels(service_pb2.ListModelsRequest(), timeout=PATIENCE / 4).models
+        assert busy.is_active()
+        busy.cancel()
+
+        assert until(looking, "done")
 
 
 class TestDeadlines:

@@ -34,7 +34,7 @@ _ENTRY = f"{_ROOT}.{INPUT}"
 T = TypeVar("T")
 _FUNCTION = "fn"
 """The last part of nnsight's name for the hand-over of a function that is about to be called."""
-_OUTSIDE = "What it is given and what it returns can be read and written; what is inside it cannot."
+OUTSIDE = "What it is given and what it returns can be read and written; what is inside it cannot."
 
 
 def base(module: str, operations: tuple[str, ...] = ()) -> str:
@@ -191,9 +191,9 @@ def available(what: str) -> Iterator[None]:
     try:
         yield
     except SourceNotAvailable as error:
-        raise SiteError(f"{what} has no text in Python.", hint=_OUTSIDE) from error
+        raise SiteError(f"{what} has no text in Python.", hint=OUTSIDE) from error
     except Exception as error:  # Python code comes in many forms, and a copy of some of them cannot be made
-        raise SiteError(f"{what} has no source that can be followed ({first_line(error)}).", hint=_OUTSIDE) from error
+        raise SiteError(f"{what} has no source that can be followed ({first_line(error)}).", hint=OUTSIDE) from error
 
 
 class PassInterleaver(Interleaver):  # type: ignore[misc]
@@ -225,6 +225,13 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
         self._opened: dict[str, tuple[Any, Compiled] | None] = {}
         self.interleaving: bool = False
         self._applying = False
+
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> bool:
+        """The end of a pass; that it was ended early is no error."""
+        if exc_type is StopPass:
+            # nnsight's frame keeps it, and it that frame and all of the model's: their tensors would stay for long.
+            exc_value.__traceback__ = None
+        return bool(super().__exit__(exc_type, exc_value, traceback))
 
     @property
     def busy(self) -> bool:
@@ -342,7 +349,9 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
         inside = {(each.module, each.operations[:-1]) for each in places if each.operations} | set(opened)
         self._opened = {base(path, way[: end + 1]): None for path, way in inside for end in range(len(way))}
         ways = {(each.module, each.operations) for each in places} | {(path, (*way, "")) for path, way in opened}
-        stepwise |= self.steps_are_exact and any(needs_steps(self.module.get_submodule(path), way) for path, way in ways)
+        stepwise |= self.steps_are_exact and any(
+            needs_steps(self.module.get_submodule(path), way) for path, way in ways
+        )
         try:
             modules = {"", *self.boundaries, *(each.module for each in places)}
             if self.observe is not None:

@@ -1,17 +1,15 @@
 """What the parts of each architecture are called: the data behind the canonical names.
 
 One row for a family of Hugging Face's `model_type`s; every path is that of a module. A model type without a row is
-looked at instead (`detected`), and what was found is reported. To add an architecture, add a row.
+looked at instead (detecting.py), and what was found is reported. To add an architecture, add a row.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
-
-from torch import nn
 
 from patchwire_worker.models.places import (
     BLOOM,
@@ -33,6 +31,7 @@ from patchwire_worker.models.places import (
     in_one_row,
     inside,
     mlp,
+    only,
     projections,
     residual,
     transposed,
@@ -63,11 +62,11 @@ class Family:
     """Inside a layer: what mixes tokens, and whether it is `ATTENTION` or `SSM`; of several in one layer, the first is
     the mixer. "mixer?in_proj" is only there if it has a part `in_proj`."""
     mlps: Mapping[str, str]
-    """Inside a layer: what works on each token, and whether it is `MLP` or `MOE`; a layer may have none. `LAYER` if it is
-    no module of its own; "mixer?up_proj" is only there if it has a part `up_proj`."""
+    """Inside a layer: what works on each token, and whether it is `MLP` or `MOE`; a layer may have none. `LAYER` if it
+    is no module of its own; "mixer?up_proj" is only there if it has a part `up_proj`."""
     norms: Mapping[str, str]
-    """Inside a layer: the norms before the mixer ("mixer_norm") and before the MLP ("mlp_norm"); "a|b" is the first that
-    there is."""
+    """Inside a layer: the norms before the mixer ("mixer_norm") and before the MLP ("mlp_norm"); "a|b" is the first
+    that there is."""
     parts: Places
     """Where values and parameters are, by what they are of and their name: "attn.q", "mlp.neurons", "model.W_E"."""
 
@@ -149,8 +148,8 @@ def _hybrid(parts: Places, middle: str, **where: str) -> Family:
 FAMILIES: Mapping[str, Family] = {
     "gpt2": _like_gpt2(
         transposed(projections("c_attn", "c_attn", "c_attn", "c_proj", _FUSED) | mlp("c_fc", "c_proj"))
-        # Scores in higher precision, as an option says, are computed by a function of its own.
-        | either(INTERFACE, inside("", "_upcast_and_reordered_attn"))
+        # Scores in higher precision, as an option says, are computed by a function of its own, if step by step.
+        | either(only(INTERFACE, "!reorder_and_upcast_attn"), inside("", "_upcast_and_reordered_attn"))
         | residual(middle="ln_2")
     ),
     "gpt_neo": _like_gpt2(
@@ -225,7 +224,9 @@ FAMILIES: Mapping[str, Family] = {
         | residual("^post_attention_layernorm.output", "^post_feedforward_layernorm.output", "mlp"),
         "",
     ),
-    "stablelm": _like_llama(_SEPARATE | _GATED | _BEFORE_MLP, "input_layernorm post_attention_layernorm|input_layernorm"),
+    "stablelm": _like_llama(
+        _SEPARATE | _GATED | _BEFORE_MLP, "input_layernorm post_attention_layernorm|input_layernorm"
+    ),
     "cohere": _like_llama(_SEPARATE | _GATED | residual(), "input_layernorm input_layernorm"),
     "starcoder2": _like_llama(_SEPARATE | mlp("c_fc", "c_proj") | _BEFORE_MLP),
     "mixtral": _SPARSE,
@@ -266,65 +267,3 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }  # fmt: skip
 """By the `model_type` of the configuration."""
-
-_MIXER_HINTS = ("self_attn", "attention", "self_attention", "attn", "mamba", "mixer", "ssm", "temporal_block")
-_MLP_HINTS = ("mlp", "feed_forward", "ffn", "moe", "block_sparse_moe")
-_NORM_HINTS = ("norm", "ln_f")
-
-
-def family_of(model: nn.Module, model_type: str) -> tuple[Family | None, str]:
-    """The family of a model, and how it was found: "table", "detected" or "unknown".
-
-    A row of the table counts only if its modules exist: a checkpoint may be of the same type and built differently.
-    """
-    row = FAMILIES.get(model_type)
-    if row is not None and _exists(model, row.layers) and _exists(model, row.embed):
-        if not _exists(model, row.lm_head):  # its name differs between versions of transformers
-            head = _path_of(model, _call(model, "get_output_embeddings"))
-            row = replace(row, lm_head=head, parts={**row.parts, "model.W_U": Place(f"{head}.weight", "vocab d_model")})
-        return row, "table"
-    found = detected(model)
-    return found, "unknown" if found is None else "detected"
-
-
-def detected(model: nn.Module) -> Family | None:
-    """The family of an architecture that is not in the table, by its structure; None if it has no list of layers."""
-    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    lists = {path: module for path, module in lists.items() if len({type(each) for each in module}) <= 3}
-    if not lists:
-        return None
-    layers = max(lists, key=lambda path: sum(parameter.numel() for parameter in lists[path].parameters()))
-    body = layers.rpartition(".")[0]
-    siblings = dict(model.get_submodule(body).named_children())
-    norms = [name for name in siblings if any(hint in name for hint in _NORM_HINTS)]
-    inner = [name for layer in lists[layers] for name, _ in layer.named_children()]
-    return Family(
-        _path_of(model, _call(model, "get_input_embeddings")),
-        layers,
-        (f"{body}.{norms[-1]}" if body else norms[-1]) if norms else "",
-        _path_of(model, _call(model, "get_output_embeddings")),
-        {hint: SSM if hint in _SSM_NAMES else ATTENTION for hint in _MIXER_HINTS if hint in inner},
-        {hint: MOE if hint in _MOE_NAMES else MLP for hint in _MLP_HINTS if hint in inner},
-        {},
-        {},
-    )
-
-
-def _exists(model: nn.Module, path: str) -> bool:
-    try:
-        model.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
-
-
-def _call(model: nn.Module, method: str) -> nn.Module | None:
-    try:
-        found = getattr(model, method)()
-    except (AttributeError, NotImplementedError):
-        return None
-    return found if isinstance(found, nn.Module) else None
-
-
-def _path_of(model: nn.Module, module: nn.Module | None) -> str:
-    return next((path for path, each in model.named_modules() if each is module), "")

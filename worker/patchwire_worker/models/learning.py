@@ -9,7 +9,7 @@ there could miss it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,7 @@ from patchwire.tensors import dtype_to_proto
 from patchwire_worker import containers
 from patchwire_worker.generating import generate
 from patchwire_worker.interleaving import PassInterleaver, Stopping, provider
+from patchwire_worker.models.detecting import completed
 from patchwire_worker.models.families import Family
 from patchwire_worker.models.naming import names
 from patchwire_worker.models.texts import chooses_attention
@@ -71,6 +72,10 @@ class _Seen:
             self.versions[location, path] = (tensor, tensor._version)
             self.values[location, path] = tensor.clone()
 
+    def side(self, module: str, side: str) -> list[tuple[Path, Tensor]]:
+        """The tensors of a side of a module."""
+        return [(path, value) for (place, path), value in self.values.items() if place == Location(module, side)]
+
     def overwritten(self) -> set[tuple[Location, Path]]:
         """The tensors that were changed in place after they had been seen; forgets all of them."""
         found = {place for place, (tensor, version) in self.versions.items() if tensor._version != version}
@@ -94,32 +99,40 @@ class Learner:
         self.options = options
         self.device = device
         self.vocabulary = vocabulary
-        self.missing: Mapping[str, str] = {}
-        """The canonical names that the family has and this model lacks, with the reason."""
         self.overwritten: set[tuple[Location, Path]] = set()
         """The tensors that the model changes in place after they were at a site."""
         places = [Location(path, side) for path, _ in module.named_modules() for side in (INPUT, OUTPUT)]
         self.sides: dict[str, Location] = {provider(place): place for place in places}
         """Every side of every module, by nnsight's name of it."""
 
-    def catalogue(self, name: str, family: Family | None) -> Catalogue:
-        """Every module of the model, with the tensors that it takes and returns."""
+    def catalogue(self, name: str, family: Family | None, *, detected: bool = False) -> Catalogue:
+        """Every module of the model, with the tensors that it takes and returns, and all canonical names.
+
+        Args:
+            name: What clients call the model.
+            family: Where its parts are; None if that is not known.
+            detected: Whether the family was only guessed from the model's structure.
+        """
         *runs, alone = map(self._run, self.prompts())
+        first: dict[int, str] = {}
+        for path, tensor in self.module.named_parameters(remove_duplicate=False):
+            first.setdefault(id(tensor), path)
         modules = {
             path: Module(
                 path,
                 type(module).__name__,
-                _parameters(module),
+                _parameters(path, module, first),
                 tuple(_leaves(path, runs, alone)),
                 _calls(path, runs),
                 alone.items.get(path, 0),
             )
             for path, module in self.module.named_modules()
         }
+        if family is not None and detected:
+            family = completed(family, self.module, runs[-1].side)
         self.interleaver.steps_are_exact = self._steps_are_exact(runs[-1])
-        named = names(self.module, modules, family, exact=self.interleaver.steps_are_exact)
-        self.missing = named.missing
-        return Catalogue(name, modules, named.names)
+        named = names(self.module, modules, family, exact=self.interleaver.steps_are_exact, detected=detected)
+        return Catalogue(name, modules, named.names, named.missing)
 
     def _run(self, ids: Tensor, *, stepwise: bool = False) -> _Seen:
         seen = _Seen(self.sides)
@@ -218,14 +231,17 @@ def _calls(path: str, runs: Sequence[_Seen]) -> int:
     return counts.pop() if len(counts) == 1 else max(2, *counts)
 
 
-def _parameters(module: nn.Module) -> tuple[Parameter, ...]:
+def _parameters(path: str, module: nn.Module, first: Mapping[int, str]) -> tuple[Parameter, ...]:
+    """The parameters and buffers of a module; `first` says where each parameter is for the first time."""
     found = []
     for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
         try:
             dtype_to_proto(tensor.dtype)
         except GraphError:  # a quantized weight: it stays on the worker
             continue
-        found.append(Parameter(name, tuple(tensor.shape), tensor.dtype))
+        own = f"{path}.{name}" if path else name
+        tied = first.get(id(tensor), own)
+        found.append(Parameter(name, tuple(tensor.shape), tensor.dtype, "" if tied == own else tied))
     return tuple(found)
 
 

@@ -21,6 +21,8 @@ from patchwire_worker.models.places import FORMS, FORMULAS, Formula, Place
 from patchwire_worker.models.sizes import sizes_of
 
 _PART = re.compile(r"(?:layers\.\d+(?:\.(?P<kind>mixer|attn|ssm|mlp))?)?")
+SIDES = (INPUT, OUTPUT)
+_OF_EXPERTS = ("router", "chosen_experts")
 EVERY = "[*]"
 """What follows an operation that runs once for each token: all of these times."""
 
@@ -35,7 +37,14 @@ class Named:
     """What the tables name and the model lacks, with the reason."""
 
 
-def names(model: nn.Module, modules: Mapping[str, Module], family: Family | None, *, exact: bool = True) -> Named:
+def names(
+    model: nn.Module,
+    modules: Mapping[str, Module],
+    family: Family | None,
+    *,
+    exact: bool = True,
+    detected: bool = False,
+) -> Named:
     """The canonical names of a model.
 
     Args:
@@ -43,6 +52,7 @@ def names(model: nn.Module, modules: Mapping[str, Module], family: Family | None
         modules: Its modules, by raw path, with their tensors.
         family: Where the parts of its architecture are; None if that is not known.
         exact: Whether the model computes the same when it computes attention step by step.
+        detected: Whether the family was detected: then all that was not found is missing.
     """
     found = Named()
     for name, path, role in _modules(modules, family):
@@ -50,9 +60,27 @@ def names(model: nn.Module, modules: Mapping[str, Module], family: Family | None
     for leaf in modules[""].side(OUTPUT):
         if leaf.path == ("logits",):
             found.names["logits"] = Name("logits", "", leaf)
+    found.missing |= _modules_missing(found.names, family)
     if family is not None:
-        _Parts(model, modules, family, found, exact).add()
+        parts = _Parts(model, modules, family, found, exact)
+        parts.add()
+        if detected:
+            parts.report()
     return found
+
+
+def _modules_missing(names: Mapping[str, Name], family: Family | None) -> Iterator[tuple[str, str]]:
+    """The parts that every language model has and this one seems to lack, with the reason."""
+    if family is None:
+        yield "layers", "no list of layers was found"
+        return
+    for name, path in (("embed", family.embed), ("norm", family.norm), ("lm_head", family.lm_head)):
+        if name not in names:
+            yield name, f"`{path}` is not there" if path else "its structure does not show which module that is"
+    for name in [each for each in names if re.fullmatch(r"layers\.\d+", each)]:
+        for part, known in (("mixer", family.mixers), ("mlp", family.mlps)):
+            if known and f"{name}.{part}" not in names:
+                yield f"{name}.{part}", f"it has no module called {' or '.join(known)}"
 
 
 def _modules(modules: Mapping[str, Module], family: Family | None) -> Iterator[tuple[str, str, str]]:
@@ -129,19 +157,31 @@ class _Parts:
                 name = f"{owner}.{short}"
                 if of == kind and name not in self.found.names:
                     self._compute(name, path, formula, [_relative(owner, each) for each in formula.needs])
-
         for owner, path in owners.items():
             layer, _, kind = owner.rpartition(".")
             update = self.found.names.get(f"{layer}.mixer.update")
             if kind in MIXERS and update is not None and update.module == path:
                 self.found.names.setdefault(f"{owner}.update", replace(update, name=f"{owner}.update"))
 
+    def report(self) -> None:
+        """Say of every value of the vocabulary that has no name here that it has none."""
+        for owner, named in [each for each in self.found.names.items() if each[1].is_module]:
+            part = _PART.fullmatch(owner)
+            if part is None or not owner:
+                continue
+            for word in FORMS:
+                of, _, short = word.partition(".")
+                other = of == "mlp" and (short in _OF_EXPERTS) != (named.role == MOE)
+                if of != (part["kind"] or "layer") or short.startswith("b_") or short in SIDES or other:
+                    continue
+                if f"{owner}.{short}" not in self.found.names:
+                    self.found.missing.setdefault(f"{owner}.{short}", "its structure does not tell where it is")
+
     def _add(self, name: str, owner: str, word: str, places: Place | tuple[Place, ...]) -> None:
         """Add the first of some places that this model has."""
         config, why = getattr(self.model, "config", None), []
         for place in places if isinstance(places, tuple) else (places,):
             if not place.suits(config):
-                why.append(f"it is elsewhere, or nowhere, unless {place.when}")
                 continue
             form = place.form or FORMS[word]
             sizes = sizes_of(config, self.model.get_submodule(owner))
@@ -154,18 +194,20 @@ class _Parts:
             else:
                 self.found.names[name] = Name(name, owner, part=part, part_in_steps=steps or None, dims=dims)
                 return
-        self.found.missing[name] = "; ".join(dict.fromkeys(why))
+        self.found.missing[name] = "; ".join(dict.fromkeys(why)) or "not in a model of this configuration"
 
     def _compute(self, name: str, owner: str, formula: Formula, needs: list[str]) -> None:
         known = [self.found.names.get(each) for each in needs]
         if all(each is not None for each in known):
             lengths = dict(each.split("=") for of in known if of is not None for each in of.dims.split() if "=" in each)
-            dims = layouts.dims(formula.form, {key: int(value) for key, value in lengths.items()})
+            first = {word: each.dims.partition("=")[0] for word, each in zip(formula.needs, known, strict=True) if each}
+            form = formula.form.format_map(first)
+            dims = layouts.dims(form, {key: int(value) for key, value in lengths.items()})
             self.found.names[name] = Name(name, owner, dims=dims, formula=formula.name)
             self.found.missing.pop(name, None)
         else:
             lacking = [f"`{each}`" for each, of in zip(needs, known, strict=True) if of is None]
-            self.found.missing.setdefault(name, f"it is computed from {' and '.join(lacking)}")
+            self.found.missing.setdefault(name, f"it is computed from {' and '.join(lacking)}, not there")
 
     def _part(self, owner: str, at: str, layout: str, form: str, sizes: dict[str, int]) -> Part:
         """Where a value is; `sizes` learns what the tensor itself shows."""

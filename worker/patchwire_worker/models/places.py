@@ -52,7 +52,7 @@ class Formula:
     needs: tuple[str, ...]
     """The values and parameters of the same part that it is computed from; "^" before those of the layer."""
     form: str
-    """Its dimensions."""
+    """Its dimensions; "{A_log}" is the first dimension of that parameter."""
 
 
 FORMS: Mapping[str, str] = {
@@ -88,6 +88,7 @@ FORMS: Mapping[str, str] = {
     "mlp.W_gate": "d_model d_mlp",
     "mlp.W_out": "d_mlp d_model",
     "mlp.b_in": "d_mlp",
+    "mlp.b_gate": "d_mlp",
     "mlp.b_out": "d_model",
     "mlp.input": "batch seq d_model",
     "mlp.output": "batch seq d_model",
@@ -103,9 +104,14 @@ FORMS: Mapping[str, str] = {
     "ssm.C": "batch seq d_state",
     "ssm.scan": "batch seq d_inner",
     "ssm.state": "batch seq d_inner d_state",
+    "ssm.A_log": "d_inner d_state",
+    "ssm.D": "d_inner",
     "ssm.W_in": "d_model d_inner",
     "ssm.W_gate": "d_model d_inner",
     "ssm.W_out": "d_inner d_model",
+    "ssm.b_in": "d_inner",
+    "ssm.b_gate": "d_inner",
+    "ssm.b_out": "d_model",
 }
 """The dimensions of every canonical value, by what it is of and its name."""
 
@@ -113,6 +119,7 @@ FORMULAS: Mapping[str, Formula] = {
     "attn.head_out": Formula("head_out", ("z", "W_O"), "batch seq head d_model"),
     "mixer.update": Formula("mixer_update", ("^resid_mid",), "batch seq d_model"),
     "mlp.update": Formula("mlp_update", ("^resid_mid",), "batch seq d_model"),
+    "ssm.pattern": Formula("ssm_pattern", ("delta", "B", "C", "A_log"), "batch {A_log} query key"),
 }
 """What is computed, where no tensor of the model holds it, and how."""
 
@@ -217,6 +224,7 @@ def gated_mlp(gate: str, up: str, down: str) -> dict[str, Place]:
         "mlp.W_in": Place(f"{up}.weight", "d_mlp d_model"),
         "mlp.W_gate": Place(f"{gate}.weight", "d_mlp d_model"),
         "mlp.b_in": Place(f"{up}.bias", "d_mlp"),
+        "mlp.b_gate": Place(f"{gate}.bias", "d_mlp"),
     }
 
 
@@ -249,9 +257,16 @@ def either(first: Mapping[str, Place], second: Mapping[str, Place]) -> dict[str,
     }
 
 
+def only(places: Mapping[str, Place], when: str) -> dict[str, Place]:
+    """The same places, if the configuration says so."""
+    return {name: replace(place, when=when) for name, place in places.items()}
+
+
 def in_one_row(places: Mapping[str, Place]) -> dict[str, Place]:
     """The same values, where the tokens of all rows are in one."""
-    return {name: replace(place, layout=place.layout.replace("batch seq", "(batch seq)")) for name, place in places.items()}
+    return {
+        name: replace(place, layout=place.layout.replace("batch seq", "(batch seq)")) for name, place in places.items()
+    }
 
 
 EXPERTS: Places = {
@@ -277,7 +292,7 @@ def transposed(places: Mapping[str, Place]) -> dict[str, Place]:
 def residual(mixer: str = "output[0]", mlp: str = "output", middle: str = "") -> dict[str, Place]:
     """What is added to the residual stream, and what it is in between: what a norm, or the MLP, by its name, is given.
 
-    Where the text adds one after the other it is in between nowhere (GPT-NeoX, as its configuration says), and has no name.
+    Where both are added at once, as in GPT-NeoX if its configuration says so, there is no such value and no name.
     """
     found = {}
     for name, place in (("mixer.update", mixer), ("mlp.update", mlp)):
@@ -314,9 +329,14 @@ MAMBA: Mapping[str, Place] = {
         ":mamba_selective_scan()/silu()/output", "batch d_inner seq",
         ":mamba_selective_state_update()/silu()/output", "batch d_inner",
     ),
+    "ssm.A_log": Place("A_log", "d_inner d_state"),
+    "ssm.D": Place("D", "d_inner"),
     "ssm.W_in": Place("in_proj.weight", "x!|gate(d_inner) d_model"),
     "ssm.W_gate": Place("in_proj.weight", "x|gate!(d_inner) d_model"),
     "ssm.W_out": Place("out_proj.weight", "d_model d_inner"),
+    "ssm.b_in": Place("in_proj.bias", "x!|gate(d_inner)"),
+    "ssm.b_gate": Place("in_proj.bias", "x|gate!(d_inner)"),
+    "ssm.b_out": Place("out_proj.bias", "d_model"),
 }  # fmt: skip
 """Mamba: one state for each channel (Gu and Dao 2023)."""
 
@@ -366,6 +386,8 @@ MAMBA2: Mapping[str, Place] = {
         ":mamba2_selective_state_update()/scan=/output", "batch d_inner",
     ),
     "ssm.gate_act": Place("norm:silu()/output", "batch seq d_inner"),
+    "ssm.A_log": Place("A_log", "ssm_head", form="ssm_head"),
+    "ssm.D": Place("D", "ssm_head", form="ssm_head"),
     "ssm.W_in": Place("in_proj.weight", f"{_one(_MAMBA2_IN, 'x', 'd_inner')} d_model"),
     "ssm.W_gate": Place("in_proj.weight", f"{_one(_MAMBA2_IN, 'gate', 'd_inner')} d_model"),
     "ssm.W_out": Place("out_proj.weight", "d_model d_inner"),

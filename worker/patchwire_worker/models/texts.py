@@ -5,10 +5,10 @@ same: "softmax()" is the one call of a function of that name, "softmax()[1]" the
 the variable that the call of `ln_2` is given, in whatever case; "x=" is the last assignment to x, "x=[0]" the first and
 "x=[-2]" the last but one. nnsight's own names, which sites have, follow from that.
 
-Forwards branch on how a model was configured (`if self.use_parallel_residual:`). What a module's own attributes decide is
-decided here too, so that a token means an operation that runs in this model, or none. One such attribute can be changed
-for a pass: how attention is computed. An operation that runs only where it is computed step by step is found as well,
-and passes in which somebody waits there compute it so.
+Forwards branch on how a model was configured (`if self.use_parallel_residual:`). What a module's own attributes decide
+is decided here too, so that a token means an operation that runs in this model, or none. One such attribute can be
+changed for a pass: how attention is computed. An operation that runs only where it is computed step by step is found as
+well, and passes in which somebody waits there compute it so.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class _Operation:
     node: ast.AST
     branches: frozenset[int]
     """The branches and loops that it is in."""
-    conditions: tuple[tuple[ast.expr, bool], ...]
-    """What has to be true, or false, for it to run."""
+    conditions: tuple[tuple[int, bool], ...]
+    """Which conditions, of those in the text, have to be true, or false, for it to run."""
 
     @property
     def is_call(self) -> bool:
@@ -59,7 +59,8 @@ class _Collected(Instrument):  # type: ignore[misc]
         super().__init__()
         self.operations: list[_Operation] = []
         self.branches: list[int] = []
-        self.conditions: list[tuple[ast.expr, bool]] = []
+        self.tests: list[ast.expr] = []
+        self.conditions: list[tuple[int, bool]] = []
 
     def visit(self, node: ast.AST) -> Any:
         branches = isinstance(node, (ast.If, ast.For, ast.While, ast.Try, ast.With))
@@ -69,9 +70,10 @@ class _Collected(Instrument):  # type: ignore[misc]
             self.branches.pop()
         return found
 
-    def visit_If(self, node: ast.If) -> ast.AST:  # noqa: N802
+    def visit_If(self, node: ast.If) -> ast.AST:
         """Both sides of a branch, in order."""
-        test = copy.deepcopy(node.test)
+        test = len(self.tests)
+        self.tests.append(copy.deepcopy(node.test))
         node.test = self.visit(node.test)
         for body, taken in ((node.body, True), (node.orelse, False)):
             self.conditions.append((test, taken))
@@ -81,33 +83,39 @@ class _Collected(Instrument):  # type: ignore[misc]
 
     def wrap(self, name: str, fn: Any, args: Any, keywords: Any, node: ast.AST) -> Any:
         call = super().wrap(name, fn, args, keywords, node)
-        self.operations.append(
-            _Operation(self.names[-1], name, node, frozenset(self.branches), tuple(self.conditions))
-        )
+        self.operations.append(_Operation(self.names[-1], name, node, frozenset(self.branches), tuple(self.conditions)))
         return call
+
+
+_Truths = tuple[bool | None, ...]
+"""What the conditions of a text come to; None where that is not known."""
 
 
 @dataclass(frozen=True)
 class _Text:
     operations: Sequence[_Operation]
     """In order."""
+    tests: Sequence[ast.expr]
+    """The conditions of its branches."""
     assigned: Mapping[str, ast.expr]
     """What the variables are that are assigned once."""
 
-    def running(self, module: nn.Module, *, eager: bool = False) -> list[_Operation]:
-        """The operations that nothing that is known of the module keeps from running, if attention is computed as it is
-        configured, or step by step."""
+    def truths(self, module: nn.Module, *, eager: bool = False) -> _Truths:
+        """What is known of the conditions, if attention is computed as it is configured, or step by step."""
         facts = _Facts(module, self.assigned, eager)
-        return [each for each in self.operations if all(facts.of(test) in (taken, None) for test, taken in each.conditions)]
+        return tuple(map(facts.of, self.tests))
+
+    def running(self, truths: _Truths) -> list[_Operation]:
+        """The operations that nothing that is known keeps from running."""
+        return [each for each in self.operations if all(truths[at] in (taken, None) for at, taken in each.conditions)]
 
     def only_eager(self, module: nn.Module) -> list[_Operation]:
         """Those that surely run only if attention is computed step by step, and it is not."""
-        now, then = _Facts(module, self.assigned, False), _Facts(module, self.assigned, True)
+        now, then = self.truths(module), self.truths(module, eager=True)
+        if now == then:
+            return []
         return [
-            each
-            for each in self.operations
-            if any(then.of(test) == taken != now.of(test) for test, taken in each.conditions)
-            and all(then.of(test) in (taken, None) for test, taken in each.conditions)
+            each for each in self.running(then) if any(then[at] == taken != now[at] for at, taken in each.conditions)
         ]
 
 
@@ -126,7 +134,7 @@ def _read(function: Callable[..., Any]) -> _Text:
     }
     collected = _Collected()
     collected.visit(tree)
-    return _Text(collected.operations, once)
+    return _Text(collected.operations, collected.tests, once)
 
 
 class _Facts:
@@ -198,10 +206,15 @@ def find(function: Callable[..., Any], token: str, module: nn.Module, *, eager: 
         LookupError: there is none that runs, or several and no number says which.
         SourceNotAvailable: the text is not to be had.
     """
+    return _find(function, token, _read(function).truths(module, eager=eager))
+
+
+@functools.lru_cache(1 << 12)
+def _find(function: Callable[..., Any], token: str, truths: _Truths) -> str:
     match = _TOKEN.fullmatch(token)
     if match is None:
         raise LookupError(f"{token!r} names no operation")
-    known = _read(function).running(module, eager=eager)
+    known = _read(function).running(truths)
     if match["given"]:
         return _given(known, match["given"]).label
     calls = match["call"] is not None
