@@ -381,7 +381,10 @@ MAMBA2: Mapping[str, Place] = {
         ":mamba2_selective_state_update()/new_state=/output", "batch ssm_head d_ssm_head d_state",
         form="batch seq ssm_head d_ssm_head d_state",
     ),
-    "ssm.scan": Place("norm.input", "batch seq d_inner"),
+    "ssm.scan": Place(
+        "norm.input", "batch seq d_inner",
+        ":mamba2_selective_state_update()/scan=/output", "batch d_inner",
+    ),
     "ssm.gate_act": Place("norm:silu()/output", "batch seq d_inner"),
     "ssm.A_log": Place("A_log", "ssm_head", form="ssm_head"),
     "ssm.D": Place("D", "ssm_head", form="ssm_head"),

@@ -76,8 +76,9 @@ def mamba2_selective_state_update(
 ) -> Tensor:
     """One token of the same recurrence; transformers hands over each head's `delta` once for each of its channels.
 
-    Here it is one number for each head, as in the paper. Shapes: `state` `[batch, head, d_head, d_state]`, which becomes
-    the new one; `hidden_states`, `dt` and the gate `z` `[batch, head, d_head]`, `B` and `C` `[batch, group, d_state]`.
+    Here it is one number for each head, as in the paper. Shapes: `state` `[batch, head, d_head, d_state]`, which
+    becomes the new one; `hidden_states`, `dt` and the gate `z` `[batch, head, d_head]`, `B` and `C` `[batch, group,
+    d_state]`.
     """
     heads, groups = hidden_states.shape[1], B.shape[1]
     delta = dt[..., 0]
@@ -138,7 +139,8 @@ def rnn_scan(
     for index in range(hidden_states.shape[1]):
         state = decay[:, index] * state + hidden_states[:, index].to(acc_dtype)
         outputs.append(state.to(hidden_states.dtype))
-    return torch.stack(outputs, dim=1), state
+    # In memory as the input is: how a product rounds depends on that.
+    return torch.empty_like(hidden_states).copy_(torch.stack(outputs, dim=1)), state
 
 
 _TOKENS: contextvars.ContextVar[int] = contextvars.ContextVar("tokens", default=0)
