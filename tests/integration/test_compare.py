@@ -186,7 +186,7 @@ def test_what_an_experiment_returns_has_to_say_what_it_measured(pair: Any) -> No
 def test_an_answer_has_to_go_on_the_clean_prompt(pair: Any) -> None:
     with refused(patchwire.InputError, "is not how", hint="space", line=False):
         residual_patching(pair[1], "t", "c", "h")
-    with refused(patchwire.InputError, "not a text", hint="id", line=False):
+    with refused(patchwire.InputError, "not with a text", hint="id", line=False):
         residual_patching(pair[1], [1], [2], " dog")
 
 
@@ -211,8 +211,15 @@ def test_the_figure_has_both_panels_with_one_scale(found: patchwire.Comparison) 
 def test_the_command_prints_both_and_writes_the_figure(compared: Server, tmp_path: Path) -> None:
     result = CliRunner().invoke(
         cli.app,
-        ["compare", "small", "deep", "--clean", CLEAN, "--corrupt", CORRUPT, "--answer", ANSWER]
-        + ["--server", compared.address, "--save", str(tmp_path / "compare.png")],
+        [
+            *f"compare small deep --server {compared.address} --save {tmp_path / 'compare.png'}".split(),
+            "--clean",
+            CLEAN,
+            "--corrupt",
+            CORRUPT,
+            "--answer",
+            ANSWER,
+        ],
     )
 
     assert result.exit_code == 0, result.output
