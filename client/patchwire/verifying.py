@@ -644,7 +644,11 @@ def verify(model: Model, prompt: Any = None) -> Verification:
 def _random_ids(model: Model) -> list[int]:
     length = min(_TOKENS, model.config.get("max_position_embeddings") or _TOKENS)
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.embed.weight.shape[0] if "embed" in model.catalogue.names else model.config["vocab_size"]
+    known = model.catalogue.names
+    if "embed" in known:
+        vocabulary = model.embed.weight.shape[0]
+    elif known["logits"].value is not None:
+        vocabulary = known["logits"].value.shape[-1].size
     found: list[int] = torch.randint(0, vocabulary, (length,), generator=generator).tolist()
     return found
 
@@ -708,6 +712,7 @@ def _company(runner: _Runner) -> None:
 
     def comparable(probe: _Probe) -> Any:
         value = _read(model, probe.sites[0])
+        _has_its_dims(model, probe.sites[0], value)
         return _unmasked(value) if probe.sites[0].endswith(".scores") else value
 
     def alone_and_beside(part: Sequence[_Probe]) -> list[Pair]:
@@ -743,6 +748,20 @@ def _company(runner: _Runner) -> None:
     compare(TOGETHER, [name for name in names if name not in stepwise], alone_and_beside)
     if stepwise:
         compare(FUSED, [name for name in names if name.endswith(".attn.z") or name == "logits"], fast_and_stepwise)
+
+
+def _has_its_dims(model: Model, name: str, value: Any) -> None:
+    named = model.catalogue.named(name)
+    if named is None or not named.dims:
+        return
+    dims = [each.partition("=")[2] for each in named.dims.split()]
+    shape = tuple(value.shape)
+    if len(dims) != len(shape) or any(dim and int(dim) != length for dim, length in zip(dims, shape, strict=True)):
+        raise ShapeError(
+            f"The value is {list(shape)}, and its dimensions are {named.dims}.",
+            hint="Compare the table of the model's family.",
+            lines=here(),
+        )
 
 
 def _writes(runner: _Runner) -> None:
@@ -802,7 +821,7 @@ def _refusals(runner: _Runner) -> None:
         owner, _, last = named.name.rpartition(".")
         try:
             with model.scan(runner.run.prompt):
-                setattr(_part(model, owner), last, _read(model, named.name))
+                setattr(_part(model, owner), last, torch.zeros(1))
         except SiteError:
             refused = True
         else:

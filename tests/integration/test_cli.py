@@ -146,12 +146,12 @@ def test_help_names_every_command_and_shows_examples() -> None:
     result = run("--help")
 
     assert result.returncode == 0
-    for command in ("serve", "models", "jobs", "lens", "demo", "doctor"):
+    for command in ("serve", "models", "jobs", "lens", "sites", "verify", "compare", "demo", "doctor"):
         assert re.search(rf"│ {command}\b", result.stdout)
     assert "Examples" in result.stdout
 
 
-@pytest.mark.parametrize("command", ["serve", "models", "jobs", "lens", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["serve", "models", "jobs", "lens", "sites", "verify", "compare", "demo", "doctor"])
 def test_every_command_has_help(command: str) -> None:
     result = CliRunner().invoke(cli.app, [command, "--help"], prog_name="patchwire")
 
