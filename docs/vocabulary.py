@@ -31,6 +31,16 @@ MEANINGS: Mapping[str, str] = {
     "layer.resid_mid": "the residual stream between mixer and MLP; not there where both read the layer's input",
     "mixer.update": "what is really added to the residual stream: after a norm or a multiplier, if there is one",
     "mlp.update": "the same of the MLP",
+    "attn.update": "of a layer that has an SSM too: what attention adds",
+    "ssm.update": "what the SSM adds",
+    "mixer.output": "of a layer with attention and an SSM: what both return, together",
+    "mlp.input": "what the MLP is given",
+    "mlp.output": "what it returns",
+    "mlp.router": "of a mixture of experts: the router's logits, before the softmax",
+    "mlp.chosen_experts": "which experts each token goes to",
+    "ssm.A_log": "`A = -exp(A_log)`, how fast the state decays",
+    "ssm.D": "how much of `u` goes past the state",
+    "ssm.pattern": "effective attention: `scan = pattern @ u + D u`; one for each head where there are heads",
     "attn.q": "queries, as the projection returns them: a head's input is patched by writing `x @ W_Q[head]`",
     "attn.k": "keys",
     "attn.v": "values",
@@ -80,7 +90,8 @@ MEANINGS: Mapping[str, str] = {
 
 def tables() -> str:
     """A table for each part: names, dimensions, what can be done, meanings."""
-    dimensions = {**FORMS, **{name: formula.form for name, formula in FORMULAS.items()}}
+    computed = {name: formula.form.format(A_log="d_inner") for name, formula in FORMULAS.items()}
+    dimensions = {**FORMS, **{name: form for name, form in computed.items() if name not in FORMS}}
     parts = []
     for part, title in PARTS.items():
         rows = [
@@ -94,8 +105,8 @@ def tables() -> str:
 
 def _kind(name: str) -> str:
     if name in FORMULAS:
-        return "computed"
-    return "parameter" if re.match(r"[Wb]_", name.partition(".")[2]) else ""
+        return "" if name in FORMS else "computed"
+    return "parameter" if re.match(r"[Wb]_|A_log|D$", name.partition(".")[2]) else ""
 
 
 def page() -> str:
