@@ -72,6 +72,13 @@ class Run:
         """The activation function of the model's MLPs, as its configuration names it."""
         return _ACTIVATIONS[_activation_name(self.model)](value)
 
+    def scale(self, key: str, index: int | None = None) -> float:
+        """What the model multiplies a value by (Falcon-H1), by the key of its configuration; 1 if it does not."""
+        found = self.model.config.get(key)
+        if isinstance(found, list) and index is not None:
+            found = found[index]
+        return 1.0 if found is None else float(found)
+
 
 @dataclass(frozen=True)
 class Check:
@@ -118,6 +125,11 @@ _ACTIVATIONS: Mapping[str, Callable[[Any], Any]] = {
 """By what configurations call them."""
 _ACTIVATION_KEYS = ("hidden_activation", "hidden_act", "activation_function")
 
+_SHARED = "shared_transformer"
+"""What is added to the input of a layer's mixer, and to nothing else, where there is one (Zamba2)."""
+_RG_LRU = "ssm.rg_lru"
+"""A recurrence of one number for each channel, which is its own output."""
+
 _ALIBI = ("bloom", "mpt")
 """Model types that add something for the distance of two tokens to their scores, and do not say so otherwise."""
 
@@ -156,6 +168,12 @@ def _linear(part: Any, x: Any, name: str) -> Any:
     """`x @ W + b`, with the weight and, if it has one, the bias of that name."""
     weight = getattr(part, f"W_{name}")
     return x.to(weight.dtype) @ weight + getattr(part, f"b_{name}", 0)
+
+
+def _fed(ssm: Any, run: Run, name: str, index: int) -> Any:
+    """What an SSM's input is projected to, and multiplied by, if the model does so."""
+    x = ssm.input * run.scale("ssm_in_multiplier")
+    return _linear(ssm, x, name) * run.scale("ssm_multipliers", index)
 
 
 def _heads(attn: Any, name: str) -> Any:
@@ -268,7 +286,8 @@ def _mixed(ssm: Any) -> Pair:
 # --- the equations ----------------------------------------------------------------------------------------------------
 
 CHECKS: Sequence[Check] = (
-    Check("mixer_norm.input = input", "mixer_norm.input input", lambda at, _: _alike(at.mixer_norm.input, at.input)),
+    Check("mixer_norm.input = input", "mixer_norm.input input", lambda at, _: _alike(at.mixer_norm.input, at.input),
+          unless=_SHARED),
     Check("mixer_norm.output = mixer.input", "mixer_norm.output mixer.input",
           lambda at, _: _alike(at.mixer_norm.output, at.mixer.input)),
     Check("input + mixer.update = resid_mid", "input mixer.update resid_mid",
@@ -276,7 +295,7 @@ CHECKS: Sequence[Check] = (
     Check("mlp_norm.input = resid_mid", "mlp_norm.input resid_mid",
           lambda at, _: _alike(at.mlp_norm.input, at.resid_mid)),
     Check("mlp_norm.input = input, or it is resid_mid", "mlp_norm.input input",
-          lambda at, _: _alike(at.mlp_norm.input, at.input), unless="resid_mid"),
+          lambda at, _: _alike(at.mlp_norm.input, at.input), unless=f"resid_mid {_SHARED}"),
     Check("mlp_norm.output = mlp.input", "mlp_norm.output mlp.input",
           lambda at, _: _alike(at.mlp_norm.output, at.mlp.input)),
     Check("resid_mid + mlp.update = output", "resid_mid mlp.update output",
@@ -311,34 +330,40 @@ CHECKS: Sequence[Check] = (
     Check("input @ W_in + b_in = up", "mlp.input mlp.W_in mlp.up",
           lambda at, _: (at.mlp.up, _linear(at.mlp, at.mlp.input, "in")), also="mlp.b_in"),
     Check("input @ W_gate + b_gate = gate", "mlp.input mlp.W_gate mlp.gate",
-          lambda at, _: (at.mlp.gate, _linear(at.mlp, at.mlp.input, "gate")), also="mlp.b_gate"),
+          lambda at, run: (at.mlp.gate, _linear(at.mlp, at.mlp.input, "gate") * run.scale("mlp_multipliers", 0)),
+          also="mlp.b_gate"),
     Check("gate = pre", "mlp.gate mlp.pre", lambda at, _: (at.mlp.pre, at.mlp.gate)),
     Check("act(pre) = neurons", "mlp.pre mlp.neurons",
           lambda at, run: (at.mlp.neurons, run.activation(at.mlp.pre)), unless="mlp.gate", only=_knows_activation),
     Check("act(gate) * up = neurons", "mlp.gate mlp.up mlp.neurons",
           lambda at, run: (at.mlp.neurons, run.activation(at.mlp.gate) * at.mlp.up), only=_knows_activation),
     Check("neurons @ W_out + b_out = output", "mlp.neurons mlp.W_out mlp.output",
-          lambda at, _: (at.mlp.output, _linear(at.mlp, at.mlp.neurons, "out")),
+          lambda at, run: (at.mlp.output, _linear(at.mlp, at.mlp.neurons, "out") * run.scale("mlp_multipliers", 1)),
           also="mlp.b_out", only=_returns_updates),
     Check("neurons @ W_out + b_out = mlp.update", "mlp.neurons mlp.W_out mlp.update",
           lambda at, _: (at.mlp.update, _linear(at.mlp, at.mlp.neurons, "out")), also="mlp.b_out", only=_adds_inside),
     Check("largest of router = chosen_experts", "mlp.router mlp.chosen_experts", lambda at, _: _chosen(at.mlp)),
     Check("input @ W_in + b_in = x_in", "ssm.input ssm.W_in ssm.x_in",
-          lambda at, _: (at.ssm.x_in, _linear(at.ssm, at.ssm.input, "in")), also="ssm.b_in"),
+          lambda at, run: (at.ssm.x_in, _fed(at.ssm, run, "in", 1)), also="ssm.b_in"),
     Check("input @ W_gate + b_gate = gate", "ssm.input ssm.W_gate ssm.gate",
-          lambda at, _: (at.ssm.gate, _linear(at.ssm, at.ssm.input, "gate")), also="ssm.b_gate"),
+          lambda at, run: (at.ssm.gate, _fed(at.ssm, run, "gate", 0)), also="ssm.b_gate"),
     Check("convolution of x_in = conv", "ssm.x_in ssm.conv1d.weight ssm.conv",
           lambda at, _: (at.ssm.conv, _convolved(at.ssm))),
-    Check("silu(conv) = u", "ssm.conv ssm.u", lambda at, _: (at.ssm.u, F.silu(at.ssm.conv))),
+    Check("silu(conv) = u", "ssm.conv ssm.u", lambda at, _: (at.ssm.u, F.silu(at.ssm.conv)), unless=_RG_LRU),
+    Check("conv = u", f"ssm.conv ssm.u {_RG_LRU}", lambda at, _: (at.ssm.u, at.ssm.conv)),
     Check("exp(delta A) state + delta B u = next state", "ssm.state ssm.delta ssm.A_log ssm.B ssm.u",
           lambda at, run: _recurrence(at.ssm, run)),
     Check("C state + D u = scan", "ssm.state ssm.C ssm.D ssm.u ssm.scan", lambda at, run: _scanned(at.ssm, run)),
     Check("pattern @ u + D u = scan", "ssm.pattern ssm.u ssm.D ssm.scan", lambda at, _: _mixed(at.ssm)),
-    Check("silu(gate) = gate_act", "ssm.gate ssm.gate_act", lambda at, _: (at.ssm.gate_act, F.silu(at.ssm.gate))),
+    Check("silu(gate) = gate_act", "ssm.gate ssm.gate_act", lambda at, _: (at.ssm.gate_act, F.silu(at.ssm.gate)),
+          unless=_RG_LRU),
+    Check("act(gate) = gate_act", f"ssm.gate ssm.gate_act {_RG_LRU}",
+          lambda at, run: (at.ssm.gate_act, run.activation(at.ssm.gate)), only=_knows_activation),
+    Check("state = scan", f"ssm.state ssm.scan {_RG_LRU}", lambda at, _: (at.ssm.scan, at.ssm.state)),
     Check("(scan * gate_act) @ W_out + b_out = output", "ssm.scan ssm.gate_act ssm.W_out ssm.output",
           lambda at, _: (at.ssm.output, _linear(at.ssm, at.ssm.scan * at.ssm.gate_act, "out")),
-          unless="ssm.norm", also="ssm.b_out"),
-    Check("norm(scan, gate) @ W_out + b_out = output", "ssm.scan ssm.gate ssm.norm ssm.W_out ssm.output",
+          unless="ssm.norm.output", also="ssm.b_out"),
+    Check("norm(scan, gate) @ W_out + b_out = output", "ssm.scan ssm.gate ssm.norm.output ssm.W_out ssm.output",
           lambda at, _: (at.ssm.output, _linear(at.ssm, at.ssm.norm(at.ssm.scan, at.ssm.gate), "out")),
           also="ssm.b_out"),
 )  # fmt: skip

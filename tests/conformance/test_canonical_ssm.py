@@ -182,6 +182,16 @@ def test_updates_add_up_along_the_residual_stream(name: str, pairs: Pairs) -> No
         assert_close(values["output"], now)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_verification_finds_that_all_equations_hold(name: str, pairs: Pairs) -> None:
+    model, _ = pairs[name]
+
+    found = patchwire.verify(model)
+
+    assert found.passed, found
+    assert len(found.of(f"layers.{ssm_layers(model)[0]}.ssm.scan")) > 2
+
+
 def _has(layer: Any, part: str, name: str) -> bool:
     return part in dir(layer) and name in dir(getattr(layer, part))
 

@@ -435,6 +435,9 @@ RG_LRU: Mapping[str, Place] = {
     "ssm.W_in": Place("linear_x.weight", "d_inner d_model"),
     "ssm.W_gate": Place("linear_y.weight", "d_inner d_model"),
     "ssm.W_out": Place("linear_out.weight", "d_model d_inner"),
+    "ssm.b_in": Place("linear_x.bias", "d_inner"),
+    "ssm.b_gate": Place("linear_y.bias", "d_inner"),
+    "ssm.b_out": Place("linear_out.bias", "d_model"),
 }  # fmt: skip
 """A recurrence of one number for each channel, whose decay is a gate of the input's (De et al. 2024, "Griffin")."""
 
