@@ -70,10 +70,17 @@ def read(model: Model, named: Name) -> Any:
 
 def viewed(value: Value, part: Part, rows: int = 0) -> Value:
     """The part of a tensor that is meant; `rows` is how many there are, where it has the tokens of all in one."""
-    for view in part.views:
-        name, args = view.call(rows)
-        value = value.recorder.call(ops.OPERATIONS[name], (value, *args), {})
-    return value
+
+    def views_of(whole: Value) -> Value:
+        for view in part.views:
+            name, args = view.call(rows)
+            whole = whole.recorder.call(ops.OPERATIONS[name], (whole, *args), {})
+        return whole
+
+    found = views_of(value)
+    if found is not value:
+        found._part_of = value, views_of
+    return found
 
 
 def _computed(named: Name) -> str:

@@ -85,6 +85,8 @@ class Value(torch.fx.Proxy):
         self._tensor: Tensor | None = None
         self._saved = False
         self._absent = False
+        self._part_of: tuple[Value, Callable[[Value], Value]] | None = None
+        """The value of a site that this is a named part of, and the way to the part."""
         super().__init__(node, recorder)
 
     __array_priority__ = 1000  # as tensors': `np.float64(2) * value` asks the value

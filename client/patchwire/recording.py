@@ -666,6 +666,12 @@ class Recorder(TracerBase):
                 hint="Give it what was read: `patchwire.grad(loss, model.layers[0].output)`.",
                 lines=here(),
             )
+        parts = [each._part_of if isinstance(each, Value) and not each.ready else None for each in values]
+        if any(parts):
+            # The model goes on with the whole tensor, not with this view of it: the gradient is that part of its.
+            wholes = [each if part is None else part[0] for each, part in zip(values, parts, strict=True)]
+            found = self.grad(loss, weights, wholes)
+            return [each if part is None else part[1](each) for each, part in zip(found, parts, strict=True)]
         for each in values:
             self._differentiate_everyone(each)
         nodes = [self.argument(each) for each in values]
