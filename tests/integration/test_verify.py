@@ -312,7 +312,7 @@ def test_sites_of_an_architecture_without_a_table_say_what_was_detected(served: 
 
     assert found.found_by == "detected"
     assert "no table of this architecture" in repr(found)
-    assert {row.name for row in found.rows} == {"embed", "layers[i]", "norm", "lm_head", "logits"}
+    assert {row.name for row in found.rows} == {"embed", "layers[i]", "norm", "lm_head", "logits", "W_E", "W_U"}
     assert patchwire.verify(served["odd"]).passed, "what was detected is right"
 
 
