@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
+from patchwire.checking import describe
 from patchwire.errors import BranchError, SiteError, here, nearest
 from patchwire.proxy import Value
 
@@ -61,8 +62,13 @@ class Cache(Mapping[str, Value]):
         return len(self._sites)
 
     def __repr__(self) -> str:
-        looks = (repr(self._values[each]) if each in self._values else "…" for each in self._sites)
+        looks = (_look(self._values[each]) if each in self._values else "…" for each in self._sites)
         return "\n".join(f"{name}: {look}" for name, look in zip(self._sites, looks, strict=True))
+
+
+def _look(value: Value) -> str:
+    """Shape and dtype, for the numbers of all sites would fill the screen; what is not here says why."""
+    return describe(value.value) if value.ready and isinstance(value.value, torch.Tensor) else repr(value)
 
 
 class _NotCached(SiteError, KeyError):

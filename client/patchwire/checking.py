@@ -61,6 +61,8 @@ _CUBIC = """
     slogdet solve svd svdvals
 """
 """Operations on matrices whose time grows with the third power of their size."""
+_OF_ONE_DTYPE = frozenset(["matmul", "mm", "mv", "addmm", "addmv", "addbmm", "linear", "cdist", "cross"])
+"""Operations that convert nothing, and whose tensors may differ in dtype as long as they have no memory."""
 
 
 @dataclass(frozen=True)
@@ -308,6 +310,7 @@ class Checker:
         if time.monotonic() > self.until:
             raise TookLongError
         _check_arguments(name, args, kwargs)
+        _check_dtypes(name, args, kwargs)
         _check_pieces(name, args, kwargs)
         _check_work(name, args, kwargs)
         try:
@@ -684,6 +687,17 @@ def _check_arguments(name: str, args: Any, kwargs: Any) -> None:
         raise OperationError(
             f"`{short}` takes {takes}, not a {type(wrong).__name__.removeprefix('immutable_')}.",
             hint="Make one tensor of several numbers with `torch.tensor`, and of several tensors with `torch.stack`.",
+        )
+
+
+def _check_dtypes(name: str, args: Any, kwargs: Any) -> None:
+    """Refuse tensors of several dtypes where PyTorch finds them only once they have numbers."""
+    short = name.rpartition(".")[2]
+    given = _tensors((args, kwargs)) if short in _OF_ONE_DTYPE else []
+    if len({each.dtype for each in given}) > 1:
+        raise ShapeError(
+            f"`{short}` takes values of one dtype, not {', '.join(describe(each) for each in given)}.",
+            hint=f"Convert the others: `.to({given[0].dtype})`.",
         )
 
 

@@ -107,15 +107,23 @@ class BodyRecorder(Recorder):
         function: Callable[..., Any] | None = None,
     ) -> Any:
         """Record an operation in the body."""
+        self._check_not_after_it()
+        if self.open:
+            args, kwargs = self._mine(args), {name: self._mine(each) for name, each in kwargs.items()}
+        return super().call(operation, args, kwargs, function)
+
+    def save(self, value: Value, dtype: torch.dtype | None) -> None:
+        """Ask for a value of every iteration."""
+        self._check_not_after_it()
+        super().save(value, dtype)
+
+    def _check_not_after_it(self) -> None:
         if not self.open and self.parent.open:
             raise GraphError(
                 "This value belongs to the body of a loop, which has ended.",
                 hint="Carry it: `x = loop.carry(start)`, `loop.update(x, value)`, and after the loop `loop.result(x)`.",
                 lines=here(),
             )
-        if self.open:
-            args, kwargs = self._mine(args), {name: self._mine(each) for name, each in kwargs.items()}
-        return super().call(operation, args, kwargs, function)
 
     def assign(self, site: g.Site, value: Any) -> None:
         """Make a value the value of a site, in every iteration."""

@@ -184,8 +184,8 @@ class Value(torch.fx.Proxy):
                 f"The value exists only when the block has ended; {what} is not known while it is recorded.",
                 hint=(
                     "Write `torch.where(condition, a, b)` for a choice between values, or "
-                    "`patchwire.cond(condition, f, g)` for one between computations; for anything else, "
-                    "`.save()` the value and go on after the block."
+                    "`patchwire.cond(condition, f, g)` for one between computations; `trace.log(value)` to print it; "
+                    "for anything else, `.save()` the value and go on after the block."
                 ),
                 lines=here(),
             )

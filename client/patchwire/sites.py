@@ -45,6 +45,10 @@ CALL = ("args", "kwargs")
 MIXERS = ("attn", "ssm")
 """What the mixer of a layer is called where it is clear which kind it is."""
 _IN_MIXER = re.compile(r"(layers\.\d+)\.mixer\.(.+)")
+_READ = (OUTPUT, INPUT)
+"""What is read at every module that a forward pass calls."""
+_A_SLIP = 0.7
+"""How much a name is like the one that was meant, if only a letter or two are wrong."""
 _SIDES = {INPUT: model_pb2.SIDE_INPUT, OUTPUT: model_pb2.SIDE_OUTPUT}
 _REMEMBERED = 1 << 16
 _LONGEST_NAME = 200
@@ -53,6 +57,8 @@ _LAYER_HINTS = {
     "attn": _EITHER_MIXER,
     "ssm": _EITHER_MIXER,
     "mlp": "`{layer}` has no MLP of its own.",
+    "resid_post": "The residual stream after a layer is `{layer}.output`.",
+    "resid_pre": "The residual stream before a layer is `{layer}.input`.",
 }
 _SIDE_NAMES = {wire: name for name, wire in _SIDES.items()}
 
@@ -630,7 +636,10 @@ class Catalogue:
         """
         path = self.raw(name)
         if path is None:
-            raise SiteError(f"`{spell(name)}` is not a module of {self.model}.", hint=self.suggestion(name))
+            items = self.prefixes.get(name, [])
+            is_list = bool(items) and all(each.isdigit() for each in items)
+            hint = f"It is a list: `{spell(name)}[0]` is its first." if is_list else self.suggestion(name)
+            raise SiteError(f"`{spell(name)}` is not a module of {self.model}.", hint=hint)
         return self.modules[path]
 
     @cached_property
@@ -851,6 +860,7 @@ class Catalogue:
         raw = self.raw(head) if head else ""
         below = [*self.prefixes.get(head, []), *(self.children.get(raw, []) if raw is not None else [])]
         below += [each.name for each in self.modules[raw].parameters] if raw is not None else []
+        below += nearest(tail, _READ, likeness=_A_SLIP) if raw is not None and self.modules[raw].leaves else []
         below = list(dict.fromkeys(below))
         dot = f"{head}." if head else ""
         if tail.isdigit() and below and all(each.isdigit() for each in below):

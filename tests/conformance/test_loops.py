@@ -548,6 +548,13 @@ class TestIsRefused:
                 x += 1
             (x + 1).save()  # this line
 
+    def test_a_save_after_the_loop(self, model):
+        with refused(patchwire.GraphError, "body of a loop", hint="result"), model.session() as session:
+            with session.repeat(2) as loop:
+                x = loop.carry(torch.zeros(3))
+                x += 1
+            x.save()  # this line
+
     def test_a_value_of_the_body_next_to_another_after_the_loop(self, model):
         with refused(patchwire.GraphError, "body of a loop", hint="result"), model.session() as session:
             with session.repeat(2) as loop:

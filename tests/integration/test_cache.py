@@ -120,6 +120,15 @@ class TestACache:
         assert torch.stack(list(cache.values())).shape == (3, 1, 5, 24)
         assert {name: value.shape for name, value in cache.items()}["layers.0.output"] == (1, 5, 24)
 
+    def test_is_printed_with_shapes_and_without_numbers(self, model):
+        with model.trace(IDS) as trace:
+            cache = trace.cache([model.embed, "lm_head"])
+
+        assert repr(cache).splitlines() == [
+            "embed.output: [1, 5, 24] float32",
+            f"lm_head.output: [1, 5, {tiny.VOCABULARY}] float32",
+        ]
+
     def test_of_a_scan_knows_shapes(self, model):
         with model.scan(IDS) as scan:
             cache = scan.cache("lm_head")

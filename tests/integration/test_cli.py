@@ -64,6 +64,14 @@ def run_without(missing: str, *arguments: str) -> subprocess.CompletedProcess[st
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=SECONDS)
 
 
+def test_is_a_module_too():
+    command = [sys.executable, "-m", "patchwire", "--help"]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+
+    assert told.returncode == 0
+    assert "Causal experiments" in told.stdout
+
+
 def assert_one_message(result: subprocess.CompletedProcess[str], words: str) -> None:
     assert result.returncode == 1
     assert words in result.stderr

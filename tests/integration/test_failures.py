@@ -42,6 +42,16 @@ def small(model: str) -> service_pb2.RunRequest:
     return service_pb2.RunRequest(graph=messages.graph(model, messages.read("logits"), messages.save(0)))
 
 
+class TestAConnectionThatWasClosed:
+    def test_says_so_instead_of_what_was_asked_for(self, server):
+        client = patchwire.connect(server.address, progress=False)
+        model = client.model("gpt2")
+        client.close()
+        for ask in (lambda: values(model, [1, 2]), client.models, client.jobs):
+            with refused(patchwire.ConnectionFailedError, "closed by this program", hint="connect", line=False):
+                ask()
+
+
 class TestCancelling:
     def test_stops_a_pass_that_runs(self, stub):
         # Thousands of steps, many minutes of work: who comes next is served only if the rest of it is not done.

@@ -13,6 +13,7 @@ it known which function that is.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import threading
 import time
@@ -21,6 +22,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any, TypeVar
 
 from nnsight import NNsight
+from nnsight.intervention.backward import BackwardTracer
 from nnsight.intervention.interleaver import EarlyStopException, Event, Interleaver, Mediator, Pending
 from nnsight.intervention.source import STATE, Compiled, SourceNotAvailable, install_source, instrument, make_op
 from torch import nn
@@ -46,6 +48,21 @@ def base(module: str, operations: tuple[str, ...] = ()) -> str:
 def provider(location: Location) -> str:
     """nnsight's name of a location, the same for all its occurrences."""
     return f"{base(location.module, location.operations)}.{location.side}"
+
+
+def _backward_block(
+    tracer: BackwardTracer, source: str, line: int, find: Callable[..., Any] = BackwardTracer.parse
+) -> ast.With | ast.AsyncWith | None:
+    """The `with` at a line, if it is one over a call of `backward`; None for any other."""
+    node: ast.With | ast.AsyncWith | None = find(tracer, source, line)
+    over = [each for item in node.items for each in ast.walk(item.context_expr)] if node else []
+    return node if any(isinstance(each, ast.Attribute) and each.attr == "backward" for each in over) else None
+
+
+# nnsight's import changes `Tensor.backward` for the whole program, and an embedded server runs in one that is not ours.
+# There `with hooked(model): loss.backward()`, on one line, would be taken for nnsight's own `with loss.backward():`,
+# and be left out without a word. That is the statement which nnsight is to look for, and no other.
+BackwardTracer.parse = _backward_block
 
 
 class SiteMediator(Mediator):  # type: ignore[misc]
