@@ -278,10 +278,13 @@ class Connection:
             yield
             return
 
+        over = threading.Event()
+
         def interrupt() -> None:
-            # If the server is gone, the request itself says so.
+            # If the server is gone, the request itself says so; if it does not know the request yet, it soon will.
             with contextlib.suppress(PatchwireError):
-                self.interrupt(request)
+                while not self.interrupt(request) and not over.wait(0.05):
+                    pass
 
         def first(*_: object) -> None:
             signal.signal(signal.SIGINT, before)
@@ -292,6 +295,7 @@ class Connection:
         try:
             yield
         finally:
+            over.set()
             signal.signal(signal.SIGINT, before)
 
     def submit(
