@@ -360,9 +360,12 @@ class Trace(Block):
         if any(invoke.batches for invoke in self._trace.invokes):
             hint = "Write `trace.token_ids()` for a value, that of each iteration."
             raise GraphError("In a loop over batches, the tokens change.", hint=hint, lines=here())
-        twins = self._recorder.twins
-        invokes = [each for index, each in enumerate(self._trace.invokes) if (self._index, index) not in twins]
-        return [list(row) for invoke in invokes for row in invoke.rows]
+        return [
+            list(row)
+            for index, invoke in enumerate(self._trace.invokes)
+            if (self._index, index) not in self._recorder.twins
+            for row in invoke.rows
+        ]
 
     def _end(self, error: BaseException | None) -> g.Graph | None:
         assert self._token is not None
