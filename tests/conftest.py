@@ -29,8 +29,9 @@ NOT_HERE = {
     "The device has no memory for … rows of … tokens.": "only an accelerator says that its memory is used up",
     "The device has no memory for this operation.": "the same",
     "The device has no memory for this gradient.": "the same",
+    "A saved or logged value never came into being.": "only a defect of ours would leave one out",
 }
-"""Errors that a machine without an accelerator cannot raise, and why."""
+"""Errors that no request to a sound server on a machine without an accelerator can raise, and why."""
 
 
 class EveryError:

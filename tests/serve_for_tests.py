@@ -1,20 +1,17 @@
-"""The program that `serving.Server` starts: serve the models that standard input names, until it is closed.
-
-The first line of standard input is JSON:
-`{"models": {name: {"path": …, "dtype": …}}, "token": …, "limits": {…}, "jobs": directory or ""}`.
-"LISTENING host:port" is printed when requests can come.
-"""
+"""What runs in the processes of `serving.Server`: serve the models that it names, until it goes away."""
 
 from __future__ import annotations
 
 import asyncio
-import json
+import contextlib
 import logging
 import os
 import signal
-import sys
 import threading
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,11 +22,17 @@ from patchwire_worker.models.loading import load
 from patchwire_worker.server import Server, serve
 
 
-def main() -> None:
-    """Load, listen, serve."""
+def main(told: Mapping[str, Any], pipe: Connection) -> None:
+    """Load, listen, serve.
+
+    Args:
+        told: `{"models": {name: {"path": …, "dtype": …, "attention": …}}, "token": …, "limits": {…}, "jobs": directory
+            or ""}`.
+        pipe: Is told the address when requests can come. When its other end is closed, nobody is left who could use
+            the server, and it ends.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    told = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_standard_input, daemon=True).start()
+    threading.Thread(target=_end_with, args=(pipe,), daemon=True).start()
     torch.set_num_threads(1)
     models = {
         name: HostedModel(load(spec["path"], name=name, device="cpu", dtype=spec["dtype"], attention=spec["attention"]))
@@ -37,18 +40,14 @@ def main() -> None:
     }
     jobs = Path(told["jobs"]) if told["jobs"] else None
     config = ServerConfig(token=told["token"], limits=Limits(**told["limits"]), jobs=jobs)
-    asyncio.run(serve(models, config, _say))
+
+    def say(server: Server) -> None:
+        pipe.send(server.address)
+
+    asyncio.run(serve(models, config, say))
 
 
-def _say(server: Server) -> None:
-    print(f"LISTENING {server.address}", flush=True)
-
-
-def _end_with_standard_input() -> None:
-    """Nobody is left who could use the server."""
-    sys.stdin.read()
+def _end_with(pipe: Connection) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        pipe.recv()
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-if __name__ == "__main__":
-    main()

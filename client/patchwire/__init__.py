@@ -44,8 +44,9 @@ from patchwire.errors import (
 from patchwire.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from patchwire import activations, optim, random
+    from patchwire import activations, methods, optim, random
     from patchwire.client import Client, connect, local
+    from patchwire.comparing import Comparison, compare
     from patchwire.conditions import cond
     from patchwire.connection import TLS
     from patchwire.jobs import Job, JobStatus
@@ -57,11 +58,13 @@ if TYPE_CHECKING:
     from patchwire.scanning import Scan
     from patchwire.session import Session
     from patchwire.tracing import Generation, Trace
+    from patchwire.verifying import Verification, verify
 
 _HOMES = {
     "TLS": "connection",
     "Batches": "loops",
     "Client": "client",
+    "Comparison": "comparing",
     "Generation": "tracing",
     "Job": "jobs",
     "JobStatus": "jobs",
@@ -75,15 +78,19 @@ _HOMES = {
     "Structure": "proxy",
     "Trace": "tracing",
     "Value": "proxy",
+    "compare": "comparing",
     "cond": "conditions",
     "connect": "client",
     "grad": "proxy",
+    "knockout": "flow",
     "local": "client",
+    "verify": "verifying",
+    "Verification": "verifying",
 }
 """Where the names live that need torch, which takes seconds to import: they are looked up when they are first used."""
 
 
-_ROOMS = ("activations", "optim", "random")
+_ROOMS = ("activations", "methods", "optim", "random")
 """Modules that are looked up in the same way: `patchwire.random.normal(…)` needs no import of its own."""
 
 
@@ -121,6 +128,7 @@ __all__ = [
     "BusyError",
     "CancelledError",
     "Client",
+    "Comparison",
     "ConnectionFailedError",
     "ConnectionLostError",
     "ExecutionError",
@@ -151,14 +159,19 @@ __all__ = [
     "TimeoutError",
     "Trace",
     "Value",
+    "Verification",
     "VersionError",
     "__version__",
     "activations",
+    "compare",
     "cond",
     "connect",
     "grad",
+    "knockout",
     "local",
+    "methods",
     "optim",
     "random",
     "save",
+    "verify",
 ]

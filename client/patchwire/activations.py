@@ -42,7 +42,7 @@ from patchwire.proxy import Value
 from patchwire.results import Progress, Results
 from patchwire.scanning import Scan
 from patchwire.session import current_session
-from patchwire.sites import Axis
+from patchwire.sites import Address, Axis
 from patchwire.tracing import Trace
 
 if TYPE_CHECKING:
@@ -85,6 +85,12 @@ def stream(
         raise GraphError("Activations are streamed by requests of their own.", hint="Do it outside.", lines=here())
     if isinstance(dataset, str):
         raise InputError("A text is not a data set.", hint="Give a list of texts: `[text]`.", lines=here())
+    if isinstance(dataset, Mapping):  # a tokenizer's batch would go through its names
+        raise InputError(
+            f"A {type(dataset).__name__} is not a data set.",
+            hint="Give a list of texts, or of lists of token ids without padding.",
+            lines=here(),
+        )
     if batch_size < 1 or start < 0:
         raise InputError(
             f"There are no batches of {batch_size} prompts from prompt {start} on.",
@@ -117,14 +123,13 @@ def _reader(model: Model, sites: Sequence[str] | Read, dtype: torch.dtype | None
         ask: Read = sites
     else:
         try:
-            addresses = selecting.of_addresses(model.catalogue, [sites] if isinstance(sites, str) else sites)
+            selected = selecting.of_addresses(model.catalogue, [sites] if isinstance(sites, str) else sites)
         except SiteError as error:
             raise SiteError(error.message, hint=error.hint, lines=here()) from None
-        leaves = {name: model.catalogue.leaf(address) for name, address in addresses.items()}
-        has_rows = {name: leaf.shape[:1] != () and leaf.shape[0].axis is Axis.BATCH for name, leaf in leaves.items()}
+        has_rows = {name: _has_rows(model, each) for name, each in selected.items()}
 
         def ask(model: Model) -> Mapping[str, Value]:
-            values = {name: model._read(address) for name, address in addresses.items()}
+            values = {name: model._selected(each) for name, each in selected.items()}
             return {name: value[0] if has_rows[name] else value for name, value in values.items()}  # type: ignore[index]
 
     def read(model: Model) -> dict[str, Value]:
@@ -142,6 +147,13 @@ def _reader(model: Model, sites: Sequence[str] | Read, dtype: torch.dtype | None
         return {str(name): value.save(dtype=dtype) for name, value in values.items()}
 
     return read
+
+
+def _has_rows(model: Model, selected: selecting.Selected) -> bool:
+    if isinstance(selected, Address):
+        shape = model.catalogue.leaf(selected).shape
+        return bool(shape) and shape[0].axis is Axis.BATCH
+    return selected.dims.startswith("batch ")
 
 
 def _prompts(model: Model, items: Iterator[Any], size: int, start: int) -> Iterator[Ids]:

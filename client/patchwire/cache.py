@@ -9,14 +9,13 @@ What a cache holds is what the site holds when the block ends: edits are in it, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
+from patchwire.checking import describe
 from patchwire.errors import BranchError, SiteError, here, nearest
-from patchwire.graph import Site
 from patchwire.proxy import Value
-from patchwire.recording import Recorder
 
 
 class Cache(Mapping[str, Value]):
@@ -25,18 +24,17 @@ class Cache(Mapping[str, Value]):
     The addresses are known at once, in the order of the selection.
     """
 
-    def __init__(self, recorder: Recorder, sites: Mapping[str, Site], dtype: torch.dtype | None) -> None:
-        self._recorder = recorder
+    def __init__(self, sites: Mapping[str, Callable[[], Value]], dtype: torch.dtype | None) -> None:
         self._sites = sites
         self._dtype = dtype
         self._values: dict[str, Value] = {}
-        for site in sites.values():
-            recorder.read(site)  # so that what is wrong with it is found at this line
+        for read in sites.values():
+            read()  # so that what is wrong with it is found at this line
 
     def close(self) -> None:
         """Save what the sites hold now: the block has ended."""
-        for name, site in self._sites.items():
-            self._values[name] = self._recorder.read(site).save(dtype=self._dtype)
+        for name, read in self._sites.items():
+            self._values[name] = read().save(dtype=self._dtype)
 
     def __getitem__(self, address: str) -> Value:
         if address not in self._sites:
@@ -64,8 +62,13 @@ class Cache(Mapping[str, Value]):
         return len(self._sites)
 
     def __repr__(self) -> str:
-        looks = (repr(self._values[each]) if each in self._values else "…" for each in self._sites)
+        looks = (_look(self._values[each]) if each in self._values else "…" for each in self._sites)
         return "\n".join(f"{name}: {look}" for name, look in zip(self._sites, looks, strict=True))
+
+
+def _look(value: Value) -> str:
+    """Shape and dtype, for the numbers of all sites would fill the screen; what is not here says why."""
+    return describe(value.value) if value.ready and isinstance(value.value, torch.Tensor) else repr(value)
 
 
 class _NotCached(SiteError, KeyError):

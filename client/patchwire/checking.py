@@ -11,6 +11,7 @@ pass its value exists: the latest site it depends on.
 from __future__ import annotations
 
 import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -48,6 +49,11 @@ _MAX_ALL_PIECES = 1 << 18
 _MAX_JOINED = 64
 _MAX_POWER = 1024
 _MAX_WORK = 8192**3
+_PRODUCTS = {"mm": (0, -1), "bmm": (0, -1), "addmm": (1, -1), "baddbmm": (1, -1), "addbmm": (1, -1)}
+"""Products of matrices, as PyTorch's dispatcher calls them: where the first matrix is, and which dimension of the
+second is not summed over."""
+_PRODUCTS |= {"_cdist_forward": (0, -2), "_euclidean_dist": (0, -2)}
+_MAX_PRODUCTS = 1 << 43
 _FEW = 1024
 _DRAWN_ITEMSIZE = 8
 _CUBIC = """
@@ -55,6 +61,8 @@ _CUBIC = """
     slogdet solve svd svdvals
 """
 """Operations on matrices whose time grows with the third power of their size."""
+_OF_ONE_DTYPE = frozenset(["matmul", "mm", "mv", "addmm", "addmv", "addbmm", "linear", "cdist", "cross"])
+"""Operations that convert nothing, and whose tensors may differ in dtype as long as they have no memory."""
 
 
 @dataclass(frozen=True)
@@ -83,21 +91,32 @@ def describe(fake: Any) -> str:
     return "a value of unknown shape"
 
 
+class TookLongError(Exception):
+    """A graph could not be checked in the time that there was for it."""
+
+
 class Checker:
     """Checks the nodes of one graph, in order."""
 
     def __init__(
-        self, graph: g.Graph, catalogue: Callable[[str], Catalogue], *, value_bytes: int | None = None
+        self,
+        graph: g.Graph,
+        catalogue: Callable[[str], Catalogue],
+        *,
+        value_bytes: int | None = None,
+        until: float = math.inf,
     ) -> None:
         """
         Args:
             graph: The graph; its constants are tensors by now.
             catalogue: The catalogue of a model, by the model's name.
             value_bytes: How large the value of one node may be.
+            until: When to give up with `TookLongError`, as `time.monotonic` tells it.
         """
         self.graph = graph
         self.catalogue = catalogue
         self.value_bytes = value_bytes
+        self.until = until
         self._pieces = 0
         self._rules = {
             g.read: self._read,
@@ -145,7 +164,7 @@ class Checker:
     def leaf(self, site: g.Site) -> Leaf:
         """The catalogue's entry of a site."""
         trace = self.graph.traces[site.trace]
-        return self.catalogue(trace.model).leaf(site.address).at_step(site.step)
+        return self.catalogue(trace.model).leaf(site.address, site.step)
 
     def order(self, site: g.Site) -> tuple[Any, ...]:
         """When a site's value exists, to be compared with `After.order`."""
@@ -155,7 +174,10 @@ class Checker:
         """What the value of a site looks like."""
         lengths = self.graph.traces[site.trace].invokes[site.invoke].lengths
         leaf = self.leaf(site)
-        times = leaf.runs.length(len(lengths), max(lengths))
+        longest = max(lengths)
+        if site.step:
+            longest = longest + site.step - 1 if leaf.in_steps else 1
+        times = leaf.runs.length(len(lengths), longest)
         if times is not None and leaf.occurrence >= times:
             raise SiteError(
                 f"`{site}` never exists: with this prompt the operation runs {times} times.",
@@ -166,7 +188,7 @@ class Checker:
                 f"`{site}` {leaf.symbolic} cannot be told apart for prompts of different lengths.",
                 hint="Give it prompts of one length, or one trace for each prompt.",
             )
-        return leaf.fake(len(lengths), 1 if site.step else max(lengths))
+        return leaf.fake(len(lengths), longest)
 
     # --- one rule for each kind of node -----------------------------------------------------------------------------
 
@@ -252,7 +274,7 @@ class Checker:
 
         try:
             return g.edit(base, views, change, step)
-        except PatchwireError:
+        except (PatchwireError, TookLongError):
             raise
         except NotImplementedError:
             return None
@@ -285,7 +307,10 @@ class Checker:
         Raises:
             NotImplementedError: that depends on data.
         """
+        if time.monotonic() > self.until:
+            raise TookLongError
         _check_arguments(name, args, kwargs)
+        _check_dtypes(name, args, kwargs)
         _check_pieces(name, args, kwargs)
         _check_work(name, args, kwargs)
         try:
@@ -383,7 +408,7 @@ class Checker:
             raise OrderError(
                 f"The value that is differentiated does not depend on `{mine.site}`, which comes later.",
                 hint="Take the gradient with respect to a value before it.",
-                lines=[line for line in (its and its.line, mine.line) if line is not None],
+                lines=[with_code(line) for line in (its and its.line, mine.line) if line is not None],
             )
 
         first, last = (0 if each is None else int(each.order[0]) for each in (mine, its))
@@ -413,7 +438,10 @@ class Checker:
         assert isinstance(trace, int)
         before: After | None = node.meta["after"]
         if before is not None and before.order[0] >= trace:
-            raise OrderError(f"A loop needs a value of `{before.site}`, which comes later.")
+            raise OrderError(
+                f"A loop needs a value of `{before.site}`, which comes later.",
+                hint="Write the trace that the value is of before the loop.",
+            )
         node.meta["after"] = After((trace, math.inf), "the loop", g.line_of(node))
         loop = self.graph.traces[trace].loop
         assert loop is not None
@@ -428,7 +456,7 @@ class Checker:
         index, value = node.args
         before, after = self.graph.outside[index], fake_of(value)  # type: ignore[index, arg-type]
         if isinstance(after, tuple):
-            raise ShapeError("A tuple cannot be carried as one value.")
+            raise ShapeError("A tuple cannot be carried as one value.", hint="Carry each of its items: `value[0]`.")
         if before is not None and after is not None and (before.shape, before.dtype) != (after.shape, after.dtype):
             raise ShapeError(
                 f"The value that is carried is {describe(before)} and cannot become {describe(after)}.",
@@ -493,7 +521,7 @@ class Checker:
 
 
 class _Sizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Checks the size of every tensor that an operation makes on the way to its result.
+    """Checks the size of every tensor that an operation makes on the way to its result, and the work of its products.
 
     Many operations are made of others, and these are seen as PyTorch's dispatcher sees them: the products of an
     `einsum`, the copies that a `matmul` of broadcast batches makes. Views are not counted, for they take no memory.
@@ -508,6 +536,7 @@ class _Sizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         given = _tensors((args, kwargs))
+        _check_products(self.name, func._schema.name.removeprefix("aten::"), given)
         for tensor in _tensors(result):
             if not any(g.same_storage(tensor, each) for each in given):
                 self.check(self.name, tensor.numel() * tensor.itemsize)
@@ -661,6 +690,17 @@ def _check_arguments(name: str, args: Any, kwargs: Any) -> None:
         )
 
 
+def _check_dtypes(name: str, args: Any, kwargs: Any) -> None:
+    """Refuse tensors of several dtypes where PyTorch finds them only once they have numbers."""
+    short = name.rpartition(".")[2]
+    given = _tensors((args, kwargs)) if short in _OF_ONE_DTYPE else []
+    if len({each.dtype for each in given}) > 1:
+        raise ShapeError(
+            f"`{short}` takes values of one dtype, not {', '.join(describe(each) for each in given)}.",
+            hint=f"Convert the others: `.to({given[0].dtype})`.",
+        )
+
+
 def _given(args: Any, kwargs: Any, position: int, *names: str) -> Any:
     """An argument, given by position or by one of its names."""
     if len(args) > position:
@@ -723,6 +763,19 @@ def _check_work(name: str, args: Any, kwargs: Any) -> None:
                 f"`{short}` of {describe(tensor)} takes too long; one matrix of 8192 by 8192 is the most.",
                 hint="Give it smaller matrices, or fewer at once.",
             )
+
+
+def _check_products(name: str, kind: str, tensors: list[Tensor]) -> None:
+    """Refuse products of matrices that fit, and whose time does not: nothing ends an operation before it is done."""
+    if kind not in _PRODUCTS:
+        return
+    first, dim = _PRODUCTS[kind]
+    one, other = tensors[first : first + 2]
+    if one.numel() * other.shape[dim] > _MAX_PRODUCTS:
+        raise LimitError(
+            f"`{name.rsplit('.', 1)[-1]}` of {describe(one)} and {describe(other)} takes too long.",
+            hint="Give it smaller matrices, or fewer at once.",
+        )
 
 
 def _broadcast(tensors: list[Tensor]) -> int:

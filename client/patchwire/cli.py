@@ -1,4 +1,4 @@
-"""The command line: `patchwire serve`, `models`, `jobs`, `lens`, `zoo`, `demo`, `doctor`.
+"""The command line: `patchwire serve`, `models`, `jobs`, `lens`, `sites`, `verify`, `compare`, `zoo`, `demo`, `doctor`.
 
 Every command works on what the library offers to any program. What takes long to import is imported by the command
 that needs it.
@@ -14,7 +14,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -52,6 +52,16 @@ TlsCa = Annotated[
     Path | None, typer.Option(help="Encrypt the connection; trusts the certificates in this file.", show_default=False)
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, auto (a GPU if there is one) or balanced (all GPUs).")]
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A hub id, a directory, a .gguf file or zoo:NAME; with --server, the name of one of its models.",
+    ),
+]
+ServerAddress = Annotated[
+    str | None, typer.Option("--server", metavar="ADDRESS", help="Use this server.", show_default=False)
+]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, float64, or auto (as the checkpoint has it).")]
 
 
@@ -368,15 +378,9 @@ def jobs(
     "patchwire lens ./checkpoint-without-tokenizer '5 17 4' --ids"
 )
 def lens(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A hub id, a directory, a .gguf file or zoo:NAME; with --server, the name of one of its models.",
-        ),
-    ],
+    model: ModelName,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt.")],
-    server: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Use this server.", show_default=False)] = None,
+    server: ServerAddress = None,
     token: Token = None,
     tls: Tls = False,
     tls_ca: TlsCa = None,
@@ -430,6 +434,142 @@ def _model(
         return patchwire.local(name, device=device, dtype=dtype)
 
 
+# --- sites and verify -------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "patchwire verify gpt2\n\n"
+    "patchwire verify ./my-checkpoint --dtype bfloat16 --prompt 'The Eiffel Tower is in the city of'\n\n"
+    "patchwire verify gpt2 --server gpu-box:50051"
+)
+def verify(
+    model: ModelName,
+    server: ServerAddress = None,
+    token: Token = None,
+    tls: Tls = False,
+    tls_ca: TlsCa = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="What to check it with; random token ids if not given.", show_default=False)
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """Check on a model itself that its canonical values are what their names say.
+
+    Every equation between them, with the largest error of all layers; writes that must and must not change the logits;
+    batches. The exit code is 1 if something does not hold.
+    """
+    found = patchwire.verify(_model(model, server, token, _tls(tls, tls_ca), device, dtype), prompt)
+    _show(*found.table())
+    out.print(Text(f"\n{found.summary}", style="green" if found.passed else "bold red"), soft_wrap=True)
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\npatchwire sites gpt2\n\npatchwire sites gpt2 --server gpu-box:50051 --no-verify"
+)
+def sites(
+    model: ModelName,
+    server: ServerAddress = None,
+    token: Token = None,
+    tls: Tls = False,
+    tls_ca: TlsCa = None,
+    checked: Annotated[bool, typer.Option("--verify/--no-verify", help="Check them all first.")] = True,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """List the canonical names of a model: shapes, where each is in it, whether it can be written, how it was verified.
+
+    Alike layers share a line. What the architecture has and this model lacks is told with the reason.
+    """
+    from patchwire.listing import listing
+
+    proxy = _model(model, server, token, _tls(tls, tls_ca), device, dtype)
+    verification = patchwire.verify(proxy) if checked else None
+    found = listing(proxy.catalogue, verification)
+    _show(*found.table())
+    for each in found.notes():
+        out.print(Text(each, style="yellow"), soft_wrap=True)
+    if verification is not None:
+        out.print(Text(f"\n{verification.summary}", "green" if verification.passed else "bold red"), soft_wrap=True)
+
+
+# --- compare ----------------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "patchwire compare gpt2 state-spaces/mamba-130m-hf --clean 'The Eiffel Tower is in the city of' "
+    "--corrupt 'The Colosseum is in the city of' --answer ' Paris' --save compare.png\n\n"
+    "patchwire compare gpt2 pythia --clean 'The Eiffel Tower' --server gpu-box:50051  [dim]# two logit lenses[/]"
+)
+def compare(
+    first: Annotated[str, typer.Argument(metavar="MODEL_A", help="A model, as for the other commands.")],
+    second: Annotated[str, typer.Argument(metavar="MODEL_B", help="Another; from the same server with --server.")],
+    clean: Annotated[str, typer.Option(help="The prompt.")],
+    corrupt: Annotated[
+        str | None,
+        typer.Option(help="A prompt of as many tokens, into which states of the clean one go.", show_default=False),
+    ] = None,
+    answer: Annotated[
+        str | None,
+        typer.Option(
+            help="How the clean prompt goes on, or with --ids a token id; what each model says, if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Prompts are token ids, separated by spaces.")] = False,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Save the figure (png, pdf, svg).", show_default=False)
+    ] = None,
+    server: ServerAddress = None,
+    token: Token = None,
+    tls: Tls = False,
+    tls_ca: TlsCa = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """Run one experiment on two models, side by side: layers by relative depth, tokens by the text that they stand for.
+
+    With --corrupt, residual patching: the probability of the answer when one state of the clean run, after one layer at
+    one token, is copied into the corrupt run. Without it, the logit lens: the probability of the likeliest next token.
+    """
+    from patchwire import plots
+    from patchwire.methods import logit_lens, residual_patching
+
+    if save is not None:
+        plots.require()
+    if corrupt is None and answer is not None:
+        raise InputError("An answer belongs to a corrupt prompt.", hint="Give --corrupt too.")
+    title = "Logit lens: the likeliest next token" if corrupt is None else "Residual stream patched"
+    prompt: str | list[int] = _ids(clean) if ids else clean
+    other = _ids(corrupt) if ids and corrupt is not None else corrupt
+    wanted = _ids(answer)[0] if ids and answer is not None else answer
+
+    def experiment(model: patchwire.Model) -> object:
+        if other is None:
+            return logit_lens(model, prompt, top=1)
+        return residual_patching(model, prompt, other, wanted)
+
+    one, two = (_model(each, server, token, _tls(tls, tls_ca), device, dtype) for each in (first, second))
+    found = patchwire.compare(one, two, experiment)
+    out.print(Text(title, style="bold"))
+    _show(*found.table())
+    if save is not None:
+        out.print(Text(f"\nSaved {plots.save(found.plot(title=title), save)}"), soft_wrap=True)
+
+
+def _show(head: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for index, each in enumerate(head):
+        table.add_column(each, overflow="fold", style="bold" if index == 0 else None)
+    for line in lines:
+        table.add_row(*map(Text, line))
+    out.print(table)
+
+
 # --- zoo --------------------------------------------------------------------------------------------------------------
 
 
@@ -447,13 +587,14 @@ def zoo_(
     if name is not None:
         out.print(Text(zoo.card(name.removeprefix(zoo.PREFIX))), soft_wrap=True)
         return
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("model", style="bold", no_wrap=True)
-    table.add_column("about", overflow="fold")
-    for entry in zoo.ENTRIES:
-        for each in entry.names:
-            table.add_row(f"{zoo.PREFIX}{each}", entry.about if each == entry.name else "")
-    out.print(table)
+    _show(
+        ("model", "about"),
+        [
+            (f"{zoo.PREFIX}{each}", entry.about if each == entry.name else "")
+            for entry in zoo.ENTRIES
+            for each in entry.names
+        ],
+    )
 
 
 # --- demo and doctor --------------------------------------------------------------------------------------------------

@@ -67,10 +67,10 @@ def _chosen(recorder: Recorder, condition: Value, one: Any, other: Any, where: s
     """The results of one branch or the other; `where` says which part of them this is."""
     values = (Value, Tensor)
     if isinstance(one, values) and isinstance(other, values):
-        looks = [(tuple(each.shape), each.dtype) for each in (one, other)]
+        fakes = [each.fake if isinstance(each, Value) else each for each in (one, other)]
+        looks = [(tuple(each.shape), each.dtype) for each in fakes]
         if looks[0] != looks[1]:
-            true, false = (describe(each.fake if isinstance(each, Value) else each) for each in (one, other))
-            raise _different(where, true, false)
+            raise _different(where, *map(describe, fakes))
         return recorder.call(_WHERE, (condition, one, other), {})
     if isinstance(one, (tuple, list)) and isinstance(other, type(one)):
         if len(one) != len(other):

@@ -117,6 +117,7 @@ class Connection:
         self._lock = threading.Lock()
         weakref.finalize(self, self._channel.close)
         self._answers = False
+        self._closed = False
         try:
             self.server = self._handshake()
         except BaseException:
@@ -125,7 +126,15 @@ class Connection:
 
     def close(self) -> None:
         """End the connection."""
+        self._closed = True
         self._channel.close()
+
+    def _check_not_closed(self) -> None:
+        if self._closed:
+            raise ConnectionFailedError(
+                f"The connection to {self.address} was closed by this program.",
+                hint="Connect again: `patchwire.connect(…)`. Detached jobs go on; `client.job(id)` finds them.",
+            )
 
     @property
     def limits(self) -> service_pb2.Limits:
@@ -133,6 +142,7 @@ class Connection:
         return self.server.limits
 
     def _call(self, call: Callable[..., T], request: Any, timeout: float | None = None) -> T:
+        self._check_not_closed()
         try:
             response = call(request, metadata=self._metadata, timeout=timeout or self.timeout)
         except grpc.RpcError as error:
@@ -268,10 +278,13 @@ class Connection:
             yield
             return
 
+        over = threading.Event()
+
         def interrupt() -> None:
-            # If the server is gone, the request itself says so.
+            # If the server is gone, the request itself says so; if it does not know the request yet, it soon will.
             with contextlib.suppress(PatchwireError):
-                self.interrupt(request)
+                while not self.interrupt(request) and not over.wait(0.05):
+                    pass
 
         def first(*_: object) -> None:
             signal.signal(signal.SIGINT, before)
@@ -282,6 +295,7 @@ class Connection:
         try:
             yield
         finally:
+            over.set()
             signal.signal(signal.SIGINT, before)
 
     def submit(
@@ -413,6 +427,7 @@ class Connection:
         cancellation: Cancellation,
     ) -> Results:
         """What a stream brings."""
+        self._check_not_closed()
         assembly: tensors.Assembly | None = None
         current: _Key | None = None
         stats: Stats | None = None

@@ -25,8 +25,9 @@ from torch import Tensor
 
 import patchwire
 from patchwire import plots
-from patchwire.errors import InputError, ModelNotFoundError
+from patchwire.errors import ModelNotFoundError
 from patchwire.methods.lens import LogitLens, logit_lens
+from patchwire.methods.patching import residual_patching
 from patchwire.model import Model
 from patchwire.results import Stats
 
@@ -139,37 +140,27 @@ def experiment(
         f"“{corrupt}” runs; one state of “{clean}” is copied into it: after one layer, at one position. "
         f"Each cell is the probability of {name} then.",
     )
-    patched, unpatched, more = patch_residual_stream(model, clean, corrupt, answer)
-    cost = _sum(cost, more)
-    layers = [str(layer) for layer in range(model.num_layers)]
-    columns = _pairs(model.tokenizer.tokens(clean), model.tokenizer.tokens(corrupt))
-    console.print(plots.grid(patched, rows=layers, columns=columns, width=console.width))
-    console.print(Text(f"Without a patch: {_number(unpatched)}.", style="dim"))
+    patching = residual_patching(model, clean, corrupt, answer)
+    cost = _sum(cost, patching.stats)
+    console.print(patching.table(width=console.width))
+    console.print(Text(f"Without a patch: {_number(patching.unpatched)}.", style="dim"))
     figures = [
         plots.save(lens.plot(title=f"{model.name}: logit lens"), output / f"{_file(model)}-logit-lens.png"),
         plots.save(
-            plots.heatmap(
-                patched,
-                rows=layers,
-                columns=columns,
-                title=f"{model.name}: residual stream patched, one (layer, token) at a time",
-                unit=f"probability of “{name}”",
-                annotate="values",
-                column_axis="token (clean prompt / corrupt prompt)",
-            ),
+            patching.plot(title=f"{model.name}: residual stream patched, one (layer, token) at a time"),
             output / f"{_file(model)}-patching.png",
         ),
     ]
     console.print()
     console.print(
         Text(
-            f"{model.num_layers * (len(columns) + 1) + len(prompts) + 1} experiments in {cost.passes} forward passes "
-            f"({cost.rows} rows), {cost.seconds_running:.1f} s on the worker, "
+            f"{model.num_layers * (len(patching.tokens) + 1) + len(prompts) + 1} experiments in {cost.passes} "
+            f"forward passes ({cost.rows} rows), {cost.seconds_running:.1f} s on the worker, "
             f"{cost.result_bytes / 1024:.0f} KiB came back.",
             style="green",
         )
     )
-    return Findings(answers, probabilities, lens, ablated, patched, unpatched, figures, cost)
+    return Findings(answers, probabilities, lens, ablated, patching.probabilities, patching.unpatched, figures, cost)
 
 
 def likeliest(model: Model, prompts: Sequence[str], top: int = 3) -> tuple[Tensor, Tensor, Stats]:
@@ -202,37 +193,6 @@ def ablate_mixers(model: Model, prompt: str, answer: int) -> tuple[Tensor, list[
         costs.append(trace.stats)
     words = [model.tokenizer.decode(int(each)) for each in best]
     return torch.stack([each.value for each in probability]), words, _sum(*costs)
-
-
-def patch_residual_stream(model: Model, clean: str, corrupt: str, answer: int) -> tuple[Tensor, float, Stats]:
-    """Copy the clean run's residual stream into the corrupt run, one (layer, position) at a time.
-
-    Every cell is a row of its own, and so is the clean prompt: its states flow to the other rows inside the pass.
-
-    Returns:
-        The probability of the token `answer` in the corrupt run, `[layers, positions]` float32, the same without a
-        patch, and what it cost.
-
-    Raises:
-        InputError: the prompts do not have the same number of tokens.
-    """
-    length = len(model.tokenizer.encode(clean))
-    if length != len(model.tokenizer.encode(corrupt)):
-        raise InputError(f"“{clean}” and “{corrupt}” do not have the same number of tokens.")
-    cells = [(layer, position) for layer in range(model.num_layers) for position in range(length)]
-    probability, costs = [], []
-    for part in _parts(cells):
-        with model.trace() as trace:
-            with trace.invoke(corrupt):
-                unpatched = model.logits[0, -1].float().softmax(-1)[answer].save()
-            with trace.invoke(clean):
-                states = {layer: model.layers[layer].output for layer, _ in part}
-            for layer, position in part:
-                with trace.invoke(corrupt):
-                    model.layers[layer].output[:, position] = states[layer][:, position]
-                    probability.append(model.logits[0, -1].float().softmax(-1)[answer].save())
-        costs.append(trace.stats)
-    return torch.stack([each.value for each in probability]).reshape(-1, length), float(unpatched), _sum(*costs)
 
 
 def run(output: Path, console: Console, loading: Loading) -> None:
@@ -370,28 +330,12 @@ def _number(probability: float) -> str:
     return f"{probability:.2f}" if probability >= 0.005 else f"{probability:.1e}"
 
 
-def _pairs(clean: Sequence[str], corrupt: Sequence[str]) -> list[str]:
-    """A label for each position: its token, or both tokens on two lines where the prompts differ."""
-    return [
-        plots.visible(one) if one == other else f"{plots.visible(one)}\n{plots.visible(other)}"
-        for one, other in zip(clean, corrupt, strict=True)
-    ]
-
-
 def _parts(items: Sequence[Any]) -> list[Sequence[Any]]:
     return [items[start : start + _ROWS_PER_PASS] for start in range(0, len(items), _ROWS_PER_PASS)]
 
 
 def _sum(*costs: Stats | None) -> Stats:
-    known = [each for each in costs if each is not None]
-    return Stats(
-        passes=sum(each.passes for each in known),
-        rows=sum(each.rows for each in known),
-        modules_skipped=sum(each.modules_skipped for each in known),
-        seconds_queued=sum(each.seconds_queued for each in known),
-        seconds_running=sum(each.seconds_running for each in known),
-        result_bytes=sum(each.result_bytes for each in known),
-    )
+    return Stats.sum(each for each in costs if each is not None)
 
 
 def _file(model: Model) -> str:

@@ -242,8 +242,8 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
-    """The `count` names most like `name`, best first."""
+def nearest(name: str, names: Iterable[str], count: int = 3, *, likeness: float = 0.4) -> list[str]:
+    """The `count` names most like `name`, best first, of those that are at least so much like it (1 is the same)."""
     import difflib
 
-    return difflib.get_close_matches(name[:_LONGEST_NAME], list(names), n=count, cutoff=0.4)
+    return difflib.get_close_matches(name[:_LONGEST_NAME], list(names), n=count, cutoff=likeness)

@@ -682,7 +682,10 @@ class _Decoder:
                 return create(outside, (message.outside,))
             case "carry" if self.body:
                 if message.carry.outside in self.run:
-                    raise self.error(f"Input {message.carry.outside} is carried twice.")
+                    raise self.error(
+                        f"Input {message.carry.outside} is carried twice.",
+                        hint="Carry one value to each input; what it comes to may be put together in the body.",
+                    )
                 self.run.add(message.carry.outside)
                 return create(carry, (message.carry.outside, self.value(message.carry.value)))
             case "outside" | "carry" as kind:

@@ -7,7 +7,7 @@ loop's inputs; one that is carried is an input too, and the body says what it is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -107,15 +107,23 @@ class BodyRecorder(Recorder):
         function: Callable[..., Any] | None = None,
     ) -> Any:
         """Record an operation in the body."""
+        self._check_not_after_it()
+        if self.open:
+            args, kwargs = self._mine(args), {name: self._mine(each) for name, each in kwargs.items()}
+        return super().call(operation, args, kwargs, function)
+
+    def save(self, value: Value, dtype: torch.dtype | None) -> None:
+        """Ask for a value of every iteration."""
+        self._check_not_after_it()
+        super().save(value, dtype)
+
+    def _check_not_after_it(self) -> None:
         if not self.open and self.parent.open:
             raise GraphError(
                 "This value belongs to the body of a loop, which has ended.",
                 hint="Carry it: `x = loop.carry(start)`, `loop.update(x, value)`, and after the loop `loop.result(x)`.",
                 lines=here(),
             )
-        if self.open:
-            args, kwargs = self._mine(args), {name: self._mine(each) for name, each in kwargs.items()}
-        return super().call(operation, args, kwargs, function)
 
     def assign(self, site: g.Site, value: Any) -> None:
         """Make a value the value of a site, in every iteration."""
@@ -133,7 +141,7 @@ class BodyRecorder(Recorder):
         value.memory.constant = _FROM_OUTSIDE
         return value
 
-    def grad(self, loss: Value, weights: Any, values: Sequence[Value | Tensor]) -> list[Value]:
+    def grad(self, loss: Value, weights: Any, values: Sequence[Value | Kept | Tensor]) -> list[Value]:
         """The gradients of a value with respect to others, within one iteration."""
         return super().grad(self._mine(loss), self._mine(weights), [self._mine(each) for each in values])
 
@@ -148,11 +156,7 @@ class BodyRecorder(Recorder):
         """The lengths of a value's dimensions; those that differ between batches cannot be used as numbers."""
         if value.ready or len(self._other_fakes()) == 0:
             return value.fake.shape
-        shapes = [each.shape for each in self._all_fakes(value.node) if isinstance(each, Tensor)]
-        lengths = [each if len(set(each)) > 1 else each[0] for each in zip(*shapes, strict=True)]
-        if all(isinstance(each, int) for each in lengths):
-            return value.fake.shape
-        return tuple(Varying(each) if isinstance(each, tuple) else each for each in lengths)  # type: ignore[return-value]
+        return common_shape([value.fake, *self._all_fakes(value.node)], Varying)
 
     def _all_fakes(self, node: torch.fx.Node) -> list[Any]:
         """What a node's value looks like in those iterations that differ most."""
@@ -252,7 +256,10 @@ class Varying:
         return f"{min(self._lengths)}..{max(self._lengths)}"
 
     def _not_known(self, *_: Any) -> NoReturn:
-        raise GraphError(
+        raise self._error()
+
+    def _error(self) -> GraphError:
+        return GraphError(
             f"This length differs between the batches of the loop: it is {self!r}.",
             hint="Let the server count: `torch.ones_like(value[..., 0]).sum()`, or `trace.mask().sum()` for tokens.",
             lines=here(),
@@ -263,6 +270,15 @@ class Varying:
     __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = _not_known
     __neg__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _not_known
     __hash__ = None  # type: ignore[assignment]
+
+
+def common_shape(fakes: Sequence[Any], varying: Callable[[Sequence[int]], Varying]) -> torch.Size:
+    """The shape of a value that may look in several ways, with what is not a number for lengths that differ."""
+    shapes = [each.shape for each in fakes if isinstance(each, Tensor)]
+    lengths = [each if len(set(each)) > 1 else each[0] for each in zip(*shapes, strict=True)]
+    if all(isinstance(each, int) for each in lengths):
+        return shapes[0]
+    return tuple(varying(each) if isinstance(each, tuple) else each for each in lengths)  # type: ignore[return-value]
 
 
 class Loop:
@@ -293,7 +309,7 @@ class Loop:
         self.count = count
         self._recorder: BodyRecorder | None = None
         self._carried: dict[Value, tuple[int, SourceLine | None]] = {}
-        self._next: dict[Value, tuple[torch.fx.Node, SourceLine | None]] = {}
+        self._next: dict[Value, tuple[torch.fx.Node, SourceLine | None, int]] = {}
         self._index: Value | None = None
         self._results: dict[Value, Value] = {}
 
@@ -310,7 +326,8 @@ class Loop:
         if self._request.in_trace:
             raise GraphError("A loop cannot stand in a trace.", hint="Write the trace into it.", lines=here())
         if self._recorder is not None:
-            raise GraphError("This loop has been used already.", hint="Make another.", lines=here())
+            hint = "Make another: `with session.repeat(…) as loop:`."
+            raise GraphError("This loop has been used already.", hint=hint, lines=here())
         self._recorder = outer.inner = BodyRecorder(outer, self.count)
         return self
 
@@ -337,7 +354,7 @@ class Loop:
 
         Returns:
             What it is in an iteration. In the next it is what `update` or `step` says, or what in-place edits of it
-            lead to. Its shape and dtype stay.
+            lead to, if neither says anything. Its shape and dtype stay.
 
         Raises:
             GraphError: `start` is a value of the body.
@@ -360,6 +377,7 @@ class Loop:
         body = self._body("carry")
         node = self._outside(lambda outer: outer.argument(start))
         value = Value(body, body.take(node))
+        value.memory.taken.add(self)
         self._carried[value] = len(body.inputs) - 1, user_line()
         return value
 
@@ -408,7 +426,7 @@ class Loop:
                 hint="It has the same shape and dtype in every iteration: start it as what it becomes.",
                 lines=here(),
             )
-        self._next[carried] = node, user_line()
+        self._next[carried] = node, user_line(), carried.memory.version
 
     def _check_carried(self, value: Any) -> None:
         if not isinstance(value, Value) or value not in self._carried:
@@ -482,7 +500,14 @@ class Loop:
             hint = "Open the session with `model.session()`."
             raise GraphError("It is not clear for which model the loop runs.", hint=hint, lines=here())
         for carried, (index, line) in self._carried.items():
-            node, where = self._next.get(carried, (None, line))
+            node, where, version = self._next.get(carried, (None, line, 0))
+            if node is not None and carried.memory.version != version:
+                raise GraphError(
+                    "A carried value is edited in place after `update` or `step` has said what it becomes: "
+                    "the edit would be lost.",
+                    hint="Put both into one value: `new = …; new /= new.norm(); loop.update(x, new)`.",
+                    lines=_lines(carried.memory.edits[-1][1]),
+                )
             if node is None:
                 if not carried.memory.version:
                     raise GraphError(
@@ -537,8 +562,8 @@ class Batches(Loop):
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             hint = "Write for example `batch_size=16`."
             raise GraphError(f"A batch cannot have {batch_size!r} rows.", hint=hint, lines=here())
-        if isinstance(dataset, (str, dict)):
-            hint = "Give a list of texts, or of lists of token ids."
+        if isinstance(dataset, (str, Mapping)):  # a tokenizer's batch would go through its names
+            hint = "Give a list of texts, or of lists of token ids without padding."
             raise GraphError(f"A {type(dataset).__name__} is not a data set.", hint=hint, lines=here())
         rows = dataset if isinstance(dataset, Tensor) else list(dataset)
         if not len(rows):

@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from patchwire import display, sites
+from patchwire import canonical, display, sites
 from patchwire import graph as g
 from patchwire.connection import Connection
 from patchwire.errors import GraphError, InputError, SiteError, here
 from patchwire.inputs import ModelTokenizer, to_invoke
+from patchwire.listing import Listing, listing
 from patchwire.loops import BatchPrompt
 from patchwire.proxy import Value
 from patchwire.scanning import Scan
+from patchwire.selecting import Selected
 from patchwire.session import Session
 from patchwire.sided import NoSuchIndex, NoSuchName, Sided
 from patchwire.sites import OUTPUT, SOURCE, Address, Catalogue, Inside, Leaf, Parameter, spell
@@ -79,11 +81,12 @@ class Module(Sided):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        child = self._child(name)
-        named = self._catalogue.names.get(child or "")
+        named = self._catalogue.named(f"{self._name}.{name}" if self._name else name)
         if named is not None and named.value is not None:
-            assert child is not None
-            return self._read(Address(child))
+            return self._read(Address(named.name))
+        if named is not None and not named.is_module:
+            return canonical.read(self._model, named)
+        child = self._child(name)
         if child is not None:
             return self._model._at(child)
         return self._parameter(name)
@@ -106,9 +109,11 @@ class Module(Sided):
             object.__setattr__(self, name, value)
             return
         full = f"{self._name}.{name}" if self._name else name
-        named = self._catalogue.names.get(full)
+        named = self._catalogue.named(full)
         if named is not None and named.value is not None:
             self._write(Address(full), value)
+        elif named is not None and not named.is_module:
+            canonical.assign(self._model, named, value)
         elif isinstance(self._child(name) or self._parameter(name), (Value, Parameter)):
             scope = current(spell(full), self._model)
             scope.recorder.assign_parameter(scope.trace, full, value)
@@ -185,6 +190,17 @@ class Module(Sided):
         scope = current(f"{spell(self._name)}.skip(…)", self._model)
         scope.recorder.skip(scope.site(self._address(OUTPUT)), self.path, value, lambda: self._assign(OUTPUT, value))
 
+    def _side(self, side: str) -> Any:
+        named = self._catalogue.named(self._address(side).name)
+        return super()._side(side) if named is None or named.is_module else canonical.read(self._model, named)
+
+    def _assign(self, side: str, value: Any) -> None:
+        named = self._catalogue.named(self._address(side).name)
+        if named is None or named.is_module:
+            super()._assign(side, value)
+        else:
+            canonical.assign(self._model, named, value)
+
     def _leaves(self, side: str) -> tuple[Leaf, ...]:
         try:
             module = self._catalogue.module(self._name)
@@ -255,7 +271,9 @@ class Model(Module):
         put(self, "_name", "")
         put(self, "name", name)
         put(self, "connection", connection)
-        catalogue = Catalogue.from_proto(name, description.modules, description.names)
+        catalogue = Catalogue.from_proto(
+            name, description.modules, description.names, description.missing, description.found_by
+        )
         sources: dict[Inside, sites.Source] = {}
 
         def learn(inside: Inside) -> sites.Source:
@@ -283,6 +301,14 @@ class Model(Module):
     def num_layers(self) -> int:
         """How many layers `model.layers` has."""
         return self.catalogue.num_layers
+
+    @property
+    def sites(self) -> Listing:
+        """Its canonical names as a table: dimensions, where each is in this model, and what can be written.
+
+        `patchwire.verify(model)` checks them.
+        """
+        return listing(self.catalogue)
 
     def trace(self, given: Any = None, *, blocking: bool = True) -> Trace:
         """A block that records one call of the model.
@@ -472,6 +498,13 @@ class Model(Module):
         """
         self.catalogue.module(path)
         return self._at(path)
+
+    def _selected(self, selected: Selected) -> Value:
+        """The value of something that was selected."""
+        if isinstance(selected, Address):
+            return self._read(selected)
+        found: Value = canonical.read(self, selected)
+        return found
 
     def _at(self, name: str) -> Module:
         """The proxy of a module, by a name that exists."""

@@ -121,8 +121,8 @@ INSTEAD: Mapping[str, str] = {
         ("multinomial poisson exponential_ cauchy_ geometric_ log_normal_ rrelu rrelu_ gumbel_softmax", _OTHERS),
     )
     for name in names.split()
-}
-"""What to write instead of functions and methods of PyTorch that draw from its global generator."""
+} | {"data": "Edit the value itself: `value[:] = …`."}
+"""What to write instead of functions and methods of PyTorch, most of which draw from its global generator."""
 
 
 class Property:

@@ -70,4 +70,5 @@ class Adam:
         v = two * v + (1 - two) * gradient * gradient
         size = self.lr / (1 - one**t)
         root = v.sqrt() / (1 - two**t).sqrt() + self.eps
-        return parameter - size * m / root, [t, m, v]
+        # t has 64 bits, which would show in a parameter of one number.
+        return parameter - (size * m / root).to(parameter.dtype), [t, m, v]

@@ -187,24 +187,72 @@ def heatmap(
         ShapeError: labels or texts do not fit the values.
         PatchwireError: matplotlib is not installed.
     """
-    values = _checked(values, rows, columns, None if annotate == "values" else annotate)
-    texts = number_texts(values) if annotate == "values" else annotate
-    cell = 0.42 + 0.075 * max([4, *(cell_len(text) for row in texts or () for text in row)])
-    figure = _figure()(
-        figsize=(max(4.6, 2.2 + cell * len(columns)), max(2.8, 1.7 + 0.24 * len(rows))), layout="constrained"
+    return panels(
+        [(title, values)],
+        rows=rows,
+        columns=columns,
+        unit=unit,
+        annotate=annotate,
+        row_axis=row_axis,
+        column_axis=column_axis,
+        signed=signed,
+        full=full,
     )
-    axes = figure.add_subplot()
-    most = full if full is not None else float(values.nan_to_num().abs().max()) if values.numel() else 1.0
+
+
+def panels(
+    matrices: Sequence[tuple[str, Tensor]],
+    *,
+    rows: Labels,
+    columns: Labels,
+    title: str = "",
+    unit: str = "",
+    annotate: Texts | Literal["values"] | None = None,
+    row_axis: str = "layer",
+    column_axis: str = "token",
+    signed: bool = False,
+    full: float | None = None,
+) -> Figure:
+    """Several heatmaps of one shape as one figure, one above the other, with one colour scale.
+
+    Args:
+        matrices: A title and the values `[rows, columns]` of each; NaN stays white.
+        title: Written above all of them.
+        annotate: As for `heatmap`; texts are those of every matrix.
+
+    The others, and what it returns and raises, are as for `heatmap`.
+    """
+    checked = [_checked(each, rows, columns, None if annotate == "values" else annotate) for _, each in matrices]
+    texts = [number_texts(each) if annotate == "values" else annotate for each in checked]
+    longest = max([4, *(cell_len(text) for each in texts for row in each or () for text in row)])
+    cell = 0.42 + 0.075 * longest
+    height = max(2.8, 1.7 + 0.24 * len(rows))
+    figure = _figure()(figsize=(max(4.6, 2.2 + cell * len(columns)), height * len(matrices)), layout="constrained")
+    every = figure.subplots(len(matrices), squeeze=False)[:, 0]
+    largest = max((float(each.nan_to_num().abs().max()) for each in checked if each.numel()), default=1.0)
+    most = full if full is not None else largest
     most = most or 1.0
-    image = axes.imshow(
-        values.numpy(),
-        aspect="auto",
-        origin="lower",
-        interpolation="nearest",
-        cmap="RdBu_r" if signed else "Blues",
-        vmin=-most if signed else 0.0,
-        vmax=most,
-    )
+    for axes, (name, _), values, written in zip(every, matrices, checked, texts, strict=True):
+        image = axes.imshow(
+            values.numpy(),
+            aspect="auto",
+            origin="lower",
+            interpolation="nearest",
+            cmap="RdBu_r" if signed else "Blues",
+            vmin=-most if signed else 0.0,
+            vmax=most,
+        )
+        _label(axes, rows, columns, name, row_axis, column_axis)
+        _annotate(axes, values / most, written or ())
+    bar = figure.colorbar(image, ax=list(every), pad=0.02, fraction=0.05, aspect=30 * len(matrices))
+    bar.set_label(unit)
+    bar.outline.set_visible(False)
+    if title:
+        figure.suptitle(_plain(title), fontsize=11)
+    return figure
+
+
+def _label(axes: Any, rows: Labels, columns: Labels, title: str, row_axis: str, column_axis: str) -> None:
     step = max(1, math.ceil(len(rows) / 64))
     axes.set_yticks(range(0, len(rows), step), [_plain(each) for each in rows[::step]], fontsize=8)
     long = max((len(line) for label in columns for line in label.split("\n")), default=0) > 5
@@ -223,15 +271,13 @@ def heatmap(
     axes.tick_params(which="minor", length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    for row, line in enumerate(texts or ()):
+
+
+def _annotate(axes: Any, strengths: Tensor, texts: Texts) -> None:
+    for row, line in enumerate(texts):
         for column, text in enumerate(line):
-            strength = float(values[row, column].nan_to_num()) / most
-            ink = "white" if abs(strength) > 0.5 else "#333333"
+            ink = "white" if abs(float(strengths[row, column].nan_to_num())) > 0.5 else "#333333"
             axes.text(column, row, _plain(text), ha="center", va="center", fontsize=6.5, color=ink)
-    bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.05, aspect=30)
-    bar.set_label(unit)
-    bar.outline.set_visible(False)
-    return figure
 
 
 def require() -> None:

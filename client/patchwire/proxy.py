@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -53,6 +53,10 @@ class Memory:
         self.born: int = node.meta.get("number", 0)
         self.constant = constant
         """Why it must not be edited, if it must not."""
+        self.taken: set[Hashable] = set()
+        """What it is or was the value of: places of sites, weights, and what else is not to change with a site."""
+        self.given: list[Site] = []
+        """The sites that have become what it was."""
 
 
 class Value(torch.fx.Proxy):
@@ -81,7 +85,24 @@ class Value(torch.fx.Proxy):
         self._tensor: Tensor | None = None
         self._saved = False
         self._absent = False
+        self._part_of: tuple[Value, Callable[[Value], Value]] | None = None
+        """The value of a site that this is a named part of, and the way to the part."""
         super().__init__(node, recorder)
+
+    __array_priority__ = 1000  # as tensors': `np.float64(2) * value` asks the value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = getattr(type(self), name, None)
+        if name in _ATTRIBUTES or name.startswith("_") or (isinstance(own, property) and own.fset is not None):
+            object.__setattr__(self, name, value)
+        elif self._tensor is not None:
+            setattr(self._tensor, name, value)
+        elif name != "requires_grad" or value is not True:  # there are gradients of every value
+            raise GraphError(
+                f"`.{name}` of a value cannot be assigned: nothing would come of it.",
+                hint="Edit the value in place, `value[:] = …`, or assign the site: `model.layers[0].output = …`.",
+                lines=here(),
+            )
 
     @property
     def node(self) -> torch.fx.Node:
@@ -163,8 +184,8 @@ class Value(torch.fx.Proxy):
                 f"The value exists only when the block has ended; {what} is not known while it is recorded.",
                 hint=(
                     "Write `torch.where(condition, a, b)` for a choice between values, or "
-                    "`patchwire.cond(condition, f, g)` for one between computations; for anything else, "
-                    "`.save()` the value and go on after the block."
+                    "`patchwire.cond(condition, f, g)` for one between computations; `trace.log(value)` to print it; "
+                    "for anything else, `.save()` the value and go on after the block."
                 ),
                 lines=here(),
             )
@@ -222,14 +243,13 @@ class Value(torch.fx.Proxy):
         if self._tensor is not None:
             return self._tensor.grad
         recorder = self.recorder.active
-        loss = recorder.loss
-        if loss is None:
+        if recorder.loss is None:
             raise GraphError(
                 "There is no gradient yet.",
                 hint="Write `loss.backward()` first, or `patchwire.grad(loss, value)`.",
                 lines=here(),
             )
-        return recorder.grad(loss, None, [self])[0]
+        return recorder.accumulated(self)
 
     # --- what is known while recording -------------------------------------------------------------------------------
 
@@ -403,6 +423,7 @@ def _in_place(operation: ops.Operation) -> Callable[[Value, Any], Value]:
 for _name in ops.AUGMENTED_ASSIGNMENTS:
     setattr(Value, f"__{_name}__", _in_place(ops.OPERATIONS[f"operator.{_name}"]))
 
+_ATTRIBUTES = frozenset({"memory", "views", "parent", "tracer", "node"})
 _NUMBERS = frozenset({"item", "tolist", "numpy"})
 _PLACES = frozenset({"cpu", "cuda"})
 
@@ -568,6 +589,10 @@ class Structure:
         return Structure(self._recorder, self._at(path), below, self._items)
 
     def __setitem__(self, key: Step, value: Any) -> None:
+        if not self._recorder.open:
+            raise GraphError(
+                f"`{self._site}` cannot be assigned: the block has ended.", hint="Write it inside it.", lines=here()
+            )
         path = self._path(key)
         if self._check(path)[0].path != path:
             raise self.not_one_tensor(path)
@@ -584,6 +609,12 @@ class Structure:
                 lines=here(),
             )
         return self[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            object.__setattr__(self, name, value)
+        else:  # `model.output.logits = value`
+            self[name] = value
 
     def not_one_tensor(self, path: Path | None = None) -> SiteError:
         """The error of using this, or what is at a path in it, as a tensor."""
@@ -604,6 +635,11 @@ class Structure:
     __add__ = __radd__ = __iadd__ = __sub__ = __rsub__ = __isub__ = __mul__ = __rmul__ = __imul__ = _operator
     __truediv__ = __rtruediv__ = __itruediv__ = __pow__ = __rpow__ = __matmul__ = __rmatmul__ = _operator
     __neg__ = __abs__ = __lt__ = __le__ = __gt__ = __ge__ = __float__ = __int__ = __array__ = _operator
+
+    @property
+    def recorded(self) -> bool:
+        """Whether its block is still being recorded."""
+        return self._recorder.open
 
     def keys(self) -> list[Step]:
         """What it can be indexed with: positions or names; of all inputs, "args" and "kwargs"."""

@@ -80,14 +80,17 @@ class Recorder(TracerBase):
         self.saved: list[tuple[Value, torch.dtype | None, int, SourceLine | None]] = []
         self.bodies: list[Recorder] = []
         """Those of the loops."""
-        self.kept: list[tuple[Kept, float, SourceLine | None]] = []
+        self.kept: list[tuple[Kept, float, int, SourceLine | None]] = []
         self.keeps = True
         """Whether values can be kept beyond its run: not by a detached job."""
         self._of_kept: dict[bytes, Value] = {}
         self.loss: Value | None = None
         """What `.grad` is the gradient of: the sum of everything that `backward()` was called on."""
-        self._gradients: dict[tuple[torch.fx.Node, ...], Value] = {}
+        self._gradients: dict[tuple[torch.fx.Node, ...], torch.fx.Node] = {}
+        self._accumulated: dict[tuple[torch.fx.Node, ...], Value] = {}
         self._everyone: dict[_Place, Value] = {}
+        self.twins: dict[tuple[int, int], tuple[int, set[str]]] = {}
+        """Invokes that the program does not see, by trace and invoke: whose rows they have, and whose modules."""
         self._skipped: list[tuple[Site, str]] = []
         self._parameters: dict[tuple[int, str, str], Value] = {}
         self._assigned: dict[tuple[int, str, str], torch.fx.Node] = {}
@@ -97,6 +100,10 @@ class Recorder(TracerBase):
         self.logs = False
         self.scanned = False
         self._made = 0
+        self._began: dict[int, int] = {}
+        """How many nodes there were when each trace began."""
+        self._runs: int | None = None
+        """The trace that user code is in."""
         self._branch: int | None = None
 
     def new_value(self) -> Value:
@@ -231,7 +238,9 @@ class Recorder(TracerBase):
         """The value that a tensor which the server keeps is in this graph."""
         if tensor.handle not in self._of_kept:
             self.request.constants.append(tensor)
-            self._of_kept[tensor.handle] = Value(self, self._create(g.constant, (len(self.request.constants) - 1,)))
+            value = Value(self, self._create(g.constant, (len(self.request.constants) - 1,)))
+            value.memory.taken.add(tensor.handle)
+            self._of_kept[tensor.handle] = value
         return self._of_kept[tensor.handle]
 
     # --- operations ---------------------------------------------------------------------------------------------------
@@ -383,6 +392,12 @@ class Recorder(TracerBase):
             raise GraphError(memory.constant, hint="Edit a `.clone()` of it.", lines=here())
         if operation is _SETITEM and self._is_itself(value, *args):
             return value
+        if given := next((site for site in memory.given if self._runs == site.trace), None):
+            raise GraphError(
+                f"`{given}` has become this value, and would not change with it.",
+                hint=f"Edit the value before it is assigned, or the site itself: `{given}[…] = …`.",
+                lines=here(),
+            )
         if memory.sites or memory.born <= (self._branch or 0):
             self.not_in_a_branch("edit a value that it has not made itself")
         self._value(value)
@@ -443,6 +458,17 @@ class Recorder(TracerBase):
                 lines=lines,
             )
 
+    def twin(self, trace: int, invoke: int, module: str) -> int:
+        """An invoke with the same rows, which the program does not see, and in which a module is nobody else's."""
+        for (of, twin), (origin, modules) in self.twins.items():
+            if (of, origin) == (trace, invoke) and module not in modules:
+                modules.add(module)
+                return twin
+        invokes = self.request.traces[trace].invokes
+        invokes.append(invokes[invoke])
+        self.twins[trace, len(invokes) - 1] = (invoke, {module})
+        return len(invokes) - 1
+
     def read(self, site: Site) -> Value:
         """The value of a site: what the model gives, or what was written there before.
 
@@ -487,6 +513,8 @@ class Recorder(TracerBase):
         known = self._sites.get(place)
         if known is not None and known.memory is value.memory and repr(known.views) == repr(value.views):
             return  # `site += 1` has edited the value and now assigns it
+        if known is None or known.memory is not value.memory:
+            value = self._own(site, value, {place})
         self._write(place, site, value)
         if known is not None:
             known.memory.sites = [each for each in known.memory.sites if self._place(each[0]) != place]
@@ -507,6 +535,8 @@ class Recorder(TracerBase):
                 hint="Assign a value of the same shape and dtype, or part of it: `value[:, -1] = ...`.",
                 lines=here(),
             )
+        if value.memory is not whole.memory:
+            value = self._own(site, value, {self._place(each) for each in sites})
         views = self._parts(value, sites)
         for each, view in zip(sites, views, strict=True):
             place = self._place(each)
@@ -516,9 +546,24 @@ class Recorder(TracerBase):
             self._bind(place, each, view)
         self._everyone[(site.trace, EVERYONE, site.step, self._place(sites[0])[3])] = value
 
+    def _own(self, site: Site, value: Value, places: set[_Place]) -> Value:
+        """A value that is to become a site's, with memory of its own if its memory is something else's value already.
+
+        `places` are those that the site means.
+
+        Otherwise an edit of this site would be one of the other too: of the clean run that was patched from, or of a
+        value that the next trace uses again.
+        """
+        memory = value.memory
+        if not (memory.taken - places or memory.constant or memory.born <= self._began[site.trace]):
+            return value
+        memory.given.append(site)
+        return Value(self, value.node)
+
     def _of_everyone(self, site: Site) -> list[Site]:
         """The site in each invoke of its trace."""
-        return [replace(site, invoke=invoke) for invoke in range(len(self.request.traces[site.trace].invokes))]
+        invokes = range(len(self.request.traces[site.trace].invokes))
+        return [replace(site, invoke=invoke) for invoke in invokes if (site.trace, invoke) not in self.twins]
 
     def _read_everyone(self, site: Site) -> Value:
         """The value of a site for all rows of a trace: those of one invoke after those of the other.
@@ -607,7 +652,7 @@ class Recorder(TracerBase):
         assign()
         self._skipped.append((site, path))
 
-    def grad(self, loss: Value, weights: Any, values: Sequence[Value | Tensor]) -> list[Value]:
+    def grad(self, loss: Value, weights: Any, values: Sequence[Value | Kept | Tensor]) -> list[Value]:
         """The gradients of a value with respect to others."""
         if self.inner is not None:
             return self.inner.grad(loss, weights, values)
@@ -615,12 +660,18 @@ class Recorder(TracerBase):
             raise GraphError("A gradient is with respect to something.", hint="Name a value.", lines=here())
         if weights is not None and not isinstance(weights, (Value, Tensor)):
             raise GraphError("The weights of a gradient are a tensor or value of the loss's shape.", lines=here())
-        if not all(isinstance(each, (Value, Tensor)) for each in values):
+        if not all(isinstance(each, (Value, Kept, Tensor)) for each in values):
             raise GraphError(
                 "A gradient is with respect to values, or tensors that were used in the block.",
                 hint="Give it what was read: `patchwire.grad(loss, model.layers[0].output)`.",
                 lines=here(),
             )
+        parts = [each._part_of if isinstance(each, Value) and not each.ready else None for each in values]
+        if any(parts):
+            # The model goes on with the whole tensor, not with this view of it: the gradient is that part of its.
+            wholes = [each if part is None else part[0] for each, part in zip(values, parts, strict=True)]
+            found = self.grad(loss, weights, wholes)
+            return [each if part is None else part[1](each) for each, part in zip(found, parts, strict=True)]
         for each in values:
             self._differentiate_everyone(each)
         nodes = [self.argument(each) for each in values]
@@ -628,16 +679,24 @@ class Recorder(TracerBase):
         node = self._value(loss)
         asked = (node, *([] if weigh is None else [weigh]), *nodes)
         if len(nodes) == 1 and asked in self._gradients:
-            return [self._gradients[asked]]
+            return [Value(self, self._gradients[asked])]  # a tensor of its own: the other may have been edited
         result = self._create(g.grad, (node, tuple(nodes), weigh))
         found = [
             Value(self, self._create(operator.getitem, (result, index), None, _GETITEM)) for index in range(len(nodes))
         ]
         if len(nodes) == 1:
-            self._gradients[asked] = found[0]
+            self._gradients[asked] = found[0].node
         return found
 
-    def _differentiate_everyone(self, value: Value | Tensor) -> None:
+    def accumulated(self, value: Value) -> Value:
+        """What `value.grad` is: for one value, and what `backward()` was called on so far, always the same tensor."""
+        assert self.loss is not None
+        asked = (self.loss.node, self.argument(value))
+        if asked not in self._accumulated:
+            self._accumulated[asked] = self.grad(self.loss, None, [value])[0]
+        return self._accumulated[asked]
+
+    def _differentiate_everyone(self, value: Value | Kept | Tensor) -> None:
         """Write what was put together of all invokes to their sites, so that the model depends on it."""
         if isinstance(value, Value) and any(value.memory is each.memory for each in self._everyone.values()):
             for site, alias in value.memory.sites:
@@ -649,6 +708,7 @@ class Recorder(TracerBase):
         return Value(self, self._create(g.generated, (trace, invoke)))
 
     def _bind(self, place: _Place, site: Site, value: Value) -> None:
+        value.memory.taken.add(place)
         self._sites[place] = value
         value.memory.sites.append((site, value))
 
@@ -667,6 +727,7 @@ class Recorder(TracerBase):
         value = Value(self, self._create(g.parameter, (trace, path)))
         self._parameters[self._weight(trace, path)] = value
         value.memory.weights.append((trace, path, value))
+        value.memory.taken.add(self._weight(trace, path))
         return value
 
     def assign_parameter(self, trace: int, path: str, value: Any) -> None:
@@ -682,15 +743,31 @@ class Recorder(TracerBase):
             value = Value(self, self.argument(value))
         if known is not None and known.memory is value.memory and repr(known.views) == repr(value.views):
             return  # `weight += 1` has edited the value and now assigns it
+        other = self._assigned.get(weight)
+        if other is not None and not self._same_name(trace, str(other.args[1]), path):
+            raise GraphError(
+                f"`{path}` is tied to another weight that is changed too.", hint="Change one of them.", lines=here()
+            )
+        if value.memory.taken - {weight}:
+            value = Value(self, value.node)  # an edit of this weight is none of what it was
         self._assign(trace, path, value)
         if known is not None:
             known.memory.weights = [each for each in known.memory.weights if self._weight(*each[:2]) != weight]
         self._parameters[weight] = value
         value.memory.weights.append((trace, path, value))
+        value.memory.taken.add(weight)
 
     def _weight(self, trace: int, path: str) -> tuple[int, str, str]:
-        owner, _, name = path.rpartition(".")
-        return (trace, self.checker.catalogue(self.request.traces[trace].model).module(owner).path, name)
+        """What a weight's path means, however it is spelled and whatever else has the same tensor."""
+        catalogue = self.checker.catalogue(self.request.traces[trace].model)
+        owner, _, name = (catalogue.parameter(path).tied or path).rpartition(".")
+        return (trace, catalogue.module(owner).path, name)
+
+    def _same_name(self, trace: int, one: str, other: str) -> bool:
+        """Whether two paths name the same weight of the same module."""
+        catalogue = self.checker.catalogue(self.request.traces[trace].model)
+        (owner, _, name), (its_owner, _, its_name) = one.rpartition("."), other.rpartition(".")
+        return (catalogue.module(owner).path, name) == (catalogue.module(its_owner).path, its_name)
 
     def _assign(self, trace: int, path: str, value: Value) -> None:
         node = self._create(g.assign, (trace, path, value.node))
@@ -701,12 +778,17 @@ class Recorder(TracerBase):
 
     def _weights_of(self, trace: int, module: str) -> dict[str, torch.fx.Node]:
         """The weights of a module, by their paths, that the trace has changed so far."""
-        own = self.checker.catalogue(self.request.traces[trace].model).module(module).path
-        return {
-            str(node.args[1]): self._parameters[weight].node
-            for weight, node in self._assigned.items()
-            if weight[0] == trace and f"{weight[1]}.".startswith(f"{own}." if own else "")
-        }
+        if not any(weight[0] == trace for weight in self._assigned):
+            return {}
+        catalogue = self.checker.catalogue(self.request.traces[trace].model)
+        own = catalogue.module(module).path
+        found: dict[tuple[int, str, str], str] = {}
+        for path, each in catalogue.modules.items():
+            if f"{path}.".startswith(f"{own}." if own else ""):
+                for parameter in each.parameters:
+                    full = f"{path}.{parameter.name}" if path else parameter.name
+                    found.setdefault(self._weight(trace, full), full)
+        return {path: self._parameters[weight].node for weight, path in found.items() if weight in self._assigned}
 
     def apply(self, trace: int, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
         """Apply a module of a model to values."""
@@ -786,7 +868,7 @@ class Recorder(TracerBase):
         self.not_in_a_branch("keep a value")
         self._value(value)
         kept = Kept(value)
-        self.kept.append((kept, float(seconds), user_line()))
+        self.kept.append((kept, float(seconds), value.memory.version, user_line()))
         return kept
 
     def log(self, parts: Iterable[Any]) -> None:
@@ -817,8 +899,16 @@ class Recorder(TracerBase):
         self._create(g.log, (tuple(found),))
         self.logs = True
 
+    def begin(self, trace: g.Trace) -> int:
+        """A trace's block has begun: its position in the graph."""
+        self.request.traces.append(trace)
+        self._runs = len(self.request.traces) - 1
+        self._began[self._runs] = self._made
+        return self._runs
+
     def end(self, trace: int) -> None:
         """A trace's block has ended: what is done to its values from now on is done to values, not to its sites."""
+        self._runs = None
         for memory in {value.memory for place, value in self._sites.items() if place[0] == trace}:
             memory.sites = [each for each in memory.sites if each[0].trace != trace]
         for memory in {value.memory for weight, value in self._parameters.items() if weight[0] == trace}:
@@ -828,15 +918,16 @@ class Recorder(TracerBase):
         """End the recording: the graph, without what nobody needs.
 
         Warns:
-            PatchwireWarning: a saved value was edited in place afterwards, through another name.
+            PatchwireWarning: a saved or kept value was edited in place afterwards, through another name.
         """
         try:
             for value, dtype, version, line in self.saved:
                 node = self._create(g.save, (value.node, dtype))
                 node.meta["line"] = line
-                self._warn_if_edited(value, version, line)
-            for kept, seconds, line in self.kept:
+                self._warn_if_edited(value, version, line, "saved", "save")
+            for kept, seconds, version, line in self.kept:
                 self._create(g.keep, (self._value(kept.source), seconds)).meta["line"] = line
+                self._warn_if_edited(kept.source, version, line, "kept", "keep")
         finally:
             self.open = False
         self.graph.eliminate_dead_code()
@@ -891,16 +982,16 @@ class Recorder(TracerBase):
         for each in self.bodies:
             each.resolve(results, connection)
 
-    def _warn_if_edited(self, value: Value, version: int, line: SourceLine | None) -> None:
+    def _warn_if_edited(self, value: Value, version: int, line: SourceLine | None, done: str, do: str) -> None:
         for editor, where in value.memory.edits[version:]:
             origin: Value | None = editor
-            while origin is not None and origin is not value:
+            while origin is not None and (origin is not value or done == "kept"):  # a handle is another name
                 origin = origin.parent
             if origin is None and where is not None and line is not None:
                 warnings.warn_explicit(
                     PatchwireWarning(
-                        "A saved value was edited in place afterwards, and shows the edit, as a tensor would:\n\n"
-                        f"{with_code(line)}\n{with_code(where)}\n\nWrite `.clone().save()` to keep it as it was."
+                        f"A {done} value was edited in place afterwards, and shows the edit, as a tensor would:\n\n"
+                        f"{with_code(line)}\n{with_code(where)}\n\nWrite `.clone().{do}()` for it as it was."
                     ),
                     None,
                     line.file,

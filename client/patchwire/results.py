@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 
 from rich.progress import BarColumn, DownloadColumn, ProgressColumn, TaskID, TextColumn, TransferSpeedColumn
 from rich.progress import Progress as RichProgress
@@ -48,6 +48,12 @@ class Stats:
             message.seconds_running,
             message.result_bytes,
         )
+
+    @classmethod
+    def sum(cls, costs: Iterable[Stats]) -> Stats:
+        """What several requests cost together."""
+        known = list(costs)
+        return cls(*(sum(getattr(each, one.name) for each in known) for one in fields(cls)))
 
 
 OnTokens = Callable[[int, int, list[int]], None]

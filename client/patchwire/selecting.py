@@ -7,54 +7,59 @@ name or some of it, `**` any number of parts: "layers.*.mixer", "transformer.h.?
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from patchwire.errors import SiteError, here
-from patchwire.sites import INPUT, OUTPUT, Address, Catalogue
+from patchwire.sites import INPUT, MIXERS, OUTPUT, Address, Catalogue, Name
 
+Selected = Address | Name
+"""Something that is read: the tensor at an address, or the value of a canonical name."""
 _WILDCARDS = {"**": r".*", "*": r"[^.]*", "?": r"[^.]"}
 _WILD = re.compile(r"(\*\*|\*|\?)")
 
 
-def of_modules(catalogue: Catalogue, names: Iterable[str], sides: Iterable[str]) -> dict[str, Address]:
+def of_modules(catalogue: Catalogue, names: Iterable[str], sides: Iterable[str]) -> dict[str, Selected]:
     """The values on some sides of modules, each by the string form of its address.
 
-    An input is a module's first argument. Names of values, such as "logits", stand for themselves.
+    An input is a module's first argument. Names of values, such as "logits" or "layers.3.mlp.neurons", stand for
+    themselves; a pattern matches those of values inside modules if it ends with their name: "layers.*.mlp.neurons".
 
     Raises:
         SiteError: a name is of no module, or nothing with a value matches a pattern.
     """
-    found: dict[str, Address] = {}
+    found: dict[str, Selected] = {}
     for name in names:
         for side in sides:
             found |= _matching(catalogue, name, side) if _WILD.search(name) else _of(catalogue, name, side)
     return found
 
 
-def of_addresses(catalogue: Catalogue, addresses: Iterable[str]) -> dict[str, Address]:
+def of_addresses(catalogue: Catalogue, addresses: Iterable[str]) -> dict[str, Selected]:
     """The values at addresses, "layers.5.mixer.output", or at those that match, "layers.*.output".
 
     Raises:
         SiteError: there is none.
     """
-    found: dict[str, Address] = {}
+    found: dict[str, Selected] = {}
     for each in addresses:
         name, _, side = each.rpartition(".")
         if each in (INPUT, OUTPUT):
             name, side = "", each
         if side in (INPUT, OUTPUT):
             found |= of_modules(catalogue, [name], [side])
-        elif each in catalogue.names or _WILD.search(each):
+        elif catalogue.named(each) is not None or _WILD.search(each):
             found |= of_modules(catalogue, [each], [OUTPUT])
         else:
             found[each] = _known(catalogue, Address.parse(each))
     return found
 
 
-def _of(catalogue: Catalogue, name: str, side: str) -> dict[str, Address]:
-    named = catalogue.names.get(name)
+def _of(catalogue: Catalogue, name: str, side: str) -> dict[str, Selected]:
+    named = catalogue.named(name)
     if named is not None and named.value is not None:
         return {name: Address(name)}
+    if named is not None and not named.is_module:
+        return {name: named}
     full = f"{name}.{side}" if name else side
     leaves = catalogue.module(name).side(side)
     if named is not None or not leaves:  # one value; if there is none, the catalogue says why
@@ -69,10 +74,11 @@ def _known(catalogue: Catalogue, address: Address) -> Address:
     return address
 
 
-def _matching(catalogue: Catalogue, pattern: str, side: str) -> dict[str, Address]:
+def _matching(catalogue: Catalogue, pattern: str, side: str) -> dict[str, Selected]:
     expression = "".join(_WILDCARDS.get(part, re.escape(part)) for part in _WILD.split(pattern))
-    found: dict[str, Address] = {}
-    for name in dict.fromkeys([*catalogue.names, *catalogue.modules]):
+    found: dict[str, Selected] = {}
+    last = pattern.rpartition(".")[2]
+    for name in dict.fromkeys([*_values(catalogue, last), *catalogue.modules]):
         if re.fullmatch(expression, name):
             try:
                 found |= _of(catalogue, name, side)
@@ -85,3 +91,16 @@ def _matching(catalogue: Catalogue, pattern: str, side: str) -> dict[str, Addres
             lines=here(),
         )
     return found
+
+
+def _values(catalogue: Catalogue, last: str) -> Iterator[str]:
+    """The canonical names, those of values inside modules only if they end with a word; by way of the mixer too."""
+    for name, each in catalogue.names.items():
+        owner, _, word = name.rpartition(".")
+        if each.is_module or each.value is not None:
+            yield name
+        elif word == last:
+            yield name
+            layer, _, role = owner.rpartition(".")
+            if role in MIXERS and f"{layer}.mixer" in catalogue.names:
+                yield f"{layer}.mixer.{word}"

@@ -29,6 +29,7 @@ import torch
 from patchwire.errors import SiteError, nearest
 from patchwire.tensors import dtype_from_proto, dtype_to_proto
 from patchwire.v1 import graph_pb2, model_pb2
+from patchwire.views import View, views_from_proto, views_to_proto
 
 Step = int | str
 Path = tuple[Step, ...]
@@ -41,6 +42,13 @@ MAX_DEPTH = 8
 """How many functions one inside the other an address may lead into."""
 CALL = ("args", "kwargs")
 """The first step of the path of an input: a positional argument, or a named one."""
+MIXERS = ("attn", "ssm")
+"""What the mixer of a layer is called where it is clear which kind it is."""
+_IN_MIXER = re.compile(r"(layers\.\d+)\.mixer\.(.+)")
+_READ = (OUTPUT, INPUT)
+"""What is read at every module that a forward pass calls."""
+_A_SLIP = 0.7
+"""How much a name is like the one that was meant, if only a letter or two are wrong."""
 _SIDES = {INPUT: model_pb2.SIDE_INPUT, OUTPUT: model_pb2.SIDE_OUTPUT}
 _REMEMBERED = 1 << 16
 _LONGEST_NAME = 200
@@ -49,6 +57,8 @@ _LAYER_HINTS = {
     "attn": _EITHER_MIXER,
     "ssm": _EITHER_MIXER,
     "mlp": "`{layer}` has no MLP of its own.",
+    "resid_post": "The residual stream after a layer is `{layer}.output`.",
+    "resid_pre": "The residual stream before a layer is `{layer}.input`.",
 }
 _SIDE_NAMES = {wire: name for name, wire in _SIDES.items()}
 
@@ -133,6 +143,10 @@ class Dim:
             return "?"
         return _AXIS_NAMES[self.axis] + (f"{self.size:+d}" if self.size else "")
 
+    def to_proto(self) -> model_pb2.Dim:
+        """This dimension as a message."""
+        return model_pb2.Dim(axis=self.axis.value, size=self.size)
+
     def length(self, batch: int, seq: int) -> int | None:
         """The length in a call with this many rows of this many tokens; None if unknown."""
         match self.axis:
@@ -200,6 +214,9 @@ class Leaf:
     """Which time is meant."""
     unused: bool = False
     """Whether nothing is done with it, so that to write it would change nothing."""
+    in_steps: bool = False
+    """Whether this is of the steps of a generation after the first: then what grows with tokens grows with those before
+    the one that the pass is over."""
 
     @property
     def location(self) -> Location:
@@ -251,7 +268,7 @@ class Leaf:
         Which of several lengths still grow with all tokens is not known; such a shape is not known beforehand.
         """
         sequences = sum(dim.axis in (Axis.SEQ, Axis.BATCH_SEQ) for dim in self.shape)
-        if step == 0 or sequences <= 1:
+        if step == 0 or sequences <= 1 or self.in_steps:
             return self
         return replace(
             self,
@@ -263,7 +280,7 @@ class Leaf:
         return model_pb2.Leaf(
             side=_SIDES[self.side],
             path=path_to_proto(self.path),
-            shape=[model_pb2.Dim(axis=dim.axis.value, size=dim.size) for dim in self.shape],
+            shape=[dim.to_proto() for dim in self.shape],
             dtype=dtype_to_proto(self.dtype),
             order=self.order,
             independent=self.independent,
@@ -273,7 +290,12 @@ class Leaf:
 
     @classmethod
     def from_proto(
-        cls, module: str, message: model_pb2.Leaf, operations: tuple[str, ...] = (), runs: Dim = _ONCE
+        cls,
+        module: str,
+        message: model_pb2.Leaf,
+        operations: tuple[str, ...] = (),
+        runs: Dim = _ONCE,
+        in_steps: bool = False,
     ) -> Leaf:
         """The leaf of a message."""
         return cls(
@@ -288,6 +310,7 @@ class Leaf:
             operations,
             runs,
             unused=message.unused,
+            in_steps=in_steps,
         )
 
 
@@ -298,6 +321,8 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    tied: str = ""
+    """The raw path of the same tensor in an earlier module; empty if it is in none."""
 
 
 @dataclass(frozen=True)
@@ -346,6 +371,18 @@ class Operation:
     """What it calls; empty for an assignment, and where it never runs."""
     closed: str = ""
     """Why what it calls has no source of its own; empty if it has."""
+    runs_in_steps: Dim | None = None
+    """How often it runs in a step of a generation after the first; None if that is not known."""
+    leaves_in_steps: tuple[Leaf, ...] = ()
+    """The tensors there."""
+
+    def at_step(self, step: int) -> Operation:
+        """What it is in a step of a generation."""
+        if step == 0:
+            return self
+        if self.runs_in_steps is None:
+            return replace(self, leaves=tuple(leaf.at_step(step) for leaf in self.leaves))
+        return replace(self, runs=self.runs_in_steps, leaves=self.leaves_in_steps)
 
     def side(self, side: str) -> tuple[Leaf, ...]:
         """The tensors of one side."""
@@ -383,10 +420,12 @@ class Source:
                 model_pb2.Operation(
                     name=each.name,
                     line=each.line,
-                    runs=model_pb2.Dim(axis=each.runs.axis.value, size=each.runs.size),
+                    runs=each.runs.to_proto(),
                     leaves=[leaf.to_proto() for leaf in each.leaves],
                     callee=each.callee,
                     closed=each.closed,
+                    runs_in_steps=None if each.runs_in_steps is None else each.runs_in_steps.to_proto(),
+                    leaves_in_steps=[leaf.to_proto() for leaf in each.leaves_in_steps],
                 )
                 for each in self.operations.values()
             ],
@@ -400,24 +439,41 @@ class Source:
         for each in message.operations:
             runs = Dim(Axis(each.runs.axis), each.runs.size)
             leaves = tuple(Leaf.from_proto(module, leaf, (*path, each.name), runs) for leaf in each.leaves)
-            operations[each.name] = Operation(each.name, each.line, runs, leaves, each.callee, each.closed)
+            found = Operation(each.name, each.line, runs, leaves, each.callee, each.closed)
+            if each.HasField("runs_in_steps"):
+                runs = Dim(Axis(each.runs_in_steps.axis), each.runs_in_steps.size)
+                leaves = tuple(
+                    Leaf.from_proto(module, leaf, (*path, each.name), runs, in_steps=True)
+                    for leaf in each.leaves_in_steps
+                )
+                found = replace(found, runs_in_steps=runs, leaves_in_steps=leaves)
+            operations[each.name] = found
         return cls(module, path, message.function, message.text, operations)
 
 
 Inside = tuple[str, tuple[str, ...]]
 """Which function: the raw path of a module, and the operations that lead from its forward to the function."""
 
-_FUSED = {
-    "sdpa_attention_forward",
-    "flash_attention_forward",
-    "flex_attention_forward",
-    "flash_paged_attention_forward",
-}
-"""Transformers' attention functions that hand everything to one kernel."""
-_EAGER = (
-    "This attention is one fused kernel, in which scores and probabilities never exist. A server started with "
-    '`patchwire serve --attention eager`, or `patchwire.local(..., attention="eager")`, computes them step by step.'
-)
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a tensor that exists in the model, or of a parameter."""
+
+    address: str
+    """The address of the tensor, or the path of the parameter; with "[*]" of all times that an operation runs."""
+    views: tuple[View, ...] = ()
+    """The way to the part."""
+    parameter: bool = False
+    """Whether it is a parameter."""
+
+    def to_proto(self) -> model_pb2.Part:
+        """This part as a message."""
+        return model_pb2.Part(address=self.address, views=views_to_proto(self.views), parameter=self.parameter)
+
+    @classmethod
+    def from_proto(cls, message: model_pb2.Part) -> Part:
+        """The part of a message."""
+        return cls(message.address, views_from_proto(message.views), message.parameter)
 
 
 @dataclass(frozen=True)
@@ -431,6 +487,56 @@ class Name:
     """The value, if the name is of a value rather than of a module."""
     role: str = ""
     """What the part is, where a name covers several kinds: "attention", "ssm", "mlp", "moe"."""
+    part: Part | None = None
+    """Where it is, if the name is of a part of a tensor, or of a parameter."""
+    part_in_steps: Part | None = None
+    """Where it is in the steps of a generation after the first, if it is elsewhere then."""
+    dims: str = ""
+    """What its dimensions are: "batch seq head=12 d_head=64"."""
+    formula: str = ""
+    """The name of the formula, if it is computed from others."""
+
+    @property
+    def is_module(self) -> bool:
+        """Whether it stands for a module, rather than for a value."""
+        return self.value is None and self.part is None and not self.formula
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether it is computed from what the model has, so that it cannot be written."""
+        return bool(self.formula) or (self.part is not None and any(view.copies for view in self.part.views))
+
+    @property
+    def symbolic(self) -> str:
+        """Its shape as text: "[batch, seq, 12, 64]"."""
+        return f"[{', '.join(each.rpartition('=')[2] for each in self.dims.split())}]"
+
+    def to_proto(self) -> model_pb2.Name:
+        """This name as a message."""
+        return model_pb2.Name(
+            name=self.name,
+            module=self.module,
+            value=None if self.value is None else self.value.to_proto(),
+            role=self.role,
+            part=None if self.part is None else self.part.to_proto(),
+            part_in_steps=None if self.part_in_steps is None else self.part_in_steps.to_proto(),
+            dims=self.dims,
+            formula=self.formula,
+        )
+
+    @classmethod
+    def from_proto(cls, message: model_pb2.Name) -> Name:
+        """The name of a message."""
+        return cls(
+            message.name,
+            message.module,
+            Leaf.from_proto(message.module, message.value) if message.HasField("value") else None,
+            message.role,
+            Part.from_proto(message.part) if message.HasField("part") else None,
+            Part.from_proto(message.part_in_steps) if message.HasField("part_in_steps") else None,
+            message.dims,
+            message.formula,
+        )
 
 
 @dataclass(frozen=True)
@@ -443,6 +549,10 @@ class Catalogue:
     """By raw path, parents before children."""
     names: dict[str, Name] = field(default_factory=dict)
     """By canonical name."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """The canonical names that models of this architecture have and this one lacks, with the reason."""
+    found_by: str = ""
+    """How the parts were found: "table" (the architecture is known), "detected" (by their structure) or "unknown"."""
     learn: Callable[[Inside], Source] | None = field(default=None, compare=False, repr=False)
     """Finds out what is inside a function, where that is possible; raises `SiteError` if there is no text of it."""
     sources: dict[Inside, Source] = field(default_factory=dict, compare=False, repr=False)
@@ -466,6 +576,8 @@ class Catalogue:
             parts = name.split(".")
             for end in range(len(parts)):
                 prefixes.setdefault(".".join(parts[:end]), {})[parts[end]] = None
+            if len(parts) == 4 and parts[2] in MIXERS:
+                prefixes.setdefault(".".join([*parts[:2], "mixer"]), {})[parts[3]] = None
         return {prefix: list(names) for prefix, names in prefixes.items()}
 
     @cached_property
@@ -483,6 +595,14 @@ class Catalogue:
         """How many layers have canonical names."""
         return len(self.prefixes.get("layers", []))
 
+    def named(self, name: str) -> Name | None:
+        """The canonical name, if it is one. What is in a layer's `attn` or `ssm` is also in its `mixer`."""
+        found = self.names.get(name)
+        if found is None and (match := _IN_MIXER.fullmatch(name)):
+            for role in MIXERS:
+                found = found or self.names.get(f"{match[1]}.{role}.{match[2]}")
+        return found
+
     def raw(self, name: str) -> str | None:
         """The raw path of a module's canonical name or raw path, or of one that continues the other; None if none."""
         known, rest = name, list[str]()
@@ -498,7 +618,7 @@ class Catalogue:
         return path
 
     def _known(self, name: str) -> str | None:
-        if name in self.names and self.names[name].value is None:
+        if name in self.names and self.names[name].is_module:
             return self.names[name].module
         return name if name in self.modules else None
 
@@ -516,27 +636,31 @@ class Catalogue:
         """
         path = self.raw(name)
         if path is None:
-            raise SiteError(f"`{spell(name)}` is not a module of {self.model}.", hint=self.suggestion(name))
+            items = self.prefixes.get(name, [])
+            is_list = bool(items) and all(each.isdigit() for each in items)
+            hint = f"It is a list: `{spell(name)}[0]` is its first." if is_list else self.suggestion(name)
+            raise SiteError(f"`{spell(name)}` is not a module of {self.model}.", hint=hint)
         return self.modules[path]
 
     @cached_property
-    def _found(self) -> dict[Address, Leaf]:
+    def _found(self) -> dict[tuple[Address, bool], Leaf]:
         return {}
 
-    def leaf(self, address: Address) -> Leaf:
-        """The tensor at an address.
+    def leaf(self, address: Address, step: int = 0) -> Leaf:
+        """The tensor at an address, in a step of a generation.
 
         Raises:
             SiteError: there is none, or a forward pass does not call that module.
         """
-        found = self._found.get(address)
+        key = (address, step > 0)
+        found = self._found.get(key)
         if found is None:
-            found = self._find(address)
+            found = self._find(address, step).at_step(step)
             if len(self._found) < _REMEMBERED:  # addresses have many spellings, and a client may try them all
-                self._found[address] = found
+                self._found[key] = found
         return found
 
-    def _find(self, address: Address) -> Leaf:
+    def _find(self, address: Address, step: int) -> Leaf:
         named = self.names.get(address.name)
         if named is not None and named.value is not None and not address.path:
             return named.value
@@ -544,7 +668,7 @@ class Catalogue:
         if address.name in _SIDES:
             name, side = "", address.name
         if side in _SIDES and (inside := self.split(name)) is not None:
-            return self._find_operation(address, *inside, side)
+            return self._find_operation(address, *inside, side, step)
         if side not in _SIDES:
             hint = self.suggestion(address.name)
             if self.raw(address.name) is not None:
@@ -663,12 +787,10 @@ class Catalogue:
         typed = typed or spell(".".join([source.module, *(f"{SOURCE}.{each}" for each in source.path), SOURCE]))
         near = [f"`{typed}.{each}`" for each in nearest(name, source.operations)]
         hint = f"Did you mean {' or '.join(near)}?" if near else f"`print({typed})` shows the operations."
-        if source.function in _FUSED:
-            hint = f"{hint} {_EAGER}"
         return SiteError(f"`{typed}` has no operation `{name}`: it is `{source.function}`.", hint=hint)
 
     def _find_operation(
-        self, address: Address, module: str, path: tuple[str, ...], occurrence: int | None, side: str
+        self, address: Address, module: str, path: tuple[str, ...], occurrence: int | None, side: str, step: int
     ) -> Leaf:
         typed = address.spelled
         if not path:
@@ -677,14 +799,16 @@ class Catalogue:
                 hint=f"Name an operation: `{typed.rpartition('.')[0]}.….{side}`; `print` shows them.",
             )
         operation = self.operation(module, path)
-        leaves = self.operation_leaves(address.name, operation, occurrence, side)
+        leaves = self.operation_leaves(address.name, operation, occurrence, side, step)
         for leaf in leaves:
             if leaf.path == address.path:
                 return leaf
         found = ", ".join(f"`{Address(address.name, leaf.path).spelled}` {leaf.symbolic}" for leaf in leaves)
         raise SiteError(f"`{typed}` is not a tensor.", hint=f"The tensors there are {found}.")
 
-    def operation_leaves(self, name: str, operation: Operation, occurrence: int | None, side: str) -> tuple[Leaf, ...]:
+    def operation_leaves(
+        self, name: str, operation: Operation, occurrence: int | None, side: str, step: int = 0
+    ) -> tuple[Leaf, ...]:
         """The tensors of one side of an operation, at one of its occurrences.
 
         Args:
@@ -692,15 +816,18 @@ class Catalogue:
             operation: The operation.
             occurrence: Which time it runs; None if that was not said.
             side: `INPUT` or `OUTPUT`.
+            step: The step of a generation.
 
         Raises:
             SiteError: it never runs, or not so often; it runs several times, and which is meant was not said; or there
                 is no tensor.
         """
+        operation = operation.at_step(step)
         typed, runs = spell(name), operation.runs
         if runs == Dim(Axis.CONSTANT, 0):
+            when = "a step of a generation" if step else "a forward pass"
             raise SiteError(
-                f"`{typed}` never exists: a forward pass of {self.model} does not come by this line.",
+                f"`{typed}` never exists: {when} of {self.model} does not come by this line.",
                 hint="`print` the source: it says which operations run.",
             )
         if operation.repeated and occurrence is None:
@@ -733,6 +860,7 @@ class Catalogue:
         raw = self.raw(head) if head else ""
         below = [*self.prefixes.get(head, []), *(self.children.get(raw, []) if raw is not None else [])]
         below += [each.name for each in self.modules[raw].parameters] if raw is not None else []
+        below += nearest(tail, _READ, likeness=_A_SLIP) if raw is not None and self.modules[raw].leaves else []
         below = list(dict.fromkeys(below))
         dot = f"{head}." if head else ""
         if tail.isdigit() and below and all(each.isdigit() for each in below):
@@ -769,7 +897,9 @@ class Catalogue:
                 path=module.path,
                 class_name=module.class_name,
                 parameters=[
-                    model_pb2.ParameterInfo(name=each.name, shape=each.shape, dtype=dtype_to_proto(each.dtype))
+                    model_pb2.ParameterInfo(
+                        name=each.name, shape=each.shape, dtype=dtype_to_proto(each.dtype), tied=each.tied
+                    )
                     for each in module.parameters
                 ],
                 leaves=[leaf.to_proto() for leaf in module.leaves],
@@ -778,19 +908,18 @@ class Catalogue:
             )
             for module in self.modules.values()
         ]
-        names = [
-            model_pb2.Name(
-                name=name.name,
-                module=name.module,
-                value=None if name.value is None else name.value.to_proto(),
-                role=name.role,
-            )
-            for name in self.names.values()
-        ]
+        names = [name.to_proto() for name in self.names.values()]
         return modules, names
 
     @classmethod
-    def from_proto(cls, model: str, modules: Iterable[model_pb2.Module], names: Iterable[model_pb2.Name]) -> Catalogue:
+    def from_proto(
+        cls,
+        model: str,
+        modules: Iterable[model_pb2.Module],
+        names: Iterable[model_pb2.Name],
+        missing: Iterable[model_pb2.Missing] = (),
+        found_by: str = "",
+    ) -> Catalogue:
         """The catalogue of messages."""
         return cls(
             model,
@@ -799,7 +928,7 @@ class Catalogue:
                     each.path,
                     each.class_name,
                     tuple(
-                        Parameter(info.name, tuple(info.shape), dtype_from_proto(info.dtype))
+                        Parameter(info.name, tuple(info.shape), dtype_from_proto(info.dtype), info.tied)
                         for info in each.parameters
                     ),
                     tuple(Leaf.from_proto(each.path, leaf) for leaf in each.leaves),
@@ -808,15 +937,9 @@ class Catalogue:
                 )
                 for each in modules
             },
-            {
-                each.name: Name(
-                    each.name,
-                    each.module,
-                    Leaf.from_proto(each.module, each.value) if each.HasField("value") else None,
-                    each.role,
-                )
-                for each in names
-            },
+            {each.name: Name.from_proto(each) for each in names},
+            {each.name: each.reason for each in missing},
+            found_by,
         )
 
 

@@ -14,6 +14,7 @@ from patchwire import display, sites
 from patchwire.errors import SiteError, here
 from patchwire.sided import NoSuchName, Sided
 from patchwire.sites import SOURCE, Address, Dim, Leaf, spell
+from patchwire.tracing import scope_now
 
 if TYPE_CHECKING:
     from patchwire.model import Model
@@ -193,7 +194,9 @@ class Operation(Sided):
     def _leaves(self, side: str) -> tuple[Leaf, ...]:
         name = Address(f"{self._name}.{side}").name
         try:
-            return self._catalogue.operation_leaves(name, self._operation, self._occurrence, side)
+            scope = scope_now()
+            step = 0 if scope is None else scope.step
+            return self._catalogue.operation_leaves(name, self._operation, self._occurrence, side, step)
         except SiteError as error:
             raise SiteError(error.message, hint=error.hint, lines=here()) from None
 

@@ -10,9 +10,11 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+import torch.fx
 from torch import Tensor
 
 from patchwire import graph as g
@@ -137,6 +139,7 @@ class Trace(Block):
         self._token: Token[Scope | None] | None = None
         self._closed = False
         self._caches: list[Cache] = []
+        self._edited_weights: dict[torch.fx.Node, torch.fx.Node] = {}
 
     def __enter__(self) -> Trace:
         if recording():
@@ -157,8 +160,7 @@ class Trace(Block):
         request.add(self._model)
         self._request = request
         self._recorder = request.active
-        self._index = len(self._recorder.request.traces)
-        self._recorder.request.traces.append(self._trace)
+        self._index = self._recorder.begin(self._trace)
         try:
             invoke = None if self._given is None else self._add(self._given)
         except PatchwireError as error:
@@ -197,7 +199,7 @@ class Trace(Block):
             if embeddings is not None:
                 self._recorder.assign(g.Site(self._index, index, Address("embed.output")), embeddings)
             for edit in self._model._edits:
-                edit.into(self._recorder, self._index, index)
+                edit.into(self._recorder, self._index, index, self._edited_weights)
         except PatchwireError:
             self._trace.invokes.pop()
             raise
@@ -246,24 +248,52 @@ class Trace(Block):
         current("stop", self._model)
         raise Stopped(self)
 
-    def token_ids(self, invoke: int = 0) -> Value:
+    def token_ids(self, invoke: int | None = None) -> Value:
         """The token ids of an invoke as a value, `[batch, seq]` int64, with -1 before rows that are shorter.
 
         In a loop over batches they are those of each iteration.
-        """
-        return self._recorder.token_ids(self._index, invoke)
 
-    def mask(self, invoke: int = 0) -> Tensor | Value:
+        Args:
+            invoke: Its position in the trace; left out, the invoke around this line, or the only one.
+
+        Raises:
+            GraphError: there are several, and this is in none of them.
+        """
+        return self._recorder.token_ids(self._index, self._which(invoke))
+
+    def mask(self, invoke: int | None = None) -> Tensor | Value:
         """Which positions hold tokens, `[batch, seq]` bool.
 
         Rows of different lengths end together; positions before a shorter row's first token hold NaN in every value,
         so that they cannot go unnoticed into a result. In a loop over batches this is a value: that of each iteration.
+
+        Args:
+            invoke: Its position in the trace; left out, the invoke around this line, or the only one.
+
+        Raises:
+            GraphError: there are several, and this is in none of them.
         """
+        invoke = self._which(invoke)
         if self._trace.invokes[invoke].batches:
             return torch.ge(self.token_ids(invoke), 0)  # type: ignore[call-overload, no-any-return]
         lengths = torch.tensor(self._trace.invokes[invoke].lengths)
         longest = int(lengths.max())
         return torch.arange(longest)[None] >= (longest - lengths)[:, None]
+
+    def _which(self, invoke: int | None) -> int:
+        """The invoke that is meant."""
+        scope, count = scope_now(), len(self._trace.invokes)
+        if invoke is None and scope is not None and (scope.recorder, scope.trace) == (self._recorder, self._index):
+            invoke = scope.invoke
+        if invoke is None or (invoke == EVERYONE and count == 1):
+            invoke = 0 if count == 1 else None
+        if invoke is None or not 0 <= invoke < count:
+            raise GraphError(
+                f"It is not clear which of the {count} invokes is meant.",
+                hint="Write it inside the invoke, or give its position: `trace.mask(0)`.",
+                lines=here(),
+            )
+        return invoke
 
     def cache(
         self,
@@ -277,7 +307,8 @@ class Trace(Block):
 
         Args:
             modules: Which: a module, a name, a pattern over canonical names and raw paths (`"layers.*.mixer"`), or a
-                list of these. All layers if left out.
+                list of these; of a value inside a module, its canonical name (`"layers.*.mlp.neurons"`). All layers if
+                left out.
             outputs: Whether their outputs are saved; of a tuple, each tensor: `"transformer.h.3.attn.output[0]"`.
             inputs: Whether their first arguments are saved.
             dtype: Send the tensors in this element type.
@@ -297,10 +328,15 @@ class Trace(Block):
         sides = [side for side, wanted in ((OUTPUT, outputs), (INPUT, inputs)) if wanted]
         try:
             names = [each if isinstance(each, str) else each._name for each in chosen]
-            addresses = selecting.of_modules(catalogue, names, sides)
+            selected = selecting.of_modules(catalogue, names, sides)
         except SiteError as error:
             raise SiteError(error.message, hint=error.hint, lines=here()) from None
-        cache = Cache(scope.recorder, {name: scope.site(address) for name, address in addresses.items()}, dtype)
+
+        def read(each: selecting.Selected) -> Value:
+            with within(scope):
+                return scope.model._selected(each)
+
+        cache = Cache({name: partial(read, each) for name, each in selected.items()}, dtype)
         self._caches.append(cache)
         return cache
 
@@ -324,7 +360,12 @@ class Trace(Block):
         if any(invoke.batches for invoke in self._trace.invokes):
             hint = "Write `trace.token_ids()` for a value, that of each iteration."
             raise GraphError("In a loop over batches, the tokens change.", hint=hint, lines=here())
-        return [list(row) for invoke in self._trace.invokes for row in invoke.rows]
+        return [
+            list(row)
+            for index, invoke in enumerate(self._trace.invokes)
+            if (self._index, index) not in self._recorder.twins
+            for row in invoke.rows
+        ]
 
     def _end(self, error: BaseException | None) -> g.Graph | None:
         assert self._token is not None
@@ -426,13 +467,7 @@ class Steps:
 
     def __getitem__(self, which: int | slice | Sequence[int]) -> Iterator[int]:
         """Go through the steps; sites in the loop's body are those of the step."""
-        scope = current("iter", self._generation._model)
-        if scope.trace != self._generation._index or scope.stepping:
-            raise GraphError(
-                "The steps of a generation are gone through in its own block, one after the other.",
-                hint="Write `for step in gen.all():` directly in `with model.generate(…) as gen:`, or in an invoke.",
-                lines=here(),
-            )
+        self._here()
         endless = isinstance(which, slice) and which.stop is None
         steps = self._chosen(which)
         for step in steps:
@@ -443,6 +478,21 @@ class Steps:
                     lines=here(),
                 )
         return self._run(steps, endless)
+
+    def _here(self) -> Scope:
+        """The scope that the steps are gone through in.
+
+        Raises:
+            GraphError: it is that of another block, or of other steps.
+        """
+        scope, generation = current("iter", self._generation._model), self._generation
+        if (scope.recorder, scope.trace) != (generation._recorder, generation._index) or scope.stepping:
+            raise GraphError(
+                "The steps of a generation are gone through in its own block, one after the other.",
+                hint="Write `for step in gen.all():` directly in `with model.generate(…) as gen:`, or in an invoke.",
+                lines=here(),
+            )
+        return scope
 
     def count(self, which: int | slice | Sequence[int]) -> int:
         """How many steps a choice has."""
@@ -457,11 +507,14 @@ class Steps:
         return [which] if isinstance(which, int) else list(which)
 
     def _run(self, steps: list[int], endless: bool) -> Iterator[int]:
-        before = _CURRENT.get()
-        assert before is not None
+        before = self._here()
         try:
             for step in steps:
+                self._here()
                 _CURRENT.set(replace(before, step=step, open=endless and step > 0, stepping=True))
                 yield step
+                _CURRENT.set(before)
         finally:
-            _CURRENT.set(before)
+            now = _CURRENT.get()  # another block's, if this one was left and the iterator is still held by a name
+            if now is not None and now.recorder is before.recorder and now.trace == before.trace:
+                _CURRENT.set(before)

@@ -16,7 +16,9 @@ from conformance.test_several_prompts import floats_with_rows, packed
 from conformance.test_writes import logits_with, replaced
 from serving import Server
 
-SLOW = ("gptj", "gpt_neo", "qwen2", "qwen3", "gemma2", "olmo2", "phi3", "falcon_mamba", "mixtral", "mamba_untied")
+SLOW = ("gptj", "gpt_neo", "qwen2", "qwen3", "gemma2", "olmo2", "phi3", "falcon_mamba", "mixtral", "mamba_untied",
+        "falcon_h1_norm", "falcon_h1_norm_after", "granitemoehybrid", "nemotron_h", "zamba2", "zamba2_adapted", "bamba",
+        "recurrent_gemma_wide", "mamba_odd", "mamba2_odd", "falcon_mamba_odd")  # fmt: skip
 OTHERS = [
     pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
     for name in tiny.CONFIGS

@@ -747,3 +747,40 @@ def test_a_model_that_spoils_its_own_gradient_is_said_to(served: Any) -> None:
     with refused(ExecutionError, "no gradient.*in place", hint="PyTorch"), model.trace(IDS):
         hidden = model.embed.output
         patchwire.grad(last(model.logits), hidden).save()  # this line
+
+
+class TestNamedParts:
+    """The gradient of a value that is part of a tensor in the model is that part of the tensor's gradient."""
+
+    def test_of_queries_patterns_and_neurons(self, served, references):
+        model, reference = served["gpt2"], references["gpt2"]
+        ids = tiny.prompt(6)
+        with model.trace(ids):
+            layer = model.layers[1]
+            values = [layer.attn.q, layer.attn.z, layer.mlp.neurons]
+            grads = [each.save() for each in patchwire.grad(model.logits[0, -1, 7], values)]
+            alone = patchwire.grad(model.logits[0, -1, 7], model.layers[1].attn.q).save()
+        block = reference.transformer.h[1]
+        modules = {"q": block.attn.c_attn, "z": block.attn.c_proj, "neurons": block.mlp.c_proj}
+        wanted = {}
+        for name, module in modules.items():  # one at a time: each hook cuts off what is before it
+            seen: list[torch.Tensor] = []
+
+            def remember(tensor: torch.Tensor, into: list[torch.Tensor] = seen) -> torch.Tensor:
+                into.append(tensor.detach().clone().requires_grad_())
+                return into[0]
+
+            hook = (
+                module.register_forward_hook(lambda *args, to=remember: to(args[2]))
+                if name == "q"
+                else module.register_forward_pre_hook(lambda _, args, to=remember: (to(args[0]),))
+            )
+            with torch.enable_grad():
+                loss = reference(torch.tensor([ids])).logits[0, -1, 7]
+                (wanted[name],) = torch.autograd.grad(loss, seen)
+            hook.remove()
+        q = wanted["q"].unflatten(-1, (3, 4, 6))[:, :, 0]
+        torch.testing.assert_close(grads[0].value, q, rtol=1e-4, atol=1e-6)
+        assert torch.equal(alone.value, grads[0].value)
+        torch.testing.assert_close(grads[1].value, wanted["z"].unflatten(-1, (4, 6)), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(grads[2].value, wanted["neurons"], rtol=1e-4, atol=1e-6)

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 
 import grpc
@@ -417,24 +416,24 @@ PROGRAM = """
 import sys, torch, patchwire
 model = patchwire.connect(sys.argv[1], progress=False).model("gpt2")
 with model.session() as session:
+    with model.trace([1]) as trace:
+        trace.log("running", model.logits[0, 0, 0])
     with session.repeat(100_000) as loop:
         n = loop.carry(torch.tensor(0))
         with model.trace([1, 2, 3]):
             model.logits[0, -1, 0].save()
         n += 1
     result = loop.result(n).save()
-    print("running", flush=True)
 print("reached", int(result), loop.iterations)
 """
 
 
 def test_ctrl_c_ends_the_loop_and_keeps_what_was_reached(server):
     program = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, server.address], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-u", "-c", PROGRAM, server.address], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert program.stdout is not None
-    assert program.stdout.readline() == "running\n"
-    threading.Event().wait(1.5)
+    assert "running" in program.stdout.readline()  # the server has it
     os.kill(program.pid, signal.SIGINT)
     said, errors = program.communicate(timeout=60)
 
@@ -458,6 +457,59 @@ class TestIsRefused:
     def test_a_loop_in_a_trace(self, model):
         with refused(patchwire.GraphError, "in a trace"), model.session() as session, model.trace(PROMPT):
             session.repeat(2).__enter__()  # this line
+
+    def test_a_loop_that_has_been_used(self, model):
+        with refused(patchwire.GraphError, "used already", hint=r"session\.repeat"), model.session() as session:
+            with session.repeat(2) as loop, model.trace(PROMPT):
+                model.logits.sum().save()
+            loop.__enter__()  # this line
+
+    def test_a_loop_outside_of_its_session(self, model):
+        with model.session() as session, model.trace(PROMPT):
+            model.logits.sum().save()
+        with refused(patchwire.GraphError, "in its session's block", hint=r"with model\.session"):
+            session.repeat(2)  # this line
+
+    def test_a_loop_of_no_model(self, client):
+        with refused(patchwire.GraphError, "for which model", hint=r"model\.session"), client.session() as session:
+            with session.repeat(2) as loop:  # this line
+                x = loop.carry(torch.zeros(3))
+                x += 1
+
+    def test_carrying_what_is_made_in_the_body(self, model):
+        with refused(patchwire.GraphError, "from outside of the loop", hint="before"), model.session() as session:
+            with session.repeat(2) as loop, model.trace(PROMPT):
+                loop.carry(model.logits)  # this line
+
+    def test_carrying_what_turns_out_to_be_several_tensors(self, model):
+        with refused(patchwire.ExecutionError, "A tuple cannot be given", hint="items"), model.session() as session:
+            with model.trace(PROMPT):
+                positive = model.logits[model.logits > 0]
+                largest = torch.topk(positive, 2)
+            with session.repeat(2):  # this line
+                torch.neg(largest).save()
+
+    def test_carrying_a_value_of_a_step_that_the_generation_did_not_reach(self, model):
+        with refused(patchwire.ExecutionError, "step that was not reached", hint="min_new"), model.session() as session:
+            with model.generate(PROMPT, max_new_tokens=20) as gen:
+                for _ in gen.all():
+                    late = model.layers[0].output
+                    model.lm_head.output[:, :, 0] = 1000  # the token that ends it
+            with session.repeat(2) as loop:  # this line
+                x = loop.carry(late)
+                x += 1
+            loop.result(x).save()
+
+    def test_streaming_tokens(self, model):
+        with refused(patchwire.GraphError, "not streamed out of a loop", hint="output"), model.session() as session:
+            with session.repeat(2), model.generate(PROMPT, max_new_tokens=2, stream=print):  # this line
+                pass
+
+    def test_more_values_than_the_server_sends(self, model):
+        with refused(patchwire.LimitError, "1,100,000 values", hint="Carry"), model.session() as session:
+            with session.repeat(100_000) as loop:  # this line
+                for number in range(11):
+                    (loop.index + number).save()
 
     @pytest.mark.parametrize("count", [0, -1, 2.5, "many", True, 2**32])
     def test_no_number_of_iterations(self, model, count):
@@ -494,6 +546,13 @@ class TestIsRefused:
                 x = loop.carry(torch.zeros(3))
                 x += 1
             (x + 1).save()  # this line
+
+    def test_a_save_after_the_loop(self, model):
+        with refused(patchwire.GraphError, "body of a loop", hint="result"), model.session() as session:
+            with session.repeat(2) as loop:
+                x = loop.carry(torch.zeros(3))
+                x += 1
+            x.save()  # this line
 
     def test_a_value_of_the_body_next_to_another_after_the_loop(self, model):
         with refused(patchwire.GraphError, "body of a loop", hint="result"), model.session() as session:
@@ -740,19 +799,60 @@ def test_a_hostile_loop_is_a_clear_error(strict, what, method):
     assert isinstance(error_from_call(caught.value, "here"), patchwire.PatchwireError)
 
 
-def test_a_value_that_comes_later_cannot_be_given_to_a_loop(strict):
-    graph = in_loop(pb.Node(outside=0), messages.save(0))
-    graph.traces.add(model="gpt2", invokes=messages.graph("gpt2").traces[0].invokes)
-    del graph.nodes[:]
-    later = messages.read("logits")
-    later.read.site.trace = 1
-    graph.nodes.extend([later, pb.Node(loop=pb.RunLoop(trace=0, inputs=[0]))])
+def given(value: pb.Node, *body: pb.Node, later: bool = False) -> pb.Graph:
+    """A graph of a loop that is given what a node makes of the logits of a trace before or after it."""
+    traces = [messages.graph("gpt2").traces[0], in_loop(*body).traces[0]]
+    read = messages.read("logits")
+    read.read.site.trace = int(later)
+    run = pb.Node(loop=pb.RunLoop(trace=int(not later), inputs=[1]))
+    return pb.Graph(traces=traces[::-1] if later else traces, nodes=[read, value, run])
+
+
+NEGATIVE = messages.call("torch.neg", messages.node(0))
+TOP = messages.call("torch.topk", messages.node(0), 2)
+
+
+@pytest.mark.parametrize(
+    ("graph", "kind", "says", "hint"),
+    [
+        (
+            given(NEGATIVE, pb.Node(outside=0), messages.save(0), later=True),
+            patchwire.OrderError,
+            "comes later",
+            "before the loop",
+        ),
+        (
+            given(NEGATIVE, messages.read("logits"), TOP, pb.Node(carry=pb.Carry(outside=0, value=1))),
+            patchwire.ShapeError,
+            "A tuple cannot be carried",
+            "value[0]",
+        ),
+        (
+            given(NEGATIVE, messages.read("logits"), *[pb.Node(carry=pb.Carry(outside=0, value=0))] * 2),
+            patchwire.GraphError,
+            "Input 0 is carried twice",
+            "one value",
+        ),
+        (
+            given(TOP, pb.Node(outside=0), messages.save(0)),
+            patchwire.GraphError,
+            "A tuple cannot be given to a loop",
+            "value[0]",
+        ),
+    ],
+    ids=["later", "a tuple carried", "carried twice", "a tuple given"],
+)
+def test_what_does_not_fit_a_loop_is_said_at_its_line(strict, graph, kind, says, hint):
     channel, stub = messages.stub(strict.address)
 
     with channel, pytest.raises(grpc.RpcError) as caught:
-        stub.Check(service_pb2.CheckRequest(graph=graph))
+        stub.Check(service_pb2.CheckRequest(graph=messages.at_a_line(graph)))
+    error = error_from_call(caught.value, "here")
 
-    assert type(error_from_call(caught.value, "here")) is patchwire.OrderError
+    assert type(error) is kind
+    assert says in error.message
+    assert hint in error.hint
+    assert [(each.file, each.line) for each in error.lines] == [("user.py", 3)]
 
 
 def test_a_name_that_is_too_long_is_refused(strict):

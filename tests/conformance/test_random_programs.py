@@ -206,6 +206,8 @@ class _Memory:
     """Whether it must not be edited any more, because its site has passed."""
     edited: int = -1
     """The site at which it was edited the last time."""
+    former: bool = False
+    """Whether it is of a trace that has ended: a site that becomes its value has memory of its own."""
 
 
 class _Value:
@@ -300,8 +302,12 @@ class _Machine:
         if value.tensor.shape != place.shape or value.memory.passed or (value.memory in self.here):
             value = _Value(place * 0.5 + value.tensor.mean(), _Memory(), self.order)
             self.values.append(value)
-        setattr(self.module, self.side, value.tensor)
-        self.here.append(value.memory)
+        tensor, memory = value.tensor, value.memory
+        if memory.former:
+            memory.passed, memory = True, _Memory()
+            tensor = tensor.clone() if isinstance(tensor, torch.Tensor) else tensor
+        setattr(self.module, self.side, tensor)
+        self.here.append(memory)
 
 
 def program_of(invokes: list[Invoke], sites: list[Place]) -> Callable[[Any, Any], Results]:
@@ -358,10 +364,8 @@ def session_of(session: list[Any], sites: list[Place]) -> Callable[[Any, Callabl
             earlier = [value for each in machines for value in each.own] if everyone is None else machines[-1].own
             earlier = earlier[-6:]
             for value in earlier:
-                value.memory.passed, value.memory.edited = (
-                    False,
-                    -1,
-                )  # its trace has ended: it is a tensor like any other
+                # Its trace has ended: it is a tensor like any other.
+                value.memory.passed, value.memory.edited, value.memory.former = False, -1, True
         return found
 
     return run

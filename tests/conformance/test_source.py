@@ -56,7 +56,7 @@ def inside_attention(model: patchwire.Model, layer: int) -> Any:
 
 def inside_scan(model: patchwire.Model, layer: int) -> Any:
     """What happens inside the scan of a layer of Mamba, where no kernel is installed."""
-    return model.layers[layer].mixer.source.mamba_selective_scan_0.source.implementation_0.source
+    return model.layers[layer].mixer.source.mamba_selective_scan_0.source
 
 
 def head_off(probabilities: Tensor) -> Tensor:

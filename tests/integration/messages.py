@@ -25,6 +25,8 @@ def argument(value: Any) -> graph_pb2.Argument:
             return graph_pb2.Argument(text=value)
         case list():
             return graph_pb2.Argument(list=graph_pb2.Sequence(items=[argument(each) for each in value]))
+        case tuple():
+            return graph_pb2.Argument(tuple=graph_pb2.Sequence(items=[argument(each) for each in value]))
     return graph_pb2.Argument(none=graph_pb2.NoneValue())
 
 
@@ -61,6 +63,19 @@ def graph(model: str, *nodes: graph_pb2.Node, rows: Any = ((1, 2, 3),)) -> graph
     """A graph of one trace with one invoke."""
     invoke = graph_pb2.Invoke(rows=[graph_pb2.TokenRow(ids=row) for row in rows])
     return graph_pb2.Graph(traces=[graph_pb2.Trace(model=model, invokes=[invoke])], nodes=nodes)
+
+
+def at_a_line(graph: graph_pb2.Graph) -> graph_pb2.Graph:
+    """The same graph, as if all of it, the bodies of its loops too, came from line 3 of user.py."""
+    found = graph_pb2.Graph()
+    found.CopyFrom(graph)
+    found.lines.extend([graph_pb2.SourceLine(), graph_pb2.SourceLine(file="user.py", line=3, code="x")])
+    for each in found.nodes:
+        each.line = 1
+    for trace in found.traces:
+        if trace.HasField("loop"):
+            trace.loop.body.CopyFrom(at_a_line(trace.loop.body))
+    return found
 
 
 def slow(model: str, steps: int = 50, size: int = 2048) -> graph_pb2.Graph:

@@ -377,3 +377,12 @@ class TestRefusals:
 
         with refused(patchwire.StoreError, says):
             list(model.activations(PROMPTS[:2], sites, path=tmp_path / "acts"))  # this line
+
+
+def test_of_values_inside_modules(served):
+    model = served["llama"]
+    prompts = [[1, 2, 3], [4, 5, 6, 7]]
+    found = [each for batch in model.activations(prompts, "layers.1.mlp.neurons", batch_size=2) for each in [batch]]
+    with model.trace(prompts[1]):
+        wanted = model.layers[1].mlp.neurons[0].save()
+    assert torch.allclose(found[0].values["layers.1.mlp.neurons"][1], wanted.value, atol=1e-6)

@@ -120,6 +120,15 @@ class TestACache:
         assert torch.stack(list(cache.values())).shape == (3, 1, 5, 24)
         assert {name: value.shape for name, value in cache.items()}["layers.0.output"] == (1, 5, 24)
 
+    def test_is_printed_with_shapes_and_without_numbers(self, model):
+        with model.trace(IDS) as trace:
+            cache = trace.cache([model.embed, "lm_head"])
+
+        assert repr(cache).splitlines() == [
+            "embed.output: [1, 5, 24] float32",
+            f"lm_head.output: [1, 5, {tiny.VOCABULARY}] float32",
+        ]
+
     def test_of_a_scan_knows_shapes(self, model):
         with model.scan(IDS) as scan:
             cache = scan.cache("lm_head")
@@ -163,3 +172,21 @@ class TestRefusals:
         with refused(ShapeError, "cannot become"), model.trace(IDS) as trace:
             trace.cache()
             model.layers[1].output = torch.zeros(3)  # this line
+
+
+def test_values_inside_modules_by_their_canonical_names(served):
+    model = served["gpt2"]
+    with model.trace([1, 2, 3, 4]) as trace:
+        cache = trace.cache(["layers.*.mlp.neurons", "layers.1.mixer.pattern", "layers.*.attn.z"])
+        neurons = [layer.mlp.c_proj.input.save() for layer in model.layers]
+        pattern = model.layers[1].attn.pattern.save()
+    assert [each for each in cache if each.endswith("neurons")] == [f"layers.{n}.mlp.neurons" for n in range(3)]
+    assert all(torch.equal(cache[f"layers.{n}.mlp.neurons"].value, neurons[n].value) for n in range(3))
+    assert torch.equal(cache["layers.1.mixer.pattern"].value, pattern.value)
+    assert cache["layers.2.attn.z"].shape == (1, 4, 4, 6)
+
+
+def test_a_pattern_over_modules_leaves_values_inside_them_out(served):
+    with served["gpt2"].trace([1, 2, 3]) as trace:
+        cache = trace.cache("layers.*.*")
+    assert all(each.rpartition(".")[2].startswith("output") for each in cache)

@@ -115,3 +115,37 @@ def test_leaves_every_name_of_the_package_what_it_is():
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 
     assert told.stdout == "patchwire [1]\n"
+
+
+def test_leaves_a_program_s_own_gradients_alone(tmp_path):
+    """What a worker needs looks for `with loss.backward():` in the text of programs, and takes it over."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import contextlib, torch, patchwire_worker.embedded\n"
+        "weight = torch.ones(2, requires_grad=True)\n"
+        "with contextlib.nullcontext(): (weight * 3).sum().backward()\n"
+        "with (contextlib.nullcontext(), contextlib.nullcontext() as _): (weight * 4).sum().backward()\n"
+        "with contextlib.nullcontext():\n"
+        "    (weight * 5).sum().backward()\n"
+        "print(weight.grad)\n"
+    )
+    told = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True)
+
+    assert told.stdout == "tensor([12., 12.])\n"
+
+
+def test_leaves_nnsight_s_own_gradients_alone(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import nnsight, torch, patchwire_worker.embedded\n"
+        "model = nnsight.NNsight(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)))\n"
+        "with model.trace(torch.ones(1, 2)):\n"
+        "    hidden = getattr(model, '0').output\n"
+        "    loss = (hidden * 3).sum()\n"
+        "    with loss.backward():\n"
+        "        found = hidden.grad.save()\n"
+        "print(found)\n"
+    )
+    told = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True)
+
+    assert told.stdout == "tensor([[3., 3.]])\n"

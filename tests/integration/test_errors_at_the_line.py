@@ -66,6 +66,17 @@ class TestUnknownSites:
         with refused(SiteError, "not a list"), model.trace(IDS):
             model.lm_head[0].output.save()  # this line
 
+    @pytest.mark.parametrize(
+        ("name", "meant"), [("outputs", "output"), ("inptu", "input"), ("resid_post", "output"), ("resid_pre", "input")]
+    )
+    def test_a_wrong_name_of_what_goes_in_and_comes_out(self, model, name, meant):
+        with refused(SiteError, name, hint=rf"`model\.layers\[1\]\.{meant}`[.?]$"), model.trace(IDS):
+            getattr(model.layers[1], name)  # this line
+
+    def test_the_output_of_all_layers(self, model):
+        with refused(SiteError, r"`model\.layers`", hint=r"It is a list: `model\.layers\[0\]`"), model.trace(IDS):
+            model.layers.output.save()  # this line
+
     def test_the_attention_of_an_ssm(self, served):
         mamba = served["mamba"]
         with refused(SiteError, "attn", hint=r"SSM.*`model\.layers\[0\]\.mixer`"), mamba.trace(IDS):
@@ -205,6 +216,13 @@ class TestGradients:
         with refused(GraphError, "a value inside the block", hint="After the block"):
             total.backward()  # this line
 
+    def test_with_respect_to_a_later_value(self, model):
+        with refused(OrderError, "does not depend on") as refusal, model.trace(IDS):
+            later = model.layers[2].output  # and this line
+            loss = model.layers[0].output.sum()  # this line
+            patchwire.grad(loss, later)
+        assert "loss = model.layers[0].output.sum()" in str(refusal.error)
+
     def test_with_respect_to_a_name(self, model):
         with refused(GraphError, "with respect to values"), model.trace(IDS):
             patchwire.grad(model.logits.sum(), "layers.0.output")  # this line
@@ -248,9 +266,9 @@ class TestOnlyInTheRun:
                 model.logits.save()
 
     def test_changes_of_two_weights_that_are_one(self, model):
-        with refused(GraphError, "is tied to another weight", hint="one of them", line=False), model.trace(IDS):
-            model.lm_head.weight *= 2
-            model.transformer.wte.weight *= 3
+        with refused(GraphError, "is tied to another weight", hint="one of them"), model.trace(IDS):
+            model.lm_head.weight = model.lm_head.weight * 2
+            model.transformer.wte.weight = model.transformer.wte.weight * 3  # this line
             model.logits.save()
 
     def test_a_change_of_a_buffer(self, served):
@@ -341,6 +359,27 @@ class TestOperations:
     def test_shapes_that_do_not_fit(self, model):
         with refused(ShapeError, r"`matmul`|`__matmul__`", r"\[1, 3, 24\] float32", r"\[1, 3, 61\]"), model.trace(IDS):
             (model.layers[0].output @ model.logits).save()  # this line
+
+    @pytest.mark.parametrize(
+        "multiply",
+        [
+            lambda hidden, double: hidden @ double,
+            lambda hidden, double: double @ hidden[0].T,
+            lambda hidden, double: torch.nn.functional.linear(hidden, double),
+            lambda hidden, double: torch.nn.Linear(24, 24).double()(hidden),
+            lambda hidden, double: torch.mv(hidden[0], double[0]),
+            lambda hidden, double: torch.addmm(double[:3], hidden[0], double.float()),
+            lambda hidden, double: torch.cdist(hidden, double),
+        ],
+    )
+    def test_a_product_of_two_dtypes(self, model, multiply):
+        double = torch.randn(24, 24, dtype=torch.float64)
+        with pytest.raises(RuntimeError):
+            multiply(torch.zeros(1, 3, 24), double)
+        says, hint = "one dtype.*float(32|64).*float(32|64)", r"`\.to\(torch\.float"
+        with refused(ShapeError, says, hint=hint, line=False) as refusal, model.trace(IDS):
+            multiply(model.layers[0].output, double)
+        assert refusal.error.lines[0].line == multiply.__code__.co_firstlineno
 
     def test_a_module_on_a_value_of_the_wrong_width(self, model):
         with refused(ShapeError, "24", "61"), model.trace(IDS):

@@ -17,7 +17,7 @@ from integration import messages
 from integration.refusals import refused
 from patchwire.results import Progress
 from patchwire.status import error_from_call
-from patchwire.v1 import service_pb2
+from patchwire.v1 import graph_pb2, service_pb2
 from serving import Server
 
 # Longer than any request here takes, and shorter than what is cancelled would have taken.
@@ -40,6 +40,16 @@ def until(events, kind: str):
 
 def small(model: str) -> service_pb2.RunRequest:
     return service_pb2.RunRequest(graph=messages.graph(model, messages.read("logits"), messages.save(0)))
+
+
+class TestAConnectionThatWasClosed:
+    def test_says_so_instead_of_what_was_asked_for(self, server):
+        client = patchwire.connect(server.address, progress=False)
+        model = client.model("gpt2")
+        client.close()
+        for ask in (lambda: values(model, [1, 2]), client.models, client.jobs):
+            with refused(patchwire.ConnectionFailedError, "closed by this program", hint="connect", line=False):
+                ask()
 
 
 class TestCancelling:
@@ -84,6 +94,24 @@ class TestCancelling:
 
         with torch.no_grad():
             torch.testing.assert_close(during, references["mamba"](torch.tensor([[1, 2, 3]]), use_cache=False).logits)
+
+    def test_does_not_keep_the_server_from_answering_who_looks_into_its_model(self, stub):
+        # The second model of a request; and a function that no other test looks into.
+        graph = small("gpt2").graph
+        graph.traces.add(model="llama").invokes.add().rows.add(ids=[1, 2])
+        address = "model.layers.2.mlp.source.self_down_proj_0.output"
+        graph.nodes.add().read.site.MergeFrom(graph_pb2.Site(trace=1, address=address))
+        graph.nodes.add().save.value = 2
+        busy = stub.Run(service_pb2.RunRequest(graph=messages.slow("llama", steps=3_000)))
+        until(busy, "running")
+
+        looking = stub.Run(service_pb2.RunRequest(graph=graph))
+        for _ in range(20):
+            assert stub.ListModels(service_pb2.ListModelsRequest(), timeout=PATIENCE / 4).models
+        assert busy.is_active()
+        busy.cancel()
+
+        assert until(looking, "done")
 
 
 class TestDeadlines:

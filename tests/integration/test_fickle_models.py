@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +13,12 @@ import patchwire
 from integration.refusals import refused
 from patchwire_worker.models import operations
 
+SHORT = 7
+"""Up to so many tokens, which is what some of the prompts have with which it is learnt, it leaves something out."""
 LONG = 40
 """From so many tokens on the model is another one."""
+LONGEST = 60
+"""So many tokens it does not survive."""
 
 
 class Longer(nn.Module):
@@ -21,6 +26,10 @@ class Longer(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return torch.cat([hidden, hidden[:, :1]], 1) if hidden.shape[1] >= LONG else hidden
+
+
+def doubled(hidden: Tensor) -> Tensor:
+    return hidden * 2
 
 
 class Fickle(nn.Module):
@@ -38,6 +47,10 @@ class Fickle(nn.Module):
 
     def forward(self, input_ids: Tensor) -> SimpleNamespace | dict[str, Tensor]:
         hidden = self.embed(input_ids)
+        if hidden.shape[1] == LONGEST:
+            sys.exit("whoever wrote this model did not think of servers")
+        if hidden.shape[1] > SHORT:
+            hidden = doubled(hidden)
         hidden = self.longer(hidden)[:, : hidden.shape[1]]
         if hidden.shape[1] < LONG:
             hidden = self.sometimes(hidden)
@@ -73,3 +86,24 @@ def test_a_function_that_is_too_long_to_look_into(model, monkeypatch):
     monkeypatch.setattr(operations, "_MAX_OPERATIONS", 1)
     with refused(patchwire.LimitError, "too long to look into", hint="a module in it", line=False):
         print(model.source)
+
+
+def test_what_is_inside_a_function_that_not_every_run_calls(model):
+    with (
+        refused(patchwire.SiteError, "`doubled_0` was not called", hint="given and what it returns"),
+        model.trace([1] * 9),
+    ):
+        model.source.doubled_0.source.save()  # this line
+
+
+def test_a_run_that_ends_as_no_run_should_is_a_job_that_failed_and_the_next_one_runs(model, caplog):
+    with model.trace([1] * LONGEST, blocking=False) as trace:
+        model.logits.save()
+
+    assert trace.job.wait() == "failed"
+    with refused(patchwire.ExecutionError, r"internal error \(SystemExit\)", hint="Whoever runs", line=False):
+        trace.job.fetch()
+    assert "whoever wrote this model" in caplog.text
+    with model.trace([1] * 3):
+        hidden = model.embed.output.save()
+    assert hidden.shape == (1, 3, 6)

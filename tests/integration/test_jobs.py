@@ -21,7 +21,7 @@ import patchwire
 from integration import messages
 from integration.refusals import refused
 from patchwire.status import error_from_call
-from patchwire.v1 import job_pb2, job_pb2_grpc
+from patchwire.v1 import graph_pb2, job_pb2, job_pb2_grpc
 from serving import Server
 
 IDS = [1, 2, 3, 4]
@@ -269,6 +269,33 @@ class TestErrors:
     def submit(desk: patchwire.Client, message) -> object:
         with grpc.insecure_channel(desk.connection.address) as channel:
             return job_pb2_grpc.JobServiceStub(channel).SubmitJob(job_pb2.SubmitJobRequest(graph=message))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there a program may lower the limits of another")
+class TestAFullDisk:
+    """As the server finds it, whose files may be no larger than this."""
+
+    ROOM = 1 << 20
+
+    @pytest.fixture(autouse=True)
+    def full(self, office) -> Iterator[None]:
+        import resource
+
+        before = resource.prlimit(office.process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(office.process.pid, resource.RLIMIT_FSIZE, (self.ROOM, before[1]))
+        yield
+        resource.prlimit(office.process.pid, resource.RLIMIT_FSIZE, before)
+
+    @pytest.mark.parametrize("last", [1_000, ROOM], ids=["at the end", "on the way"])
+    def test_a_job_that_does_not_fit_says_so_and_the_next_one_is_kept(self, model, last):
+        with model.trace(IDS, blocking=False) as trace:
+            large = model.logits.new_zeros(self.ROOM // 4 - 100).save()
+            (large[:1].expand(last // 4) + 1).save()
+
+        assert trace.job.wait(PATIENCE) == "failed"
+        with refused(patchwire.ExecutionError, "its disk: File too large", hint="room", line=False):
+            trace.job.fetch()
+        assert detached(model).wait(PATIENCE) == "done"
 
 
 class TestEnding:
@@ -541,6 +568,21 @@ class TestStrangers:
 
         assert type(error) is patchwire.JobError
         assert "not ended" in error.message
+
+    @pytest.mark.parametrize("what", ["a loop", "a kept value"])
+    def test_what_somebody_has_to_wait_for_is_no_job(self, jobs, what):
+        graph = messages.graph("gpt2", messages.read("logits"), messages.save(0))
+        if what == "a loop":
+            graph.traces.add(model="gpt2", loop=graph_pb2.Loop(body=graph, count=2))
+            graph.nodes.add(loop=graph_pb2.RunLoop(trace=1))
+        else:
+            graph.nodes.add(keep=graph_pb2.Keep(value=0, seconds=1.0))
+
+        error = error_of(lambda: jobs.SubmitJob(job_pb2.SubmitJobRequest(graph=graph)))
+
+        assert type(error) is patchwire.GraphError
+        assert "cannot loop, or keep values" in error.message
+        assert "ordinary request" in error.hint
 
     def test_an_unknown_compression_is_refused(self, jobs):
         graph = messages.graph("gpt2", messages.read("logits"), messages.save(0))

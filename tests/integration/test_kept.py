@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 
@@ -221,6 +222,31 @@ class TestIsRefused:
         with refused(patchwire.GraphError, "was not kept"), model.trace(PROMPT):
             (kept + 1).save()  # this line
 
+    def test_after_its_block(self, model):
+        with model.trace(PROMPT):
+            logits = model.logits.save()
+        with refused(patchwire.GraphError, "nothing can be kept any more", hint="inside"):
+            logits.keep()  # this line
+
+    def test_as_part_of_an_edit(self, model):
+        with refused(patchwire.GraphError, "What stays with a model cannot keep", hint="edited model"), model.edit():
+            model.logits.keep()  # this line
+
+    def test_of_a_step_that_the_generation_did_not_reach(self, model):
+        with (
+            refused(patchwire.ExecutionError, "step that was not reached cannot be kept", hint="min_new_tokens"),
+            model.generate(PROMPT, max_new_tokens=20) as gen,
+        ):
+            for _ in gen.all():
+                late = model.layers[0].output
+                model.lm_head.output[:, :, 0] = 1000  # the token that ends it
+            late.keep()  # this line
+
+    def test_when_it_turns_out_to_be_several_tensors(self, model):
+        with refused(patchwire.ExecutionError, "cannot be kept: it is not a tensor", hint="items"), model.trace(PROMPT):
+            hidden = model.layers[0].output
+            torch.topk(hidden[hidden > hidden.min()], 2).keep()  # this line
+
     @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), "long", True])
     def test_for_no_time(self, model, seconds):
         with refused(patchwire.GraphError, "cannot be kept for"), model.trace(PROMPT):
@@ -305,3 +331,33 @@ class TestOverTheWire:
             strict_stub.Forget(service_pb2.ForgetRequest(handles=[b"x"]))
 
         assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_what_was_kept_for_a_request_that_was_cancelled_later_is_forgotten(server):
+    large = messages.call("torch.Tensor.new_zeros", messages.node(0), [64 << 20])
+    graph = messages.graph("gpt2", messages.read("logits"), large)
+    graph.nodes.add().keep.MergeFrom(graph_pb2.Keep(value=0, seconds=1000))
+    graph.nodes.append(messages.save(1))
+    channel, stub = messages.stub(server.address)
+    with channel:
+        events = stub.Run(service_pb2.RunRequest(graph=graph))
+        handle = next(each.kept.handle for each in messages.events(events) if each.HasField("kept"))
+        events.cancel()
+    channel, stub = messages.stub(server.address)
+    with channel:
+        use = messages.graph("gpt2", graph_pb2.Node(constant=0), messages.save(0))
+        use.constants.add().kept = handle
+        deadline = time.monotonic() + 60
+        while _is_kept(stub, use):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def _is_kept(stub, graph: graph_pb2.Graph) -> bool:
+    try:
+        stub.Check(service_pb2.CheckRequest(graph=graph))
+    except grpc.RpcError as error:
+        if "is not on this server" not in error_from_call(error, "here").message:
+            raise
+        return False
+    return True

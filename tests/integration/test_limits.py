@@ -173,3 +173,14 @@ class TestFoundOnTheLaptop:
             for _ in range(70):
                 total = total + 1
             total.save()
+
+
+class TestWorkOfChecking:
+    def test_a_short_graph_that_takes_long_to_check_is_answered_as_others_are(self, stub):
+        zeros = messages.call("torch.Tensor.new_zeros", messages.node(0), [128, 70])
+        diffs = [messages.call("torch.diff", messages.node(1), 63) for _ in range(100)]
+        graph = messages.graph("gpt2", messages.read("logits"), zeros, *diffs, messages.save(2))
+
+        saved = stub.Check(service_pb2.CheckRequest(graph=graph)).saved
+
+        assert [list(each.shape) for each in saved] == [[128, 7]]

@@ -210,6 +210,17 @@ class TestCheck:
         assert type(error) is kind
         assert says in error.message
 
+    def test_refuses_at_its_line_what_gives_no_tensor(self, stub):
+        item = messages.call("operator.getitem", (messages.node(0), 7), 1)
+        graph = messages.at_a_line(messages.graph("gpt2", messages.read("logits"), item))
+
+        error = refused(stub.Check, service_pb2.CheckRequest(graph=graph))
+
+        assert type(error) is patchwire.OperationError
+        assert "which is not a tensor" in error.message
+        assert "value[0]" in error.hint
+        assert [(each.file, each.line) for each in error.lines] == [("user.py", 3)]
+
     def test_refuses_a_model_that_is_not_there(self, stub):
         error = refused(stub.Check, service_pb2.CheckRequest(graph=messages.graph("gpt3", messages.read("logits"))))
 

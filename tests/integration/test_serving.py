@@ -73,8 +73,8 @@ def test_a_request_that_failed_is_forgotten(serving, monkeypatch):
     admission = serving.server.service.admission
     admit, seen = admission.admit, []
 
-    def watched(message):
-        admitted = admit(message)
+    def watched(message, **rest):
+        admitted = admit(message, **rest)
         seen.append(weakref.ref(admitted))
         return admitted
 
@@ -147,9 +147,9 @@ class TestTheLoop:
         def watch(owner: Any, name: str) -> None:
             function = getattr(owner, name)
 
-            def watched(*args: Any) -> Any:
+            def watched(*args: Any, **rest: Any) -> Any:
                 names.append(threading.current_thread().name)
-                return function(*args)
+                return function(*args, **rest)
 
             monkeypatch.setattr(owner, name, watched)
 

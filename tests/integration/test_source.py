@@ -45,7 +45,7 @@ class TestListing:
         assert shown.endswith("(name): a forward pass does not come by")
 
     def test_says_what_may_run_several_times(self, served):
-        scan = served["mamba"].layers[0].mixer.source.mamba_selective_scan_0.source.implementation_0.source
+        scan = served["mamba"].layers[0].mixer.source.mamba_selective_scan_0.source
 
         assert "ssm_state_3[n]" in str(scan)
         assert str(scan.ssm_state_3.runs) == "seq"
@@ -78,8 +78,8 @@ class TestListing:
     def test_goes_into_the_functions_that_are_called(self, model):
         inner = model.layers[0].mixer.source.attention_interface_1.source
 
-        assert "def sdpa_attention_forward(" in str(inner)
-        assert "torch_nn_functional_scaled_dot_product_attention_0" in inner
+        assert "def eager_attention_forward(" in str(inner)
+        assert "nn_functional_softmax_0" in inner
 
     def test_is_there_for_the_whole_model(self, model):
         assert "self_transformer_0" in model.source
@@ -99,10 +99,6 @@ class TestWhatIsNotThere:
         assert hasattr(model.layers[0].mlp.source, "self_act_0")
         assert not hasattr(model.layers[0].mlp.source, "self_act_1")
 
-    def test_probabilities_in_a_fused_kernel(self, model):
-        with refused(SiteError, "sdpa_attention_forward", hint="patchwire serve --attention eager"):
-            _ = model.layers[0].mixer.source.attention_interface_1.source.nn_functional_softmax_0  # this line
-
     def test_a_value_outside_of_a_block(self, model):
         with refused(GraphError, "only while the model runs"):
             _ = model.layers[0].mlp.source.self_act_0.output  # this line
@@ -120,7 +116,7 @@ class TestWhatIsNotThere:
             model.layers[0].mlp.source.self_act_0[1].output.save()  # this line
 
     def test_a_token_that_the_prompt_does_not_have(self, served):
-        scan = served["mamba"].layers[0].mixer.source.mamba_selective_scan_0.source.implementation_0.source
+        scan = served["mamba"].layers[0].mixer.source.mamba_selective_scan_0.source
         with refused(SiteError, "runs 3 times", hint=r"last \[2\]"), served["mamba"].trace(IDS):
             scan.ssm_state_3[3].output.save()  # this line
 

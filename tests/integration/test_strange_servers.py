@@ -17,6 +17,7 @@ from patchwire import tensors
 from patchwire.connection import Connection
 from patchwire.jobs import JobStatus
 from patchwire.results import Progress
+from patchwire.v1 import graph_pb2 as pb
 from patchwire.v1 import job_pb2, model_pb2, service_pb2, service_pb2_grpc
 from patchwire.version import PROTOCOL_VERSION
 
@@ -84,6 +85,18 @@ def sends(tensor: torch.Tensor) -> Callable[[grpc.ServicerContext], Iterator[ser
     return answer
 
 
+LOOP = pb.Graph(
+    traces=[
+        *messages.graph("any").traces,
+        pb.Trace(
+            model="any", loop=pb.Loop(body=messages.graph("any", messages.read("logits"), messages.save(0)), count=2)
+        ),
+    ],
+    nodes=[messages.read("logits"), messages.save(0), pb.Node(loop=pb.RunLoop(trace=1))],
+)
+"""A request of a value and of a loop of two iterations, which keeps nothing."""
+
+
 def tells(*events: service_pb2.Event) -> Callable[[grpc.ServicerContext], Iterator[service_pb2.RunResponse]]:
     return lambda context: iter([service_pb2.RunResponse(events=events)])
 
@@ -146,6 +159,27 @@ def test_what_was_not_asked_for_is_not_taken(strange, events, kind, says):
 
     with refused(kind, says, line=False):
         run(connection)
+
+
+@pytest.mark.parametrize(
+    ("event", "says"),
+    [
+        (service_pb2.Event(iterated=service_pb2.Iterated(loop=1, done=3, count=3)), "runs another loop"),
+        (service_pb2.Event(iterated=service_pb2.Iterated(loop=0, done=1, count=2)), "runs another loop"),
+        (
+            service_pb2.Event(saved=service_pb2.Saved(node=1, iteration=service_pb2.Iteration(loop=1, number=2))),
+            "runs another loop",
+        ),
+        (service_pb2.Event(kept=service_pb2.Kept(node=1, handle=b"x", seconds=1.0)), "kept a value that it was not"),
+    ],
+    ids=["too many iterations", "no loop", "of an iteration too many", "kept"],
+)
+def test_what_was_not_asked_of_a_loop_is_not_taken(strange, event, says):
+    servicer, connection = strange
+    servicer.answer = tells(event, DONE)
+
+    with refused(patchwire.GraphError, says, hint="patchwire doctor", line=False):
+        connection.run(g.graph_from_proto(LOOP), Progress(show=False))
 
 
 def test_one_of_another_protocol_is_not_asked_anything(strange):

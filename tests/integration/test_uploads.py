@@ -203,3 +203,16 @@ class TestTheUploadItself:
         with pytest.raises(grpc.RpcError) as caught:
             stub.Upload(iter(parts))
         assert type(error_from_call(caught.value, "here")) in (patchwire.GraphError, patchwire.LimitError)
+
+    @pytest.mark.parametrize("before", [0, 1])
+    def test_whose_bytes_are_no_message_is_refused_as_the_client_s_mistake(self, server, before):
+        parts = [self.header(1).SerializeToString()] * before + [b"\xff" * 20]
+
+        with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as caught:
+            channel.stream_unary("/patchwire.v1.PatchwireService/Upload")(iter(parts))
+        error = error_from_call(caught.value, "here")
+
+        assert type(error) is patchwire.GraphError
+        assert "no message" in error.message
+        assert error.hint
+        assert "in a way that it must not" not in server.log

@@ -10,7 +10,7 @@ import torch.fx
 
 from patchwire import graph as g
 from patchwire import ops
-from patchwire.checking import Checker, fake_of
+from patchwire.checking import Checker, TookLongError, fake_of
 from patchwire.errors import GraphError, LimitError, OperationError, OrderError, ShapeError, SiteError, SourceLine
 from patchwire.sites import Address, Catalogue
 
@@ -505,3 +505,38 @@ def test_an_edit_of_a_value_of_unknown_shape_is_checked_once_its_shape_is_known(
     assert edited.meta["unchecked"]
     with pytest.raises(LimitError):
         request.checker.check_edit(torch.empty(24, device="meta"), *edited.args[1:])
+
+
+class TestTime:
+    @pytest.mark.parametrize(
+        ("shapes", "operation"),
+        [
+            (((46_000, 46_000), (46_000, 46_000)), "operator.matmul"),
+            (((4, 20_000, 20_000), (20_000, 30_000)), "torch.matmul"),
+            (((16, 11_000, 11_000), (16, 11_000, 11_000)), "torch.bmm"),
+            (((46_000, 46_000), (46_000, 46_000)), "torch.nn.functional.linear"),
+            (((46_000, 46_000), (46_000, 46_000)), "torch.cdist"),
+        ],
+    )
+    def test_of_a_product_that_fits_is_bounded(self, asked, shapes, operation):
+        asked.checker.value_bytes = 1 << 33
+        values = [asked.zeros(*shape) for shape in shapes]
+
+        with pytest.raises(LimitError, match="takes too long"):
+            asked.add(operation, *values)
+
+    def test_of_a_large_product_that_is_of_use_is_not(self, asked):
+        asked.checker.value_bytes = 1 << 33
+        hidden, unembedding = asked.zeros(16, 1024, 4096), asked.zeros(4096, 128_000)
+
+        assert fake_of(asked.add("operator.matmul", hidden, unembedding)).shape == (16, 1024, 128_000)
+
+    def test_of_checking_is_bounded_if_it_is_said_to_be(self, catalogue):
+        request = Request(catalogue)
+        hidden = request.read("layers.0.output")
+        request.checker.until = 0.0
+
+        with pytest.raises(TookLongError):
+            request.add("torch.unbind", hidden)
+        with pytest.raises(TookLongError):
+            request.add(g.edit, hidden, (("torch.unbind", (), {}),), ("torch.Tensor.zero_", (), {}))

@@ -6,6 +6,7 @@ order of sites are checked, all without touching a model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -72,18 +73,28 @@ class Admission:
             )
         return found
 
-    def admit(self, message: graph_pb2.Graph) -> Admitted:
-        """The graph of a message.
+    def check_nodes(self, message: graph_pb2.Graph) -> None:
+        """Refuse a graph of too many nodes or traces, before anything looks at each of them.
 
         Raises:
-            PatchwireError: of the kind of what is wrong with it.
+            LimitError: these are too many.
         """
+        self._check_traces(len(message.traces))
         nodes = len(message.nodes) + sum(len(trace.loop.body.nodes) for trace in message.traces)
         if nodes > self.limits.nodes:
             raise LimitError(
                 f"The graph has {nodes:,} nodes; the server takes {self.limits.nodes:,}.",
                 hint="Split it into several traces.",
             )
+
+    def admit(self, message: graph_pb2.Graph, *, until: float = math.inf) -> Admitted:
+        """The graph of a message.
+
+        Raises:
+            PatchwireError: of the kind of what is wrong with it.
+            TookLongError: it could not be checked until then, as `time.monotonic` tells it.
+        """
+        self.check_nodes(message)
         if not message.traces:
             raise GraphError("The graph has no trace.")
         self._count_rows([*message.traces, *(each for trace in message.traces for each in trace.loop.body.traces)])
@@ -92,16 +103,16 @@ class Admission:
             if not trace.HasField("loop"):
                 self._check_rows(trace, [[row.ids for row in each.rows] for each in trace.invokes], model)
         graph = g.graph_from_proto(message, constant_bytes=self.limits.constant_bytes)
-        admitted = self._checked(graph, models)
+        admitted = self._checked(graph, models, until)
         return replace(
             admitted,
             bodies={
-                node.args[0]: self._body(graph.loops[node.args[0]], node, models[node.args[0]])
+                node.args[0]: self._body(graph.loops[node.args[0]], node, models[node.args[0]], until)
                 for node in graph.fx.find_nodes(op="call_function", target=g.loop)
             },
         )
 
-    def _body(self, loop: g.Loop, node: torch.fx.Node, home: HostedModel) -> Admitted:
+    def _body(self, loop: g.Loop, node: torch.fx.Node, home: HostedModel, until: float) -> Admitted:
         """The body of a loop that a node runs, on a model's queue."""
         if loop.count > self.limits.iterations:
             raise at(
@@ -129,11 +140,14 @@ class Admission:
                 )
         body.outside = [fake_of(each) for each in node.args[1]]  # type: ignore[union-attr, arg-type]
         if any(isinstance(each, tuple) for each in body.outside):
-            raise at(node, GraphError("A tuple cannot be given to a loop as one value."))
+            error = GraphError(
+                "A tuple cannot be given to a loop as one value.", hint="Give it each of its items: `value[0]`."
+            )
+            raise at(node, error)
         extremes = loop.extremes
-        admitted = self._checked(body, models or [home], times=1 if len(extremes) > 1 else loop.count)
+        admitted = self._checked(body, models or [home], until, times=1 if len(extremes) > 1 else loop.count)
         for iteration in extremes[1:]:
-            Checker(body.at(iteration), self._catalogue, value_bytes=self.limits.value_bytes).all()
+            Checker(body.at(iteration), self._catalogue, value_bytes=self.limits.value_bytes, until=until).all()
         saves = sum(each.target in (g.save, g.log) for each in body.fx.nodes)
         if saves * loop.count > _MOST_SAVED:
             raise at(
@@ -145,32 +159,36 @@ class Admission:
             )
         return admitted
 
-    def _checked(self, graph: g.Graph, models: Sequence[HostedModel], times: int = 1) -> Admitted:
+    def _checked(self, graph: g.Graph, models: Sequence[HostedModel], until: float, times: int = 1) -> Admitted:
         """A graph that is found to be in order; it runs so many times."""
         self._look_up_constants(graph)
         for each in graph.traces:
             if each.generation is not None:
                 each.generation.check()
-        checker = Checker(graph, self._catalogue, value_bytes=self.limits.value_bytes)
+        checker = Checker(graph, self._catalogue, value_bytes=self.limits.value_bytes, until=until)
         checker.all()
         nodes = graph.nodes
         self._check_results(nodes, times)
         self._check_kept(nodes)
         leaves = {node.args[0]: checker.leaf(node.args[0]) for node in nodes if node.target in (g.read, g.write)}  # type: ignore[arg-type]
         self._check_writes(nodes, leaves)  # type: ignore[arg-type]
+        checker.until = math.inf
         return Admitted(graph, models, checker, leaves, {node: index for index, node in enumerate(nodes)})  # type: ignore[arg-type]
 
     def _catalogue(self, name: str) -> Catalogue:
         return self.model(name).catalogue
 
-    def _count_rows(self, all_traces: Sequence[graph_pb2.Trace]) -> None:
-        """Refuse more traces, invokes and rows than the limits allow, before anything looks at each of them."""
-        traces, rows = len(all_traces), 0
+    def _check_traces(self, traces: int) -> None:
         if traces > self.limits.nodes:
             raise LimitError(
                 f"The graph has {traces:,} traces; the server takes {self.limits.nodes:,}.",
                 hint="Split it into several requests.",
             )
+
+    def _count_rows(self, all_traces: Sequence[graph_pb2.Trace]) -> None:
+        """Refuse more traces, invokes and rows than the limits allow, before anything looks at each of them."""
+        self._check_traces(len(all_traces))
+        rows = 0
         # A row has a token at least, and a trace that is good for anything an operation.
         most = self.limits.tokens + self.limits.nodes
         for trace in all_traces:

@@ -410,6 +410,7 @@ class Execution:
         self._uses[node] -= 1
         if self._uses[node] == 0:
             self._values.pop(node, None)
+            self._origins.pop(node, None)  # and with it the way back that autograd remembers
 
     def _evaluate_ready(self) -> None:
         while self._ready:
@@ -451,6 +452,8 @@ class Execution:
                 case target if target is g.parameter:
                     # Another node of the same parameter may be the one that is differentiated: it is never detached.
                     parameter = self._model(node).parameter(args[1])  # type: ignore[arg-type]
+                    if not isinstance(parameter, torch.nn.Parameter):
+                        return parameter.clone(memory_format=torch.contiguous_format)  # a pass may change a buffer
                     return parameter if node in self.plan.differentiated else parameter.contiguous()
                 case target if target is g.apply:
                     model = self._model(node)
@@ -634,7 +637,8 @@ class Execution:
     def _check_all_done(self) -> None:
         for node, missing in self._missing.items():
             if node.target in g.SINKS and missing >= 0:
-                raise at(node, ExecutionError("A saved or logged value never came into being."))
+                hint = "This is a defect of Patchwire itself, and the block that shows it is what helps to mend it."
+                raise at(node, ExecutionError("A saved or logged value never came into being.", hint=hint))
 
 
 _MADE_BY_PASSES = (g.read, g.generated, g.loop)

@@ -7,7 +7,9 @@ last step of its processing of logits, which leaves one token to take.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +28,13 @@ from transformers import (
 from patchwire.graph import Generation
 
 _MASKED = float("-inf")
+_OF_OTHER_LOOPS = """
+    assistant_confidence_threshold assistant_early_exit dola_layers guidance_scale max_time num_return_sequences
+    output_attentions output_hidden_states output_logits output_scores penalty_alpha prompt_lookup_num_tokens
+    return_dict_in_generate stop_strings
+"""
+"""What a checkpoint may ask of Hugging Face's loop that makes it another one: calls of the model that are no steps, and
+results that are no tokens."""
 
 
 class _Draw(LogitsProcessor):
@@ -60,6 +69,19 @@ class _Tell(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
+@contextlib.contextmanager
+def _plain_loop(module: nn.Module) -> Iterator[None]:
+    """Have the checkpoint's own configuration ask for no other loop; what it says of logits holds."""
+    own = module.generation_config
+    module.generation_config = copy.copy(own)
+    try:
+        for name in _OF_OTHER_LOOPS.split():
+            setattr(module.generation_config, name, None)
+        yield
+    finally:
+        module.generation_config = own
+
+
 def generate(
     module: nn.Module,
     ids: Tensor,
@@ -89,13 +111,14 @@ def generate(
         use_cache=True,
     )
     processors = LogitsProcessorList([_Draw(options, ids.shape[0])] if options.do_sample else [])
-    made = module.generate(  # type: ignore[operator]
-        ids,
-        attention_mask=torch.ones_like(ids),
-        generation_config=config,
-        logits_processor=processors,
-        stopping_criteria=StoppingCriteriaList([_Tell(on_tokens)]),
-        **arguments,
-    )
+    with _plain_loop(module):
+        made = module.generate(  # type: ignore[operator]
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            logits_processor=processors,
+            stopping_criteria=StoppingCriteriaList([_Tell(on_tokens)]),
+            **arguments,
+        )
     assert isinstance(made, Tensor)
     return made

@@ -13,6 +13,7 @@ it known which function that is.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import threading
 import time
@@ -21,19 +22,21 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any, TypeVar
 
 from nnsight import NNsight
+from nnsight.intervention.backward import BackwardTracer
 from nnsight.intervention.interleaver import EarlyStopException, Event, Interleaver, Mediator, Pending
 from nnsight.intervention.source import STATE, Compiled, SourceNotAvailable, install_source, instrument, make_op
 from torch import nn
 
 from patchwire.errors import PatchwireError, SiteError, first_line
 from patchwire.sites import INPUT, SOURCE, Inside, Location
+from patchwire_worker.models.texts import needs_steps, only_eager, step_by_step, transparent
 
 _ROOT = "model"
 _ENTRY = f"{_ROOT}.{INPUT}"
 T = TypeVar("T")
 _FUNCTION = "fn"
 """The last part of nnsight's name for the hand-over of a function that is about to be called."""
-_OUTSIDE = "What it is given and what it returns can be read and written; what is inside it cannot."
+OUTSIDE = "What it is given and what it returns can be read and written; what is inside it cannot."
 
 
 def base(module: str, operations: tuple[str, ...] = ()) -> str:
@@ -45,6 +48,21 @@ def base(module: str, operations: tuple[str, ...] = ()) -> str:
 def provider(location: Location) -> str:
     """nnsight's name of a location, the same for all its occurrences."""
     return f"{base(location.module, location.operations)}.{location.side}"
+
+
+def _backward_block(
+    tracer: BackwardTracer, source: str, line: int, find: Callable[..., Any] = BackwardTracer.parse
+) -> ast.With | ast.AsyncWith | None:
+    """The `with` at a line, if it is one over a call of `backward`; None for any other."""
+    node: ast.With | ast.AsyncWith | None = find(tracer, source, line)
+    over = [each for item in node.items for each in ast.walk(item.context_expr)] if node else []
+    return node if any(isinstance(each, ast.Attribute) and each.attr == "backward" for each in over) else None
+
+
+# nnsight's import changes `Tensor.backward` for the whole program, and an embedded server runs in one that is not ours.
+# There `with hooked(model): loss.backward()`, on one line, would be taken for nnsight's own `with loss.backward():`,
+# and be left out without a word. That is the statement which nnsight is to look for, and no other.
+BackwardTracer.parse = _backward_block
 
 
 class SiteMediator(Mediator):  # type: ignore[misc]
@@ -190,9 +208,9 @@ def available(what: str) -> Iterator[None]:
     try:
         yield
     except SourceNotAvailable as error:
-        raise SiteError(f"{what} has no text in Python.", hint=_OUTSIDE) from error
+        raise SiteError(f"{what} has no text in Python.", hint=OUTSIDE) from error
     except Exception as error:  # Python code comes in many forms, and a copy of some of them cannot be made
-        raise SiteError(f"{what} has no source that can be followed ({first_line(error)}).", hint=_OUTSIDE) from error
+        raise SiteError(f"{what} has no source that can be followed ({first_line(error)}).", hint=OUTSIDE) from error
 
 
 class PassInterleaver(Interleaver):  # type: ignore[misc]
@@ -203,6 +221,8 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
             said which.
         observe: Told of everything that is handed over, in passes that only look.
         looked_into: In such passes: the operations whose functions are handed over, too.
+        steps_are_exact: Whether attention may be computed step by step in passes in which somebody looks inside: not if
+            the model's own code for that gives other numbers.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -215,12 +235,20 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
         self.stopping = Stopping()
         self.observe: Callable[[str, Any], None] | None = None
         self.looked_into: Collection[str] = ()
+        self.steps_are_exact = True
         self._steps: Mapping[int, Sequence[SiteMediator]] = {}
         self._step = -1
         self._waiting: dict[str, dict[int, Mediator]] = {}
         self._opened: dict[str, tuple[Any, Compiled] | None] = {}
         self.interleaving: bool = False
         self._applying = False
+
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> bool:
+        """The end of a pass; that it was ended early is no error."""
+        if exc_type is StopPass:
+            # nnsight's frame keeps it, and it that frame and all of the model's: their tensors would stay for long.
+            exc_value.__traceback__ = None
+        return bool(super().__exit__(exc_type, exc_value, traceback))
 
     @property
     def busy(self) -> bool:
@@ -256,23 +284,19 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
         if known is not None and known[0] is function:
             return
         with available(f"`{getattr(function, '__qualname__', type(function).__name__)}`"):
-            entry = instrument(function, make_op(lambda: (self, name) if self.interleaving else (None, None)))
+            entry = instrument(
+                transparent(function), make_op(lambda: (self, name) if self.interleaving else (None, None))
+            )
         self.sourced[name] = entry
         self._opened[name] = function, entry[1]
 
-    def compiled(self, inside: Inside) -> Compiled:
-        """What the last pass that looked inside a function found there.
-
-        Raises:
-            SiteError: it did not come by.
-        """
+    def compiled(self, inside: Inside) -> Compiled | None:
+        """What the last pass that looked inside a function found there; None if it did not come by."""
         module, operations = inside
         if not operations:
             return self._controllers.forward(module)[1]
         found = self._opened.get(base(module, operations))
-        if found is None:
-            raise SiteError(f"`{operations[-1]}` was not called.")
-        return found[1]
+        return None if found is None else found[1]
 
     # One mediator waits for one visit of one location, so a dictionary does what nnsight does by searching its list.
 
@@ -314,7 +338,8 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
         call: Callable[[], T],
         steps: Mapping[int, Sequence[SiteMediator]],
         stopping: Stopping,
-        opened: Iterable[Inside] = (),
+        opened: Collection[Inside] = (),
+        stepwise: bool = False,
     ) -> T | None:
         """Let a call of the model meet its mediators.
 
@@ -323,6 +348,7 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
             steps: Who waits in which of these calls.
             stopping: Ends it early.
             opened: Functions to instrument, besides those that mediators wait in.
+            stepwise: Whether attention is computed step by step even if nobody waits where it has to be.
 
         Returns:
             What `call` returns; None if it was ended by a mediator.
@@ -339,11 +365,16 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
         places = [each.location for each in self.mediators]
         inside = {(each.module, each.operations[:-1]) for each in places if each.operations} | set(opened)
         self._opened = {base(path, way[: end + 1]): None for path, way in inside for end in range(len(way))}
+        ways = {(each.module, each.operations) for each in places} | {(path, (*way, "")) for path, way in opened}
+        stepwise |= self.steps_are_exact and any(
+            needs_steps(self.module.get_submodule(path), way) for path, way in ways
+        )
         try:
             modules = {"", *self.boundaries, *(each.module for each in places)}
             if self.observe is not None:
                 modules |= set(self._controllers.paths)
-            with self._controllers.on(modules, {path for path, _ in inside}), self:
+            attention = step_by_step(self.module) if stepwise else contextlib.nullcontext()
+            with attention, self._controllers.on(modules, {path for path, _ in inside}), self:
                 self.sourced |= dict.fromkeys((*self._opened, *self.looked_into))
                 result = call()
         finally:
@@ -353,6 +384,10 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
             self.parked = set()
             self.stopping = Stopping()
         return result
+
+    def switches(self, path: str) -> bool:
+        """Whether a module's forward has operations for the sake of which attention is computed step by step."""
+        return self.steps_are_exact and bool(only_eager(self.module.get_submodule(path)))
 
     @property
     def calls(self) -> int:

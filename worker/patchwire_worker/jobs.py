@@ -341,11 +341,13 @@ class Jobs:
         except PatchwireError as found:
             state, error = pb.JOB_STATE_FAILED, found
         except OSError as found:
-            log.error("the results of a job could not be written: %s", found)
-            state = pb.JOB_STATE_FAILED
-            error = ExecutionError(f"The server could not write the results to its disk: {found.strerror}.")
+            state, error = pb.JOB_STATE_FAILED, _not_written(found)
         job.ending = True
-        await self._apart(results.close)
+        try:
+            await self._apart(results.close)  # which writes what is left
+        except OSError as found:
+            if state == pb.JOB_STATE_DONE:
+                state, error = pb.JOB_STATE_FAILED, _not_written(found)
         await self._end(job, state, error)
 
     async def _append(self, job: _Job, results: IO[bytes], response: pb.FetchJobResponse) -> None:
@@ -422,6 +424,14 @@ class Jobs:
 
 def _digest(name: str) -> bytes:
     return hashlib.sha256(name.encode(errors="surrogatepass")).digest()
+
+
+def _not_written(error: OSError) -> ExecutionError:
+    log.error("the results of a job could not be written: %s", error)
+    return ExecutionError(
+        f"The server could not write the results to its disk: {error.strerror}.",
+        hint="Whoever runs the server has to make room there; then run it again, or save less.",
+    )
 
 
 def _fail(record: pb.JobRecord, error: PatchwireError) -> None:

@@ -6,6 +6,7 @@ full store refuses.
 
 from __future__ import annotations
 
+import heapq
 import secrets
 import threading
 import time
@@ -37,6 +38,8 @@ class KeptStore:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._entries: dict[bytes, _Entry] = {}
+        self._bytes = 0
+        self._expiring: list[tuple[float, bytes]] = []  # a heap; some that were forgotten may still be in it
         self._lock = threading.Lock()
 
     def put(self, tensor: Tensor, seconds: float) -> bytes:
@@ -48,7 +51,7 @@ class KeptStore:
         entry = _Entry(tensor, time.monotonic() + seconds)
         with self._lock:
             self._drop_expired()
-            room = self.limit - sum(each.size for each in self._entries.values())
+            room = self.limit - self._bytes
             if entry.size > room:
                 raise LimitError(
                     f"A value of {tensor.nbytes:,} bytes cannot be kept: of the server's {self.limit:,} bytes for kept "
@@ -57,6 +60,8 @@ class KeptStore:
                 )
             handle = secrets.token_bytes(_HANDLE_BYTES)
             self._entries[handle] = entry
+            self._bytes += entry.size
+            heapq.heappush(self._expiring, (entry.expires, handle))
         return handle
 
     def get(self, handle: bytes) -> Tensor:
@@ -79,9 +84,18 @@ class KeptStore:
         """Remove values; how many there were."""
         with self._lock:
             self._drop_expired()
-            return sum(self._entries.pop(each, None) is not None for each in handles)
+            found = sum(map(self._drop, handles))
+            if len(self._expiring) > 2 * len(self._entries):
+                self._expiring = [(entry.expires, handle) for handle, entry in self._entries.items()]
+                heapq.heapify(self._expiring)
+            return found
 
     def _drop_expired(self) -> None:
         now = time.monotonic()
-        for handle in [handle for handle, entry in self._entries.items() if entry.expires <= now]:
-            del self._entries[handle]
+        while self._expiring and self._expiring[0][0] <= now:
+            self._drop(heapq.heappop(self._expiring)[1])
+
+    def _drop(self, handle: bytes) -> bool:
+        entry = self._entries.pop(handle, None)
+        self._bytes -= 0 if entry is None else entry.size
+        return entry is not None

@@ -346,7 +346,11 @@ def _pass(
             assert isinstance(site, g.Site)
             leaf = admitted.leaves[site]
             work = works.setdefault((site.step, leaf.location), Work(leaf.location, site.step, leaf.order))
-            access = Access(node, leaf, new if site.step else prompt)
+            owned = prompt
+            if site.step:
+                before = lengths[0] + site.step - 1
+                owned = Rows(start - len(lengths), (before,) * len(lengths), batch, before) if leaf.in_steps else new
+            access = Access(node, leaf, owned)
             (work.reads if node.target is g.read else work.writes).append(access)
     ordered = sorted(works.values(), key=lambda work: (work.step, work.order))
     if trace.generation is not None:

@@ -132,6 +132,8 @@ class _Job:
     happened: deque[Event | BaseException] = field(default_factory=deque)
     arrived: float = field(default_factory=time.perf_counter)
     started: bool = False
+    left: bool = False
+    """Whether nobody listens any more."""
     _woken: asyncio.Event = field(default_factory=asyncio.Event)
     _bytes: int = 0
     _untaken: int = 0
@@ -298,6 +300,8 @@ class Scheduler:
             job.stopping.stop(CancelledError("The request was cancelled."))
             self._jobs.discard(job)
             self._leave(job)
+            job.left = True
+            self._forget_untold(job)
             del job
 
     def _ahead(self) -> int:
@@ -309,6 +313,14 @@ class Scheduler:
         """Out of the queue: nobody waits for it any more."""
         with self._moving, contextlib.suppress(ValueError):
             self._waiting.remove(job)
+
+    def _forget_untold(self, job: _Job) -> None:
+        """Forget what was kept for somebody who left before hearing of it."""
+        while job.happened:
+            with contextlib.suppress(IndexError):  # it may be done on two threads
+                event = job.happened.popleft()
+                if isinstance(event, Kept) and self._kept is not None:
+                    self._kept.forget([event.handle])
 
     def _next(self) -> None:
         """On the model's thread: run the job whose turn it is."""
@@ -328,6 +340,8 @@ class Scheduler:
         # In this order: whoever asks after hearing of the end finds the model free.
         self._running = None
         job.tell(outcome)
+        if job.left:
+            self._forget_untold(job)
 
     def _outcome(self, job: _Job) -> Done | Exception:
         queued = time.perf_counter() - job.arrived

@@ -11,20 +11,23 @@ import contextlib
 import hashlib
 import hmac
 import logging
+import math
+import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, wraps
 from importlib import metadata
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 from torch import Tensor
 
 from patchwire import graph as g
 from patchwire import ops, tensors
-from patchwire.checking import fake_of
+from patchwire.checking import TookLongError, fake_of
 from patchwire.errors import (
     AuthenticationError,
     BusyError,
@@ -39,7 +42,7 @@ from patchwire.errors import (
     SourceLine,
     VersionError,
 )
-from patchwire.sites import SOURCE, Address
+from patchwire.sites import SOURCE, Address, Inside
 from patchwire.status import error_to_status
 from patchwire.v1 import graph_pb2, job_pb2, job_pb2_grpc, service_pb2, service_pb2_grpc, tensor_pb2
 from patchwire.version import PROTOCOL_VERSION, VERSION
@@ -66,6 +69,7 @@ _LIBRARIES = ("torch", "transformers", "nnsight")
 _SMALL_GRAPH = 256
 _MOST_LEARNT = 512
 _SMALL_BYTES = 64 * 1024
+_SMALL_SECONDS = 0.05
 _THREADS = 4
 _AHEAD_OF_DISK = 64 * MIB
 _LONGEST_ID = 64
@@ -236,7 +240,7 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
             if assembly is not None:
                 hashes.append(await self._apart(partial(self._keep, assembly), small=assembly.total <= _SMALL_BYTES))
 
-        async for message in request:
+        async for message in _readable(request):
             match message.WhichOneof("part"):
                 case "header":
                     await keep()
@@ -289,13 +293,17 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         return response
 
     async def _admit(self, message: graph_pb2.Graph) -> Any:
-        def work() -> Any:
-            admitted = self.admission.admit(message)
+        def work(until: float = math.inf) -> Any:
+            admitted = self.admission.admit(message, until=until)
             return admitted, plan(admitted)
 
+        self.admission.check_nodes(message)
         await self._learn_sources(message)
-        small = len(message.nodes) <= _SMALL_GRAPH and message.ByteSize() <= _SMALL_BYTES
-        return await self._apart(work, small=small)
+        if len(message.nodes) <= _SMALL_GRAPH and message.ByteSize() <= _SMALL_BYTES:
+            # A few operations of a few bytes may be much to check all the same.
+            with contextlib.suppress(TookLongError):
+                return work(time.monotonic() + _SMALL_SECONDS)
+        return await self._apart(work)
 
     async def _learn_sources(self, message: graph_pb2.Graph) -> None:
         """Learn what is inside the functions that a graph looks into, apart from others: the model has to run for it.
@@ -303,26 +311,25 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         Raises:
             LimitError: these are too many at once.
         """
-        addresses = {site.address for site in _sites(message) if SOURCE in site.address}
-        model = self.models.get(message.traces[0].model) if addresses and message.traces else None
-        if model is None:
-            return
-        catalogue = model.catalogue
-        needed = {each for address in addresses for each in catalogue.needed_sources(Address(address))}
-        wanted = sorted((each for each in needed if each not in catalogue.sources), key=lambda inside: len(inside[1]))
-        if len(wanted) > _MOST_LEARNT:
+        wanted: dict[str, set[Inside]] = {}
+        for name, address in {(name, site.address) for name, site in _sites(message) if SOURCE in site.address}:
+            if (model := self.models.get(name)) is not None:
+                needed = model.catalogue.needed_sources(Address(address))
+                wanted.setdefault(name, set()).update(each for each in needed if each not in model.catalogue.sources)
+        count = sum(map(len, wanted.values()))
+        if count > _MOST_LEARNT:
             raise LimitError(
-                f"The graph looks into {len(wanted):,} functions; the server learns {_MOST_LEARNT} at a time.",
+                f"The graph looks into {count:,} functions; the server learns {_MOST_LEARNT} at a time.",
                 hint="Split it into several traces.",
             )
+        for name, insides in wanted.items():
+            if insides:
+                await self._learn(name, partial(self._learn_all, name, insides))
 
-        def work() -> None:
-            for inside in wanted:
-                with contextlib.suppress(SiteError):  # which is said again, at the line that names it
-                    catalogue.source(*inside)
-
-        if wanted:
-            await self._learn(model.name, work)
+    def _learn_all(self, model: str, insides: Iterable[Inside]) -> None:
+        for inside in sorted(insides, key=lambda each: len(each[1])):
+            with contextlib.suppress(SiteError):  # which is said again, at the line that names it
+                self.models[model].catalogue.source(*inside)
 
     async def _learn(self, model: str, work: Callable[[], T]) -> T:
         """What `work` returns, which runs a model to learn something of it; one after the other, and between passes.
@@ -369,21 +376,45 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         with self._interruptible(request.id) as stopping:
             admitted, planned = await self._admit(request.graph)
             events = self.schedulers[admitted.models[0].name].run(admitted, planned, stopping)
-            async with contextlib.aclosing(events):
-                async for news in events:
-                    for message in _messages(service_pb2.RunResponse, news, request.compression):
-                        yield message
+            handles: list[bytes] = []
+            done = False
+            try:
+                async with contextlib.aclosing(events):
+                    async for news in events:
+                        handles += [each.handle for each in news if isinstance(each, scheduler.Kept)]
+                        for message in _messages(service_pb2.RunResponse, news, request.compression):
+                            done = message.events[-1].HasField("done")
+                            yield message
+            finally:
+                if not done:
+                    self.kept.forget(handles)  # who asked has left, and cannot know all of them
 
 
-def _sites(message: graph_pb2.Graph) -> Iterator[graph_pb2.Site]:
-    """The sites that a graph names."""
-    for node in message.nodes:
-        kind = node.WhichOneof("body")
-        if kind in ("read", "write"):
-            yield getattr(node, kind).site
-    for trace in message.traces:
-        if trace.HasField("loop"):
-            yield from _sites(trace.loop.body)
+async def _readable(parts: AsyncIterator[Request]) -> AsyncIterator[Request]:
+    """The parts of a stream. One that is no message reaches us here, where gRPC refuses a request of one part itself.
+
+    Raises:
+        GraphError: a part is no message.
+    """
+    try:
+        async for part in parts:
+            yield part
+    except DecodeError:
+        raise GraphError(
+            "A part of the stream is no message of this protocol.",
+            hint="Use the same version of Patchwire on both sides.",
+        ) from None
+
+
+def _sites(message: graph_pb2.Graph) -> Iterator[tuple[str, graph_pb2.Site]]:
+    """The sites that a graph and the bodies of its loops name, each after the name of its model."""
+    for part in (message, *(trace.loop.body for trace in message.traces if trace.HasField("loop"))):
+        for node in part.nodes:
+            kind = node.WhichOneof("body")
+            if kind in ("read", "write"):
+                site = getattr(node, kind).site
+                if site.trace < len(part.traces):
+                    yield part.traces[site.trace].model, site
 
 
 class JobService(job_pb2_grpc.JobServiceServicer):
@@ -461,7 +492,10 @@ async def _lasting(
     except ConnectionLostError:
         raise stopped() from None
     except InternalError as error:
-        raise ExecutionError(f"internal error ({error}); the server's log has it") from None
+        raise ExecutionError(
+            f"internal error ({error}); the server's log has it",
+            hint="Whoever runs the server finds there what happened.",
+        ) from None
     except PatchwireError as error:
         raise _short(error) from None
 
@@ -482,7 +516,7 @@ def _messages(
     """Events as messages, as many in each as fit."""
     message, length = kind(), 0
     for event in (part for each in news for part in _parts(each, compression)):
-        size = len(event.chunk) + len(event.logged.text)
+        size = len(event.chunk) or event.ByteSize()
         if length and length + size > _RESPONSE_BYTES:
             yield message
             message, length = kind(), 0

@@ -10,6 +10,13 @@ from torch import Tensor
 from patchwire import tensors
 from patchwire.errors import LimitError, MissingTensorsError
 
+_BYTES_OF_ENTRY = 1024
+"""What is counted for a tensor besides its own bytes, so that there are not too many small ones."""
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.nbytes + _BYTES_OF_ENTRY
+
 
 class TensorStore:
     """Tensors by their hash, up to so many bytes."""
@@ -26,7 +33,7 @@ class TensorStore:
         Raises:
             LimitError: it alone is larger than the store.
         """
-        if tensor.nbytes > self.limit:
+        if _size(tensor) > self.limit:
             raise LimitError(
                 f"A tensor of {tensor.nbytes:,} bytes does not fit; the server keeps {self.limit:,}.",
                 hint="Use a smaller one.",
@@ -34,12 +41,12 @@ class TensorStore:
         name = tensors.digest(tensor)
         with self._lock:
             if name not in self._tensors:
-                self._bytes += tensor.nbytes
+                self._bytes += _size(tensor)
             self._tensors[name] = tensor
             self._tensors.move_to_end(name)
             while self._bytes > self.limit:
                 _, dropped = self._tensors.popitem(last=False)
-                self._bytes -= dropped.nbytes
+                self._bytes -= _size(dropped)
         return name
 
     def get(self, names: list[bytes]) -> list[Tensor]:

@@ -7,5 +7,7 @@ tensors, a `table()` for the terminal and a `plot()`.
 from __future__ import annotations
 
 from patchwire.methods.lens import LogitLens, logit_lens
+from patchwire.methods.measured import Measured
+from patchwire.methods.patching import ResidualPatching, residual_patching
 
-__all__ = ["LogitLens", "logit_lens"]
+__all__ = ["LogitLens", "Measured", "ResidualPatching", "logit_lens", "residual_patching"]

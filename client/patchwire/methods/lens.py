@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from patchwire.errors import InputError, PatchwireWarning, here
+from patchwire.methods.measured import LAYER, TOKEN, Measured, depths
 from patchwire.model import Model
 from patchwire.results import Stats
 
@@ -32,6 +33,8 @@ class LogitLens:
 
     layers: tuple[str, ...]
     """"embed", "0", "1", …: the residual stream before the first layer, then after each layer."""
+    prompt: Any
+    """The prompt."""
     tokens: tuple[str, ...]
     """The prompt's tokens; a lens at a position says what would come after it."""
     probabilities: Tensor
@@ -50,6 +53,11 @@ class LogitLens:
     def best(self) -> Tensor:
         """The probability of the likeliest token, `[layers, tokens]` float32."""
         return self.probabilities[:, :, 0]
+
+    @property
+    def measured(self) -> Measured:
+        """The probability of the likeliest token, by layer and token; the embeddings are at depth 0."""
+        return Measured(self.best, (LAYER, TOKEN), self.prompt, (0.0, *depths(len(self.layers) - 1)), "probability")
 
     def at(self, position: int = -1, layer: int = -1) -> list[tuple[str, float]]:
         """The likeliest tokens after a position, as (text, probability), best first."""
@@ -140,7 +148,8 @@ def logit_lens(model: Model, prompt: Any, *, top: int = 5) -> LogitLens:
 
     with model.trace(rows) as trace:
         states = [model.layers[0].input, *(layer.output for layer in model.layers)]
-        *lenses, last = [model.lm_head(model.norm(state)) for state in states]
+        dtype = model.lm_head.input.dtype  # some residual streams are wider
+        *lenses, last = [model.lm_head(model.norm(state).to(dtype)) for state in states]
         count = min(top, model.logits.shape[-1])
         likeliest = [logits[0].float().softmax(-1).topk(count) for logits in (*lenses, model.logits)]
         probabilities = [each[0].save() for each in likeliest]
@@ -161,6 +170,7 @@ def logit_lens(model: Model, prompt: Any, *, top: int = 5) -> LogitLens:
     best = torch.stack([each.value for each in ids])
     return LogitLens(
         layers=("embed", *map(str, range(model.num_layers))),
+        prompt=prompt,
         tokens=tuple(_text(model, each) for each in rows[0]),
         probabilities=torch.stack([each.value for each in probabilities]),
         ids=best,

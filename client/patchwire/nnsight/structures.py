@@ -11,7 +11,38 @@ from patchwire.sites import CALL
 
 
 class Output(dict[str, Any]):
-    """A mapping that a module returned: its items also as attributes, and by their position."""
+    """A mapping that a module returned: its items also as attributes, and by their position.
+
+    While the block is recorded, an item that is assigned is written to the module: `model.output.logits = value`.
+    """
+
+    _structure: Structure | None = None
+
+    @classmethod
+    def of(cls, structure: Structure) -> Output:
+        """What a structure holds."""
+        keys = structure.keys()
+        found = cls((str(key), plain(structure[key])) for key in keys)
+        found._structure = structure
+        return found
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if isinstance(key, int):
+            key = tuple(self)[key]
+        if self._structure is not None and self._structure.recorded:
+            assign(self._structure, {key: value})
+        super().__setitem__(key, value)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """As of any dict."""
+        for key, value in dict(*args, **kwargs).items():
+            self[key] = value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            super().__setattr__(name, value)
+        else:
+            self[name] = value
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, (int, slice)):
@@ -40,7 +71,7 @@ def plain(found: Value | Structure, items: int = 0) -> Any:
     if all(isinstance(key, int) for key in keys):
         count = max(items, 1 + max(key for key in keys if isinstance(key, int)))
         return tuple(plain(found[index]) if index in keys else None for index in range(count))
-    return Output((str(key), plain(found[key])) for key in keys)
+    return Output.of(found)
 
 
 def arguments(value: Any) -> Any:

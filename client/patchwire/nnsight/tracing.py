@@ -198,10 +198,15 @@ class Scan(Tracer, scanning.Scan):
         return FakeTensor(mode, known.detach().to(dtype or known.dtype), torch.device("cpu"))
 
 
+class _EditRecorder(editing.EditRecorder, TensorRecorder):
+    """Records an edit, with values that are tensors."""
+
+
 class Editing(editing.Editing):
     """What `model.edit(…)` gives."""
 
     _recorder_class = TensorRecorder
+    _any_prompt_class = _EditRecorder
 
     def __init__(self, model: LanguageModel, *, inplace: bool, prompt_only: bool) -> None:
         super().__init__(model, None, prompt_only=prompt_only)

@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,22 +17,27 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from patchwire.errors import GraphError, InputError
-from patchwire.graph import Generation
+from patchwire.graph import Generation, same_storage
 from patchwire.sites import Axis, Inside, Source
 from patchwire.tensors import dtype_to_proto
 from patchwire.v1 import model_pb2
 from patchwire_worker.generating import generate
 from patchwire_worker.interleaving import PassInterleaver, SiteMediator, Stopping
 from patchwire_worker.models import operations
-from patchwire_worker.models.families import family_of
+from patchwire_worker.models.detecting import family_of
 from patchwire_worker.models.learning import Learner, pads
 from patchwire_worker.models.loading import Loaded
+from patchwire_worker.models.standins import prompts_of
 
 log = logging.getLogger(__name__)
 
 _MAX_SOURCES = 1 << 11
+_TOGETHER = 31
+"""How many functions are learnt in the same runs as one that is asked for."""
+_LOGITS_TO_KEEP = "num_logits_to_keep"
 _PROBE = "The quick brown fox, 3.14! Ünï→cødé\n  two lines"
 
 
@@ -59,15 +65,30 @@ class HostedModel:
         self.interleaver = PassInterleaver(self.module)
         self._options = self._call_options()
         self._memory = _Memory(self.module)
-        family, how = family_of(self.module, getattr(self.config, "model_type", ""))
+        family, detected = family_of(self.module, getattr(self.config, "model_type", ""))
         self.lock = threading.RLock()
         learner = self._learner = Learner(self.module, self.interleaver, self._options, self.device, self.vocabulary)
-        self.catalogue = replace(learner.catalogue(self.name, family), learn=self._learn_source)
+        how = "unknown" if family is None else "detected" if detected else "table"
+        learnt = learner.catalogue(self.name, family, detected=detected)
+        self.catalogue = replace(learnt, found_by=how, learn=self._learn_source)
+        self._memory.restore()
         self.interleaver.boundaries = self.catalogue.layers or self.interleaver.boundaries
         self.overwritten = frozenset(learner.overwritten)
         self.pads = pads(self.catalogue) and not _scales_with_length(self.config)
         log.info("%s: %d layers named (%s), %s rows of different lengths", self.name, self.catalogue.num_layers, how,
                  "packs" if self.pads else "does not pack")  # fmt: skip
+        lacking: dict[tuple[str, str], list[str]] = {}
+        for each, why in self.missing.items():
+            word = re.sub(r"^layers\.\d+\.", "", each), re.sub(r"\.\d+\.", ".*.", why)
+            lacking.setdefault(word, []).append(each)
+        for (each, why), places in lacking.items():
+            where = "" if places == [each] else f" in {len(places)} layers"
+            log.log(logging.INFO if detected else logging.DEBUG, "%s has no %s%s: %s", self.name, each, where, why)
+
+    @property
+    def missing(self) -> Mapping[str, str]:
+        """The canonical names that a model of its kind may have and this one lacks, with the reason."""
+        return self.catalogue.missing
 
     def _call_options(self) -> dict[str, Any]:
         """What every call of the model gets besides its tokens: a forward pass needs no cache."""
@@ -98,7 +119,8 @@ class HostedModel:
         ids = ids.to(self.device)
         with self.lock:
             try:
-                self.interleaver.run(lambda: self.module(input_ids=ids, **self._options), {0: mediators}, stopping)
+                with prompts_of(ids.shape[1]):
+                    self.interleaver.run(lambda: self.module(input_ids=ids, **self._options), {0: mediators}, stopping)
             finally:
                 self._memory.restore()
 
@@ -112,14 +134,33 @@ class HostedModel:
             caller = self.catalogue.operation(module, path) if path else None
             repeated = caller is not None and caller.runs.axis is Axis.UNKNOWN
             try:
-                source, overwritten = operations.learn(self._learner, inside, repeated)
+                found, overwritten = operations.learn(self._learner, [inside, *self._alike(inside)], repeated)
             finally:
                 self._memory.restore()
             self.overwritten |= overwritten
-            while len(known) >= _MAX_SOURCES:
+            while len(known) + len(found) > _MAX_SOURCES:
                 del known[next(iter(known))]
-            known[inside] = source
-            return source
+            known.update(found)
+            return found[inside]
+
+    def _alike(self, inside: Inside) -> list[Inside]:
+        """The same function in other layers of the same kind, which somebody will ask for next."""
+        (module, path), catalogue = inside, self.catalogue
+        own = next((layer for layer in catalogue.layers if f"{module}.".startswith(f"{layer}.")), None)
+        if own is None:
+            return []
+        modules = (layer + module.removeprefix(own) for layer in catalogue.layers if layer != own)
+        wanted = catalogue.modules[module].class_name
+        found = []
+        for each in modules:
+            there = catalogue.modules.get(each)
+            if there is None or (there.class_name, there.calls) != (wanted, catalogue.modules[module].calls):
+                continue
+            caller = catalogue.sources.get((each, path[:-1])) if path else None
+            operation = caller.operations.get(path[-1]) if caller is not None else None
+            if (each, path) not in catalogue.sources and (not path or (operation and not operation.closed)):
+                found.append((each, path))
+        return found[:_TOGETHER]
 
     def generate(
         self,
@@ -147,18 +188,41 @@ class HostedModel:
         looked_at = any(each.location[0] in ("", head) for each in steps.get(0, ()))
         more = {"logits_to_keep": 0} if looked_at and self._takes("logits_to_keep") else {}
         try:
-            made = self.interleaver.run(lambda: generate(self.module, ids, options, on_tokens, more), steps, stopping)
+            with prompts_of(ids.shape[1]), self._all_logits(looked_at):
+                made = self.interleaver.run(
+                    lambda: generate(self.module, ids, options, on_tokens, more), steps, stopping
+                )
         finally:
             self._memory.restore()
         return None if made is None else made.to("cpu")
 
+    @contextlib.contextmanager
+    def _all_logits(self, wanted: bool) -> Iterator[None]:
+        """Have a generation compute the logits of all tokens of the prompt where only the configuration can say so."""
+        before = getattr(self.config, _LOGITS_TO_KEEP, None)
+        if not wanted or before is None:
+            yield
+            return
+        try:
+            setattr(self.config, _LOGITS_TO_KEEP, 0)
+            yield
+        finally:
+            setattr(self.config, _LOGITS_TO_KEEP, before)
+
     def apply(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Apply one of its modules, in the middle of a pass or outside of one."""
+        """Apply one of its modules, in the middle of a pass or outside of one.
+
+        What the module remembers is afterwards what it was before, not what it was when no pass ran: a pass in whose
+        middle this happens may still be using it.
+        """
+        module = self.module.get_submodule(path)
         with self.lock:
+            memory = _Memory(module)
             try:
-                return self.interleaver.call(self.module.get_submodule(path), args, kwargs)
+                result = self.interleaver.call(module, args, kwargs)
+                return tree_map_only(Tensor, memory.apart, result)
             finally:
-                self._memory.restore()
+                memory.restore()
 
     def parameter(self, path: str) -> Tensor:
         """A parameter or buffer of the model's own, by its module's name or path and its own name."""
@@ -281,6 +345,8 @@ class HostedModel:
             tokenizes_messages=bool(getattr(self.tokenizer, "chat_template", None)),
             max_positions=self.max_positions,
             vocabulary=self.vocabulary,
+            missing=[model_pb2.Missing(name=name, reason=why) for name, why in self.catalogue.missing.items()],
+            found_by=self.catalogue.found_by,
         )
 
     def _config_json(self) -> str:
@@ -304,13 +370,14 @@ def _restore(slots: Sequence[_Slot]) -> None:
 
 
 class _Memory:
-    """What modules remember between calls (buffers, and the length that rotary embeddings have seen).
+    """What modules remember between calls (buffers, the length that rotary embeddings have seen, and the states of a
+    generation that RecurrentGemma keeps in its modules rather than in a cache).
 
     Some change it as they run, such as rotary embeddings that stretch with the longest input so far; without this, one
     request would change the numbers of the next.
     """
 
-    _ATTRIBUTES = ("max_seq_len_cached",)
+    _ATTRIBUTES = ("max_seq_len_cached", "conv1d_state", "recurrent_states")
 
     def __init__(self, model: nn.Module) -> None:
         self._buffers = [
@@ -319,12 +386,14 @@ class _Memory:
             for name, buffer in module.named_buffers(recurse=False)
         ]
         self._versions = [buffer._version for _, _, buffer, _ in self._buffers]
-        self._attributes = [
-            (module, name, getattr(module, name))
-            for module in model.modules()
-            for name in self._ATTRIBUTES
-            if name in module.__dict__
+        self._places = [
+            (module, name) for module in model.modules() for name in self._ATTRIBUTES if name in module.__dict__
         ]
+        self._attributes = [getattr(module, name) for module, name in self._places]
+
+    def apart(self, tensor: Tensor) -> Tensor:
+        """The same tensor, or a copy of it if it lies in what is put back to what it was."""
+        return tensor.clone() if any(same_storage(tensor, each) for _, _, each, _ in self._buffers) else tensor
 
     def restore(self) -> None:
         """Put everything back to what it was."""
@@ -335,7 +404,7 @@ class _Memory:
                 with torch.no_grad():
                     buffer.copy_(copy)
                 self._versions[index] = buffer._version
-        for module, name, value in self._attributes:
+        for (module, name), value in zip(self._places, self._attributes, strict=True):
             module.__dict__[name] = value
 
 

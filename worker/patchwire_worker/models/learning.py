@@ -9,19 +9,25 @@ there could miss it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from patchwire.errors import GraphError
-from patchwire.sites import INPUT, OUTPUT, Axis, Catalogue, Dim, Inside, Leaf, Location, Module, Name, Parameter, Path
+from patchwire.graph import Generation
+from patchwire.sites import INPUT, OUTPUT, Axis, Catalogue, Dim, Inside, Leaf, Location, Module, Parameter, Path
 from patchwire.tensors import dtype_to_proto
 from patchwire_worker import containers
+from patchwire_worker.generating import generate
 from patchwire_worker.interleaving import PassInterleaver, Stopping, provider
-from patchwire_worker.models.families import ATTENTION, Family
+from patchwire_worker.models.detecting import completed
+from patchwire_worker.models.families import Family
+from patchwire_worker.models.naming import names
+from patchwire_worker.models.texts import choosing_attention
 from patchwire_worker.rows import Rows
 
 # Rows and tokens of each run. Small, so that it costs nothing; three, and not on one line, so that a length that grows
@@ -66,6 +72,10 @@ class _Seen:
             self.versions[location, path] = (tensor, tensor._version)
             self.values[location, path] = tensor.clone()
 
+    def side(self, module: str, side: str) -> list[tuple[Path, Tensor]]:
+        """The tensors of a side of a module."""
+        return [(path, value) for (place, path), value in self.values.items() if place == Location(module, side)]
+
     def overwritten(self) -> set[tuple[Location, Path]]:
         """The tensors that were changed in place after they had been seen; forgets all of them."""
         found = {place for place, (tensor, version) in self.versions.items() if tensor._version != version}
@@ -95,39 +105,118 @@ class Learner:
         self.sides: dict[str, Location] = {provider(place): place for place in places}
         """Every side of every module, by nnsight's name of it."""
 
-    def catalogue(self, name: str, family: Family | None) -> Catalogue:
-        """Every module of the model, with the tensors that it takes and returns."""
+    def catalogue(self, name: str, family: Family | None, *, detected: bool = False) -> Catalogue:
+        """Every module of the model, with the tensors that it takes and returns, and all canonical names.
+
+        Args:
+            name: What clients call the model.
+            family: Where its parts are; None if that is not known.
+            detected: Whether the family was only guessed from the model's structure.
+        """
         *runs, alone = map(self._run, self.prompts())
+        first: dict[int, str] = {}
+        for path, tensor in self.module.named_parameters(remove_duplicate=False):
+            first.setdefault(id(tensor), path)
         modules = {
             path: Module(
                 path,
                 type(module).__name__,
-                _parameters(module),
+                _parameters(path, module, first),
                 tuple(_leaves(path, runs, alone)),
                 _calls(path, runs),
                 alone.items.get(path, 0),
             )
             for path, module in self.module.named_modules()
         }
-        return Catalogue(name, modules, _names(modules, family))
+        if family is not None and detected:
+            family = completed(family, self.module, runs[-1].side)
+        self.interleaver.steps_are_exact = self._steps_are_exact(runs[-1])
+        named = names(self.module, modules, family, exact=self.interleaver.steps_are_exact, detected=detected)
+        return Catalogue(name, modules, named.names, named.missing)
 
-    def _run(self, ids: Tensor) -> _Seen:
+    def _run(self, ids: Tensor, *, stepwise: bool = False) -> _Seen:
         seen = _Seen(self.sides)
-        self.look(ids, seen.observe)
+        self.look(ids, seen.observe, stepwise=stepwise)
         self.overwritten |= seen.overwritten()
         return seen
+
+    def _steps_are_exact(self, usual: _Seen) -> bool:
+        """Whether attention gives the same when it is computed step by step, up to rounding.
+
+        It is asked of the first attention of a pass, which has the same input in both: later ones would see what
+        rounding has become by then, such as another choice of experts.
+        """
+        places = [Location(path, OUTPUT) for path in choosing_attention(self.module)]
+        called = [each for each in places if each in usual.order]
+        if not called:
+            return True
+        first = min(called, key=lambda place: usual.order[place])
+        stepwise = self._run(self.prompts()[len(SHAPES) - 1], stepwise=True)
+        other = dict(stepwise.side(first.module, OUTPUT))
+        return all(
+            is_same(value, other[path])
+            for path, value in usual.side(first.module, OUTPUT)
+            if path in other and other[path].shape == value.shape
+        )
 
     def prompts(self) -> list[Tensor]:
         """The token ids of each run; those of the last are part of one row of the one before."""
         prompts = [self._ids(*shape) for shape in SHAPES]
         return [*prompts, prompts[-1][_ROW : _ROW + 1, :LENGTH]]
 
-    def look(self, ids: Tensor, observe: Callable[[str, Any], None], opened: Iterable[Inside] = ()) -> None:
-        """Run the model, and tell of everything that is handed over, inside some functions too."""
+    def look(
+        self,
+        ids: Tensor,
+        observe: Callable[[str, Any], None],
+        opened: Collection[Inside] = (),
+        *,
+        stepwise: bool = False,
+    ) -> None:
+        """Run the model, and tell of everything that is handed over, inside some functions too.
+
+        Args:
+            ids: The token ids.
+            observe: Told of each value.
+            opened: Which functions.
+            stepwise: Whether attention is computed step by step whatever the configuration says.
+        """
         self.interleaver.observe = observe
         try:
             with torch.no_grad():
-                self.interleaver.run(lambda: self.module(input_ids=ids, **self.options), {}, Stopping(), opened)
+                self.interleaver.run(
+                    lambda: self.module(input_ids=ids, **self.options), {}, Stopping(), opened, stepwise
+                )
+        finally:
+            self.interleaver.observe = None
+
+    @cached_property
+    def generates(self) -> bool:
+        """Whether the model can generate tokens."""
+        return getattr(self.module, "generation_config", None) is not None and hasattr(self.module, "generate")
+
+    def look_in_steps(
+        self,
+        ids: Tensor,
+        observe: Callable[[str, Any], None],
+        opened: Collection[Inside] = (),
+        *,
+        stepwise: bool = False,
+    ) -> None:
+        """Generate two tokens, and tell of everything that is handed over in the pass for the second.
+
+        That pass is over one token for each row; those before are in the model's cache.
+        """
+
+        def in_the_step(provider: str, value: Any) -> None:
+            if self.interleaver.calls == 2:
+                observe(provider, value)
+
+        self.interleaver.observe = in_the_step
+        options = Generation(max_new_tokens=2, min_new_tokens=2)
+        try:
+            with torch.no_grad():
+                made = lambda: generate(self.module, ids, options, lambda _: None, {})  # noqa: E731
+                self.interleaver.run(made, {}, Stopping(), opened, stepwise)
         finally:
             self.interleaver.observe = None
 
@@ -149,14 +238,17 @@ def _calls(path: str, runs: Sequence[_Seen]) -> int:
     return counts.pop() if len(counts) == 1 else max(2, *counts)
 
 
-def _parameters(module: nn.Module) -> tuple[Parameter, ...]:
+def _parameters(path: str, module: nn.Module, first: Mapping[int, str]) -> tuple[Parameter, ...]:
+    """The parameters and buffers of a module; `first` says where each parameter is for the first time."""
     found = []
     for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
         try:
             dtype_to_proto(tensor.dtype)
         except GraphError:  # a quantized weight: it stays on the worker
             continue
-        found.append(Parameter(name, tuple(tensor.shape), tensor.dtype))
+        own = f"{path}.{name}" if path else name
+        tied = first.get(id(tensor), own)
+        found.append(Parameter(name, tuple(tensor.shape), tensor.dtype, "" if tied == own else tied))
     return tuple(found)
 
 
@@ -189,15 +281,19 @@ def is_independent(leaf: Leaf, together: Tensor | None, alone: Tensor | None) ->
     batch, seq = SHAPES[-1]
     if tuple(together.shape) != leaf.lengths(batch, seq) or tuple(alone.shape) != leaf.lengths(1, LENGTH):
         return False
-    own = Rows(_ROW, (LENGTH,), batch, seq).take(together, leaf)
-    if not alone.is_floating_point() and not alone.is_complex():
-        return torch.equal(own, alone)
-    wide = torch.complex128 if alone.is_complex() else torch.float64
-    own, alone = own.to(wide), alone.to(wide)
-    finite = alone[alone.abs() < _MASKED]
+    return is_same(Rows(_ROW, (LENGTH,), batch, seq).take(together, leaf), alone)
+
+
+def is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same, up to rounding."""
+    if not other.is_floating_point() and not other.is_complex():
+        return torch.equal(one, other)
+    tolerance = _TOLERANCE.get(other.dtype, _ROUGH_TOLERANCE)
+    wide = torch.complex128 if other.is_complex() else torch.float64
+    one, other = one.to(wide), other.to(wide)
+    finite = other[other.abs() < _MASKED]
     scale = float(finite.abs().max()) if finite.numel() else 1.0
-    tolerance = _TOLERANCE.get(leaf.dtype, _ROUGH_TOLERANCE) * max(scale, 1e-6)
-    return torch.allclose(own, alone, rtol=0, atol=tolerance, equal_nan=True)
+    return torch.allclose(one, other, rtol=0, atol=tolerance * max(scale, 1e-6), equal_nan=True)
 
 
 def dim_of(lengths: tuple[int, ...]) -> Dim:
@@ -214,36 +310,3 @@ def dim_of(lengths: tuple[int, ...]) -> Dim:
         if len(rest) == 1:
             return Dim(axis, rest.pop())
     return Dim(Axis.UNKNOWN)
-
-
-def _names(modules: dict[str, Module], family: Family | None) -> dict[str, Name]:
-    names: dict[str, Name] = {}
-
-    def add(name: str, path: str, role: str = "", value: Leaf | None = None) -> None:
-        if path in modules:
-            names[name] = Name(name, path, value, role)
-
-    if family is not None:
-        if family.embed:
-            add("embed", family.embed)
-        index = 0
-        while (layer := f"{family.layers}.{index}") in modules:
-            add(f"layers.{index}", layer)
-            for part, role in family.mixers.items():
-                if f"{layer}.{part}" in modules:
-                    add(f"layers.{index}.mixer", f"{layer}.{part}", role)
-                    add(f"layers.{index}.{'attn' if role == ATTENTION else 'ssm'}", f"{layer}.{part}", role)
-                    break
-            for part, role in family.mlps.items():
-                if f"{layer}.{part}" in modules:
-                    add(f"layers.{index}.mlp", f"{layer}.{part}", role)
-                    break
-            index += 1
-        if family.norm:
-            add("norm", family.norm)
-        if family.lm_head:
-            add("lm_head", family.lm_head)
-    for leaf in modules[""].side(OUTPUT):
-        if leaf.path == ("logits",):
-            add("logits", "", value=leaf)
-    return names

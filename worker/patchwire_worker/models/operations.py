@@ -11,8 +11,9 @@ will: what is in a loop by the text, and has run once, is not counted on.
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -37,8 +38,9 @@ from patchwire.sites import (
 )
 from patchwire.tensors import dtype_to_proto
 from patchwire_worker import containers
-from patchwire_worker.interleaving import available, base
+from patchwire_worker.interleaving import OUTSIDE, available, base
 from patchwire_worker.models.learning import LENGTH, Learner, dim_of, is_independent
+from patchwire_worker.models.texts import transparent
 
 _MAX_TEXT = 1 << 18
 _MAX_OPERATIONS = 1 << 11
@@ -116,72 +118,173 @@ class _Seen:
         return None if tensor.untyped_storage()._cdata in self.weights else tensor.clone()
 
 
-def learn(learner: Learner, inside: Inside, repeated: bool) -> tuple[Source, set[tuple[Location, Path]]]:
-    """What is inside a function.
+@dataclass
+class _Learnt:
+    """What all runs showed of a function."""
+
+    runs: list[_Seen] = field(default_factory=list)
+    """The passes over prompts; the last is of one row alone."""
+    steps: list[_Seen] = field(default_factory=list)
+    """The steps of generations."""
+    compiled: Compiled | None = None
+    """Its instrumented text."""
+    called: list[tuple[bool, bool]] = field(default_factory=list)
+    """Of each run: whether it was of steps, and whether it came by."""
+    overwritten: set[tuple[Location, Path]] = field(default_factory=set)
+    """The tensors that the model changes in place after they were at a site."""
+
+
+def learn(
+    learner: Learner, insides: Sequence[Inside], repeated: bool
+) -> tuple[dict[Inside, Source], set[tuple[Location, Path]]]:
+    """What is inside functions, learnt together in the same runs.
 
     Args:
         learner: What the model is run with.
-        inside: The function: the forward of a module that a forward pass calls, or one that is called in there.
-        repeated: Whether the operation that calls it may run several times.
+        insides: The functions: the forwards of modules that a forward pass calls, or functions that are called in
+            there; none inside another.
+        repeated: Whether the operation that calls them may run several times.
 
     Returns:
-        The source, and the tensors in it that the model changes in place after they were at a site.
+        The sources, and the tensors in them that the model changes in place after they were at a site.
 
     Raises:
-        SiteError: its text is not to be had.
-        LimitError: it is too long.
+        SiteError: the text of one is not to be had.
+        LimitError: one is too long.
     """
-    module, path = inside
+    sources, overwritten = _look(learner, insides, repeated)
+    both = [each for each in insides if not each[1] and learner.interleaver.switches(each[0])]
+    if both:
+        # Some operations run only where attention is computed step by step. That pass, which has them, orders all.
+        stepwise, more = _look(learner, both, repeated, stepwise=True)
+        for inside, source in stepwise.items():
+            usual = sources[inside].operations
+            merged = {name: _merged(each, source.operations[name]) for name, each in usual.items()}
+            sources[inside] = replace(sources[inside], operations=merged)
+        overwritten |= more
+    return sources, overwritten
+
+
+def _merged(operation: Operation, stepwise: Operation) -> Operation:
+    """An operation in passes as they are usually, with its place among those of passes that go step by step."""
+    if operation.runs == _NEVER:
+        return stepwise
+    places = {(leaf.side, leaf.path): leaf for leaf in stepwise.leaves}
+    leaves = tuple(
+        replace(leaf, order=places[leaf.side, leaf.path].order, last=places[leaf.side, leaf.path].last)
+        if (leaf.side, leaf.path) in places
+        else leaf
+        for leaf in operation.leaves
+    )
+    return replace(operation, leaves=leaves)
+
+
+def _look(
+    learner: Learner, insides: Sequence[Inside], repeated: bool, *, stepwise: bool = False
+) -> tuple[dict[Inside, Source], set[tuple[Location, Path]]]:
+    """What is inside functions, as some runs show it."""
+    learnt = {inside: _Learnt() for inside in insides}
     *prompts, alone = learner.prompts()
-    runs = []
-    overwritten = set()
-    compiled: Compiled | None = None
     weights = {each.untyped_storage()._cdata for each in learner.module.parameters()}
-    for ids in (*prompts, alone):
-        seen = _Seen(inside, learner.sides, ids is prompts[-1] or ids is alone, weights)
-        if compiled is not None:
-            learner.interleaver.looked_into = [base(module, (*path, name)) for name in compiled.names]
+    # Values are compared between two runs; all others only show lengths.
+    looks = [(ids, False, ids is prompts[-1] or ids is alone) for ids in (*prompts, alone)]
+    looks += [(ids, True, False) for ids in prompts if learner.generates]
+    for ids, in_steps, keeps in looks:
+        seen = {inside: _Seen(inside, learner.sides, keeps, weights) for inside in insides}
+        learner.interleaver.looked_into = [
+            base(inside[0], (*inside[1], name))
+            for inside, each in learnt.items()
+            if each.compiled is not None
+            for name in each.compiled.names
+        ]
         try:
-            learner.look(ids, seen.observe, [inside])
+            (learner.look_in_steps if in_steps else learner.look)(
+                ids, _dispatcher(learner, seen), insides, stepwise=stepwise
+            )
         finally:
             learner.interleaver.looked_into = ()
-        compiled = learner.interleaver.compiled(inside)
-        for (name, side), visits in seen.visits.items():
-            for visit in visits:
-                for way, tensor in visit.tensors.items():
-                    if tensor._version != visit.versions[way]:
-                        overwritten.add((Location(module, side, (*path, name)), way))
-        runs.append(seen)
-    assert compiled is not None
+        for inside, each in learnt.items():
+            compiled = learner.interleaver.compiled(inside)
+            each.called.append((in_steps, compiled is not None))
+            each.compiled = compiled or each.compiled
+            (each.steps if in_steps else each.runs).append(seen[inside])
+            if not in_steps:
+                each.overwritten |= _overwritten(inside, seen[inside])
+    sources = {inside: _source(learner, inside, each, repeated) for inside, each in learnt.items()}
+    return sources, set().union(*(each.overwritten for each in learnt.values()))
+
+
+def _dispatcher(learner: Learner, seen: Mapping[Inside, _Seen]) -> Callable[[str, Any], None]:
+    """Tells everybody of modules, and of operations those in whose module they are."""
+    by_module = {base(module): each for (module, _), each in seen.items()}
+
+    def observe(provider: str, value: Any) -> None:
+        if provider in learner.sides:
+            for each in seen.values():
+                each.observe(provider, value)
+            return
+        end = provider.find(f".{SOURCE}.")
+        while end > 0 and (found := by_module.get(provider[:end])) is None:
+            end = provider.find(f".{SOURCE}.", end + 1)  # a module may be called "source" itself
+        if end > 0 and found is not None:
+            found.observe(provider, value)
+
+    return observe
+
+
+def _overwritten(inside: Inside, seen: _Seen) -> set[tuple[Location, Path]]:
+    module, path = inside
+    return {
+        (Location(module, side, (*path, name)), way)
+        for (name, side), visits in seen.visits.items()
+        for visit in visits
+        for way, tensor in visit.tensors.items()
+        if tensor._version != visit.versions[way]
+    }
+
+
+def _source(learner: Learner, inside: Inside, learnt: _Learnt, repeated: bool) -> Source:
+    module, path = inside
+    runs, steps, compiled = learnt.runs, learnt.steps, learnt.compiled
+    if compiled is None or len(set(learnt.called)) > len({in_steps for in_steps, _ in learnt.called}):
+        raise SiteError(
+            f"`{path[-1]}` was not called in each of the passes in which the model is learnt.", hint=OUTSIDE
+        )
     function = compiled.code.co_name
     if not path:
         function = f"{type(learner.module.get_submodule(module)).__name__}.{function}"
     if len(compiled.source) > _MAX_TEXT or len(compiled.names) > _MAX_OPERATIONS:
         raise LimitError(f"`{function}` is too long to look into.", hint="Look into a module in it.")
-    loops, statements = _positions(compiled)
+    loops, statements = _positions(compiled.source, compiled.names)
     operations = {}
     for name in compiled.names:
-        times = _times(name, runs, repeated or name in loops)
-        operation = Operation(name, compiled.lines[name], times, _leaves(inside, name, times, runs, name in statements))
-        operations[name] = _with_callee(operation, learner.module, [each.callees for each in runs])
-    return Source(module, path, function, compiled.source, operations), overwritten
+        in_loop, unused = repeated or name in loops, name in statements
+        times = _times(name, runs[:-1], in_loop, runs[-1])
+        leaves = _leaves(inside, name, times, runs[:-1], unused, runs[-1])
+        operation = Operation(name, compiled.lines[name], times, leaves)
+        if steps:
+            times = _times(name, steps, in_loop)
+            leaves = _leaves(inside, name, times, steps, unused)
+            operation = replace(operation, runs_in_steps=times, leaves_in_steps=leaves)
+        operations[name] = _with_callee(operation, learner.module, [each.callees for each in (*runs, *steps)])
+    return Source(module, path, function, compiled.source, operations)
 
 
-def _times(name: str, runs: Sequence[_Seen], in_loop: bool) -> Dim:
-    """How often an operation runs."""
-    *counts, alone = [len(each.visits.get((name, INPUT), ())) for each in runs]
-    times = dim_of(tuple(counts))
-    if times.length(1, LENGTH) != alone or (times == Dim(Axis.CONSTANT, 1) and in_loop):
+def _times(name: str, runs: Sequence[_Seen], in_loop: bool, alone: _Seen | None = None) -> Dim:
+    """How often an operation runs; in steps of a generation, where none runs alone, in terms of the tokens before."""
+    times = dim_of(tuple(len(each.visits.get((name, INPUT), ())) for each in runs))
+    if alone is not None and times.length(1, LENGTH) != len(alone.visits.get((name, INPUT), ())):
         return _UNKNOWN
-    return times
+    return _UNKNOWN if times == Dim(Axis.CONSTANT, 1) and in_loop else times
 
 
-def _leaves(inside: Inside, name: str, times: Dim, runs: Sequence[_Seen], unused: bool) -> tuple[Leaf, ...]:
+def _leaves(
+    inside: Inside, name: str, times: Dim, runs: Sequence[_Seen], unused: bool, alone: _Seen | None = None
+) -> tuple[Leaf, ...]:
     module, path = inside
     leaves = []
-    *others, alone = runs
     for side in (INPUT, OUTPUT):
-        visits = [each.visits.get((name, side), []) for each in others]
+        visits = [each.visits.get((name, side), []) for each in runs]
         if times == _NEVER or not all(visits):
             continue
         for way in visits[0][0].tensors:
@@ -194,8 +297,11 @@ def _leaves(inside: Inside, name: str, times: Dim, runs: Sequence[_Seen], unused
             order, last = visits[0][0].order, visits[0][-1].order
             leaf = Leaf(
                 module, side, way, _shape(shapes), dtype, order, last=() if last == order else last,
-                operations=(*path, name), runs=times, unused=unused and side == OUTPUT,
+                operations=(*path, name), runs=times, unused=unused and side == OUTPUT, in_steps=alone is None,
             )  # fmt: skip
+            if alone is None:  # an invoke has the steps of a generation for itself
+                leaves.append(leaf)
+                continue
             together, own = visits[-1], alone.visits.get((name, side), [])
             independent = leaf.packs and all(
                 one.values[way] is None or is_independent(leaf, one.values[way], other.values.get(way))
@@ -245,7 +351,7 @@ def _with_callee(operation: Operation, model: nn.Module, callees: Sequence[Mappi
     callee = getattr(function, "__qualname__", type(function).__name__)
     try:
         with available(f"`{callee}`"):
-            instrument(function, lambda *_: None)
+            instrument(transparent(function), lambda *_: None)
     except SiteError as error:
         return replace(operation, callee=callee, closed=error.message.rstrip("."))
     return replace(operation, callee=callee)
@@ -267,9 +373,10 @@ class _Marked(Instrument):  # type: ignore[misc]
         return call
 
 
-def _positions(compiled: Compiled) -> tuple[set[str], ...]:
+@lru_cache(256)
+def _positions(source: str, names: tuple[str, ...]) -> tuple[set[str], ...]:
     """The operations in a loop, a comprehension, or a function inside the function; and calls that are statements."""
-    tree = ast.parse(compiled.source)
+    tree = ast.parse(source)
     definition = tree.body[0]
     assert isinstance(definition, (ast.FunctionDef, ast.AsyncFunctionDef))
     definition.decorator_list = []
@@ -285,7 +392,7 @@ def _positions(compiled: Compiled) -> tuple[set[str], ...]:
     statements = {id(node.value) for node in ast.walk(definition) if isinstance(node, ast.Expr)}
     marked = _Marked(marks, statements)
     marked.visit(tree)
-    assert tuple(marked.names) == compiled.names
+    assert tuple(marked.names) == names
     return marked.found
 
 

@@ -1,0 +1,115 @@
+"""States: the values that an operation has one after the other, once for each token, seen as one tensor.
+
+`model.layers[3].ssm.state` is `[batch, seq, …]`: the recurrent state after every token. In the model there is never
+such a tensor; each state is a site of its own, and the next is computed from it. So reading all of it stacks the sites,
+and writing to a position writes that site: the tokens after it go on from what was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Number
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor
+
+from patchwire import ops
+from patchwire.errors import GraphError, ShapeError, here
+from patchwire.proxy import Value
+
+_GETITEM = ops.OPERATIONS["operator.getitem"]
+_STACK = ops.OPERATIONS["torch.stack"]
+_AT_A_POSITION = "States are written token by token: `state[:, t] = …`, or `state[:, a:b] = …`."
+_SEQ = 1
+
+
+class States(Value):
+    """A value for each token, as one tensor `[batch, seq, …]`."""
+
+    def __new__(cls, *_: Any, **__: Any) -> States:
+        return object.__new__(cls)
+
+    def __init__(self, tokens: Sequence[Value]) -> None:
+        """
+        Args:
+            tokens: The value after each token, `[batch, …]`.
+        """
+        self._tokens = list(tokens)
+        self._versions = self._now()
+        super().__init__(tokens[0].recorder, self._stacked())
+        self.memory.constant = _AT_A_POSITION
+
+    def _now(self) -> list[int]:
+        return [each.memory.version for each in self._tokens]
+
+    def _stacked(self) -> torch.fx.Node:
+        stacked: Value = self._tokens[0].recorder.call(_STACK, (self._tokens, _SEQ), {})
+        node: torch.fx.Node = stacked.node
+        return node
+
+    @property
+    def node(self) -> torch.fx.Node:
+        """The node of the newest version: with what has been written to single positions."""
+        if self._versions != (now := self._now()):
+            self._versions, self._node = now, self._stacked()
+        node: torch.fx.Node = self._node
+        return node
+
+    @node.setter
+    def node(self, node: torch.fx.Node) -> None:
+        self._node = node
+
+    def __getitem__(self, index: Any) -> Any:
+        found = self._positions(index)
+        if self._tensor is None and found is not None and isinstance(index[_SEQ], int):
+            (token,), rest = found
+            return self.recorder.call(_GETITEM, (token, rest), {})
+        if self._tensor is not None:
+            return self._tensor[index]
+        return self.recorder.call(_GETITEM, (self, index), {})
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if self._tensor is not None:
+            super().__setitem__(index, value)
+            return
+        if index is Ellipsis or (isinstance(index, slice) and index == slice(None)):
+            index = (slice(None), slice(None))
+        found = self._positions(index)
+        if found is None:
+            raise GraphError("This does not say which positions of the states are written.", hint=_AT_A_POSITION,
+                             lines=here())  # fmt: skip
+        tokens, rest = found
+        single = isinstance(index[_SEQ], int)
+        place = self[index]
+        if isinstance(value, Value) and not single and value.memory is place.memory:
+            raise GraphError("Several states cannot be edited in place at once.", hint=_AT_A_POSITION, lines=here())
+        if isinstance(value, (Tensor, Value)) and not single:
+            try:
+                value = torch.broadcast_to(value, place.shape)  # type: ignore[arg-type]
+            except (RuntimeError, ShapeError):
+                raise ShapeError(
+                    f"These states are {list(place.shape)}; a value of shape {list(value.shape)} does not fit.",
+                    hint=_AT_A_POSITION,
+                    lines=here(),
+                ) from None
+        elif not isinstance(value, (Tensor, Value, Number)):
+            raise ShapeError(f"A state cannot become a {type(value).__name__}.", hint="Write a tensor or a number.",
+                             lines=here())  # fmt: skip
+        whole = isinstance(value, (Tensor, Value)) and not single
+        dim = 0 if isinstance(index[0], int) else _SEQ
+        for position, token in enumerate(tokens):
+            token[rest] = value.select(dim, position) if whole else value
+
+    def _positions(self, index: Any) -> tuple[list[Value], tuple[Any, ...]] | None:
+        """The values that an index is of, and the index in each of them; None if it does not say so plainly."""
+        if not isinstance(index, tuple) or len(index) <= _SEQ:
+            return None
+        first, position, *rest = index
+        if not all(isinstance(each, (int, slice)) and not isinstance(each, bool) for each in (first, position)):
+            return None
+        if not isinstance(position, slice) and not -len(self._tokens) <= position < len(self._tokens):
+            raise IndexError(f"there is no state {position}: there are {len(self._tokens)} tokens")
+        found = self._tokens[position] if isinstance(position, slice) else [self._tokens[position]]
+        return found, (first, *rest)
