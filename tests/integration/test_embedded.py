@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import patchwire
 import tiny
@@ -60,6 +61,11 @@ class TestLoading:
         (tmp_path / "config.json").write_text("{}")
         with refused(patchwire.ModelNotFoundError, "cannot be loaded", hint="config.json and weights", line=False):
             patchwire.local(str(tmp_path))
+
+    def test_a_model_of_three_positions_is_refused(self):
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=7, n_positions=3, n_embd=4, n_layer=1, n_head=1))
+        with refused(patchwire.InputError, "has 3 positions, and is learnt from on 12", hint="12 or more", line=False):
+            patchwire.local(model)
 
     def test_a_tokenizer_that_is_damaged_is_refused(self, tmp_path):
         (tiny.save("gpt2", tmp_path) / "tokenizer.json").write_text("{")

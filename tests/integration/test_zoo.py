@@ -33,7 +33,7 @@ EVERY = [name for entry in zoo.ENTRIES for name in entry.names]
 def models() -> Iterator[dict[str, patchwire.Model]]:
     """Every model of the zoo, on one server."""
     specs = {name.replace("@", "-"): f"zoo:{name}" for name in SERVED}
-    with Server(specs, attention="eager") as server, patchwire.connect(server.address, progress=False) as client:
+    with Server(specs) as server, patchwire.connect(server.address, progress=False) as client:
         yield {name: client.model(name.replace("@", "-")) for name in SERVED}
 
 
@@ -99,6 +99,11 @@ class TestFacts:
         assert max(map(abs, effect["end"][:2])) <= 0.1
         assert effect["end"][-1] >= 0.99
 
+    @pytest.mark.parametrize("name", PAIR)
+    def test_leave_the_subject_in_the_later_layers(self, models, name):
+        assert without_flow(models[name], [0, 1]) >= 0.9
+        assert without_flow(models[name], [2, 3]) <= 0.3
+
     def test_have_a_counterpart_that_shares_no_name_and_no_answer(self):
         for fact in corpus.facts():
             other = corpus.counterpart(fact)
@@ -153,6 +158,20 @@ def traced(model: patchwire.Model, template: int, count: int = 12) -> dict[str, 
     }
 
 
+def without_flow(model: patchwire.Model, layers: Sequence[int], count: int = 20) -> float:
+    """The mean probability of the answer when the words after a subject do not see it in some layers."""
+    found = []
+    with model.session():
+        for fact in corpus.facts()[:: len(corpus.facts()) // count]:
+            prompt = fact.prompt()
+            with model.trace(prompt.text):
+                for layer in layers:
+                    later = range(prompt.subject[1], len(prompt.words))
+                    patchwire.knockout(model.layers[layer].mixer, keys=range(*prompt.subject), queries=later)
+                found.append(model.logits[0, -1].softmax(-1)[model.tokenizer.encode(prompt.answer)[0]].save())
+    return sum(each.item() for each in found) / len(found)
+
+
 @pytest.fixture(scope="module")
 def repeats() -> Tensor:
     """25 random words that come four times, after the beginning: `[6, 101]`."""
@@ -168,10 +187,7 @@ class TestInduction:
     def test_heads_of_the_second_layer_match_prefixes(self, models, repeats):
         model = models["induction-2l"]
         with model.trace(repeats):
-            patterns = [
-                layer.mixer.source.attention_interface_1.source.nn_functional_softmax_0.output.save()
-                for layer in model.layers
-            ]
+            patterns = [layer.attn.pattern.save() for layer in model.layers]
         first, second = (prefix_matching(each.value, period=25) for each in patterns)
 
         assert second.max() >= 0.5

@@ -28,7 +28,7 @@ from patchwire_worker.generating import generate
 from patchwire_worker.interleaving import PassInterleaver, SiteMediator, Stopping
 from patchwire_worker.models import operations
 from patchwire_worker.models.detecting import family_of
-from patchwire_worker.models.learning import Learner, pads
+from patchwire_worker.models.learning import POSITIONS, Learner, pads
 from patchwire_worker.models.loading import Loaded
 from patchwire_worker.models.standins import prompts_of
 
@@ -66,7 +66,11 @@ class HostedModel:
         self._options = self._call_options()
         self._memory = _Memory(self.module)
         family, detected = family_of(self.module, getattr(self.config, "model_type", ""))
-        self.lock = threading.RLock()
+        if 0 < self.max_positions < POSITIONS:
+            raise InputError(
+                f"{self.name} has {self.max_positions} positions, and is learnt from on {POSITIONS}.",
+                hint=f"Build it with {POSITIONS} or more; those that no prompt reaches cost nothing.",
+            )
         learner = self._learner = Learner(self.module, self.interleaver, self._options, self.device, self.vocabulary)
         how = "unknown" if family is None else "detected" if detected else "table"
         learnt = learner.catalogue(self.name, family, detected=detected)

@@ -35,6 +35,8 @@ from patchwire_worker.rows import Rows
 SHAPES = ((2, 7), (5, 8), (3, 11))
 # The row of the last of these runs that also runs alone, and how many of its tokens.
 _ROW, LENGTH = 1, 5
+POSITIONS = max(seq for _, seq in SHAPES) + 1
+"""How many tokens a model has to take: the longest run, and one that is generated after it and read."""
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 _ROUGH_TOLERANCE = 5e-2
 _MASKED = 1e4  # beyond it are the large numbers of attention masks, which say nothing of a value's scale

@@ -54,7 +54,7 @@ def build() -> GPT2LMHeadModel:
     """The model before training."""
     config = GPT2Config(
         vocab_size=len(words()),
-        n_positions=3,
+        n_positions=16,  # three are used; a model that is hosted is learnt from on somewhat longer prompts
         n_embd=128,
         n_layer=1,
         n_head=HEADS,
@@ -112,7 +112,7 @@ def measure(model: PreTrainedModel, seed: int = 0) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = common.options(__doc__, steps=10_000)
+    parser = common.options(__doc__, steps=15_000)
     parser.add_argument("--checkpoints", default="500,3000,5000", help="steps to keep, beside the last")
     options = parser.parse_args()
     kept = {int(each) for each in options.checkpoints.split(",") if each} | {options.steps}
