@@ -79,7 +79,7 @@ def viewed(value: Value, part: Part, rows: int = 0) -> Value:
 
     found = views_of(value)
     if found is not value:
-        found._part_of = value, views_of
+        found._made_of = [value], lambda wholes: views_of(wholes[0])
     return found
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -85,8 +85,8 @@ class Value(torch.fx.Proxy):
         self._tensor: Tensor | None = None
         self._saved = False
         self._absent = False
-        self._part_of: tuple[Value, Callable[[Value], Value]] | None = None
-        """The value of a site that this is a named part of, and the way to the part."""
+        self._made_of: tuple[Sequence[Value], Callable[[Sequence[Value]], Value]] | None = None
+        """The values of sites that this is a named part of, or all of, and the way from them to it."""
         super().__init__(node, recorder)
 
     __array_priority__ = 1000  # as tensors': `np.float64(2) * value` asks the value

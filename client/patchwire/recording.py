@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import operator
 import warnings
@@ -666,12 +667,13 @@ class Recorder(TracerBase):
                 hint="Give it what was read: `patchwire.grad(loss, model.layers[0].output)`.",
                 lines=here(),
             )
-        parts = [each._part_of if isinstance(each, Value) and not each.ready else None for each in values]
-        if any(parts):
+        made = [each._made_of if isinstance(each, Value) and not each.ready else None for each in values]
+        if any(made):
             # The model goes on with the whole tensor, not with this view of it: the gradient is that part of its.
-            wholes = [each if part is None else part[0] for each, part in zip(values, parts, strict=True)]
-            found = self.grad(loss, weights, wholes)
-            return [each if part is None else part[1](each) for each, part in zip(found, parts, strict=True)]
+            wholes = [[each] if way is None else way[0] for each, way in zip(values, made, strict=True)]
+            each_one = iter(self.grad(loss, weights, [each for of_one in wholes for each in of_one]))
+            gradients = [list(itertools.islice(each_one, len(of_one))) for of_one in wholes]
+            return [of[0] if way is None else way[1](of) for of, way in zip(gradients, made, strict=True)]
         for each in values:
             self._differentiate_everyone(each)
         nodes = [self.argument(each) for each in values]

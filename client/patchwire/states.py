@@ -38,22 +38,18 @@ class States(Value):
         """
         self._tokens = list(tokens)
         self._versions = self._now()
-        super().__init__(tokens[0].recorder, self._stacked())
+        super().__init__(tokens[0].recorder, _stacked(tokens).node)
+        self._made_of = self._tokens, _stacked
         self.memory.constant = _AT_A_POSITION
 
     def _now(self) -> list[int]:
         return [each.memory.version for each in self._tokens]
 
-    def _stacked(self) -> torch.fx.Node:
-        stacked: Value = self._tokens[0].recorder.call(_STACK, (self._tokens, _SEQ), {})
-        node: torch.fx.Node = stacked.node
-        return node
-
     @property
     def node(self) -> torch.fx.Node:
         """The node of the newest version: with what has been written to single positions."""
         if self._versions != (now := self._now()):
-            self._versions, self._node = now, self._stacked()
+            self._versions, self._node = now, _stacked(self._tokens).node
         node: torch.fx.Node = self._node
         return node
 
@@ -113,3 +109,8 @@ class States(Value):
             raise IndexError(f"there is no state {position}: there are {len(self._tokens)} tokens")
         found = self._tokens[position] if isinstance(position, slice) else [self._tokens[position]]
         return found, (first, *rest)
+
+
+def _stacked(tokens: Sequence[Value]) -> Value:
+    found: Value = tokens[0].recorder.call(_STACK, (list(tokens), _SEQ), {})
+    return found

@@ -125,8 +125,8 @@ def _rg_lru(mixer: Any, hidden: Tensor, values: Values) -> Tensor:
         )
     ]
     decay = torch.exp(-8.0 * through[1] * F.softplus(lru.recurrent_param))
-    scale = torch.sqrt(1 - decay**2)
-    scale[:, 0] = 1  # the first token starts with its input as it is
+    first = torch.arange(hidden.shape[1])[:, None] == 0
+    scale = torch.sqrt(1 - decay**2).masked_fill(first, 1)  # the first token starts with its input as it is
     state = torch.zeros_like(u[:, 0])
     outputs = []
     for t in range(hidden.shape[1]):

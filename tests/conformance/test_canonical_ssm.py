@@ -265,6 +265,30 @@ def test_a_write_goes_on_as_in_the_formula_and_leaves_earlier_tokens_alone(name:
 
 
 @pytest.mark.parametrize("name", FEW)
+def test_a_gradient_is_that_of_the_formula(name: str, pairs: Pairs) -> None:
+    model, reference = pairs[name]
+    layer = ssm_layers(model)[0]
+    mixer = mixer_of(model, reference, layer)
+    with model.trace(PROMPT):
+        values = {each: getattr(model.layers[layer].ssm, each) for each in names_of(model, layer)}
+        gradients = patchwire.save(patchwire.grad(model.logits[0, -1, 3], list(values.values())))
+
+    for each, gradient in zip(values, gradients, strict=True):
+        probe = torch.zeros(gradient.shape, requires_grad=True)
+
+        def change(name: str, position: int | None, value: Tensor, wanted: str = each, probe: Tensor = probe) -> Tensor:
+            if name != wanted:
+                return value
+            return value + (probe if position is None else probe[:, position])
+
+        with by_formula(mixer, change):
+            logits_of(reference, PROMPT)[0, -1, 3].backward()  # type: ignore[no-untyped-call]
+        assert probe.grad is not None
+        assert_close(gradient, probe.grad, each, tolerance=1e-4)
+        assert float(probe.grad.abs().max()) > 0, each
+
+
+@pytest.mark.parametrize("name", FEW)
 def test_prompts_of_different_lengths_in_one_trace_give_what_each_gives_alone(name: str, pairs: Pairs) -> None:
     model, reference = pairs[name]
     layer = ssm_layers(model)[-1]
