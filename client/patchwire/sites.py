@@ -135,31 +135,36 @@ class Dim:
 
     axis: Axis
     size: int = 0
+    limit: int = 0
+    """The most that it grows to; 0 if there is no end."""
 
     def __str__(self) -> str:
         if self.axis is Axis.CONSTANT:
             return str(self.size)
         if self.axis is Axis.UNKNOWN:
             return "?"
-        return _AXIS_NAMES[self.axis] + (f"{self.size:+d}" if self.size else "")
+        grown = _AXIS_NAMES[self.axis] + (f"{self.size:+d}" if self.size else "")
+        return f"min({grown}, {self.limit})" if self.limit else grown
+
+    @classmethod
+    def from_proto(cls, message: model_pb2.Dim) -> Dim:
+        """The dimension of a message."""
+        return cls(Axis(message.axis), message.size, message.limit)
 
     def to_proto(self) -> model_pb2.Dim:
         """This dimension as a message."""
-        return model_pb2.Dim(axis=self.axis.value, size=self.size)
+        return model_pb2.Dim(axis=self.axis.value, size=self.size, limit=self.limit)
 
     def length(self, batch: int, seq: int) -> int | None:
         """The length in a call with this many rows of this many tokens; None if unknown."""
         match self.axis:
             case Axis.CONSTANT:
                 return self.size
-            case Axis.BATCH:
-                return batch + self.size
-            case Axis.SEQ:
-                return seq + self.size
-            case Axis.BATCH_SEQ:
-                return batch * seq + self.size
             case Axis.UNKNOWN:
                 return None
+            case _:
+                grown = {Axis.BATCH: batch, Axis.SEQ: seq, Axis.BATCH_SEQ: batch * seq}[self.axis] + self.size
+                return min(grown, self.limit) if self.limit else grown
 
 
 _ONCE = Dim(Axis.CONSTANT, 1)
@@ -302,7 +307,7 @@ class Leaf:
             module,
             _SIDE_NAMES[message.side],
             path_from_proto(message.path),
-            tuple(Dim(Axis(dim.axis), dim.size) for dim in message.shape),
+            tuple(map(Dim.from_proto, message.shape)),
             dtype_from_proto(message.dtype),
             tuple(message.order),
             message.independent,
@@ -437,11 +442,11 @@ class Source:
         module, path = message.module, tuple(message.path)
         operations = {}
         for each in message.operations:
-            runs = Dim(Axis(each.runs.axis), each.runs.size)
+            runs = Dim.from_proto(each.runs)
             leaves = tuple(Leaf.from_proto(module, leaf, (*path, each.name), runs) for leaf in each.leaves)
             found = Operation(each.name, each.line, runs, leaves, each.callee, each.closed)
             if each.HasField("runs_in_steps"):
-                runs = Dim(Axis(each.runs_in_steps.axis), each.runs_in_steps.size)
+                runs = Dim.from_proto(each.runs_in_steps)
                 leaves = tuple(
                     Leaf.from_proto(module, leaf, (*path, each.name), runs, in_steps=True)
                     for leaf in each.leaves_in_steps

@@ -364,6 +364,24 @@ def test_steps_of_a_generation_have_them_too(case: Case) -> None:
                 same(value.value, whole[name].value[:, position : position + 1], (name, step))
 
 
+@pytest.mark.parametrize("length", [5, 11, 20])
+def test_a_generation_grows_into_a_sliding_window_and_beyond(length: int) -> None:
+    window = 12
+    reference = tiny.build("mistral").requires_grad_(False)
+    reference.config.sliding_window = window
+    model = patchwire.local(reference, progress=False)
+    with model.generate(tiny.prompt(length), max_new_tokens=5, min_new_tokens=5) as generation:
+        found = [model.layers[1].attn.pattern.save() for _ in generation.iter[0:5]]
+        tokens = generation.output.save()
+    reference.set_attn_implementation("eager")
+    expected = reference(tokens.value[:, :-1], output_attentions=True).attentions[1]
+
+    same(found[0].value, expected[:, :, :length, :length])
+    for step, value in enumerate(found[1:], start=length):
+        seen = min(step + 1, window)
+        same(value.value, expected[:, :, step : step + 1, step + 1 - seen : step + 1])
+
+
 @pytest.mark.parametrize("name", ROUTED)
 def test_the_router_scores_every_expert_and_the_best_are_chosen(case: Case) -> None:
     gate = case.here.layer.get_submodule("mlp.gate")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from nnsight.intervention.source import Compiled, Instrument, bind, instrument
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from patchwire.errors import GraphError, LimitError, SiteError
 from patchwire.sites import (
@@ -257,6 +258,7 @@ def _source(learner: Learner, inside: Inside, learnt: _Learnt, repeated: bool) -
         raise LimitError(f"`{function}` is too long to look into.", hint="Look into a module in it.")
     loops, statements = _positions(compiled.source, compiled.names)
     operations = {}
+    window = _window(learner.module, getattr(learner.module.get_submodule(module), "layer_idx", None)) if steps else 0
     for name in compiled.names:
         in_loop, unused = repeated or name in loops, name in statements
         times = _times(name, runs[:-1], in_loop, runs[-1])
@@ -264,10 +266,20 @@ def _source(learner: Learner, inside: Inside, learnt: _Learnt, repeated: bool) -
         operation = Operation(name, compiled.lines[name], times, leaves)
         if steps:
             times = _times(name, steps, in_loop)
-            leaves = _leaves(inside, name, times, steps, unused)
+            leaves = _leaves(inside, name, times, steps, unused, window=window)
             operation = replace(operation, runs_in_steps=times, leaves_in_steps=leaves)
         operations[name] = _with_callee(operation, learner.module, [each.callees for each in (*runs, *steps)])
     return Source(module, path, function, compiled.source, operations)
+
+
+def _window(model: nn.Module, layer: int | None) -> int:
+    """How many tokens the attention of a layer has in its cache at most; 0 if it has all.
+
+    The prompts that a model is learnt from are shorter. That it is so is checked in each run, as every shape is.
+    """
+    layers = [] if layer is None else DynamicCache(config=getattr(model, "config", None)).layers
+    mine = layers[layer] if layer is not None and layer < len(layers) else None
+    return mine.sliding_window if isinstance(mine, DynamicSlidingWindowLayer) else 0
 
 
 def _times(name: str, runs: Sequence[_Seen], in_loop: bool, alone: _Seen | None = None) -> Dim:
@@ -279,7 +291,13 @@ def _times(name: str, runs: Sequence[_Seen], in_loop: bool, alone: _Seen | None 
 
 
 def _leaves(
-    inside: Inside, name: str, times: Dim, runs: Sequence[_Seen], unused: bool, alone: _Seen | None = None
+    inside: Inside,
+    name: str,
+    times: Dim,
+    runs: Sequence[_Seen],
+    unused: bool,
+    alone: _Seen | None = None,
+    window: int = 0,
 ) -> tuple[Leaf, ...]:
     module, path = inside
     leaves = []
@@ -300,7 +318,8 @@ def _leaves(
                 operations=(*path, name), runs=times, unused=unused and side == OUTPUT, in_steps=alone is None,
             )  # fmt: skip
             if alone is None:  # an invoke has the steps of a generation for itself
-                leaves.append(leaf)
+                leaves.append(replace(leaf, shape=tuple(replace(dim, limit=window if dim.axis is Axis.SEQ else 0)
+                                                        for dim in leaf.shape)))  # fmt: skip
                 continue
             together, own = visits[-1], alone.visits.get((name, side), [])
             independent = leaf.packs and all(
