@@ -273,7 +273,7 @@ class Execution:
             raise self._model_failed(each, error) from error
         calls = each.model.interleaver.calls
         self.cost.passes += calls
-        self.cost.rows += calls * each.ids.shape[0]
+        self.cost.rows += calls * each.rows
         self.cost.modules_skipped += each.modules_skipped
         for work in waiting.values():
             self._never_reached(work, calls)
@@ -313,6 +313,8 @@ class Execution:
         """What happens at a site: its value is taken, everything that became ready runs, and its new value is given."""
         self._fresh = []
         lent = []
+        if work.fork is not None:
+            value = work.fork(value)
         for access in work.reads:
             if access.node in self.plan.differentiated:
                 value = self._make_leaf(access, value)

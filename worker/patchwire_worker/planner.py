@@ -12,10 +12,10 @@ import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
-from itertools import pairwise
+from itertools import chain, pairwise
 from operator import itemgetter
 from typing import Any
 
@@ -27,6 +27,7 @@ from patchwire import graph as g
 from patchwire.errors import LimitError, OperationError, OrderError
 from patchwire.sites import Axis, Leaf, Location, Order
 from patchwire_worker.admission import Admitted, at
+from patchwire_worker.forking import Fork, Forks, forked, together
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.rows import Rows
 
@@ -44,13 +45,15 @@ class Access:
 
 @dataclass
 class Work:
-    """What happens at one location: first everything is read, then everything is written."""
+    """What happens at one location: rows fork, then everything is read, then everything is written."""
 
     location: Location
     step: int
     order: Order
     reads: list[Access] = field(default_factory=list)
     writes: list[Access] = field(default_factory=list)
+    fork: Fork | None = None
+    """What happens to the rows before that."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,13 @@ class Pass:
     model: HostedModel
     """The model."""
     ids: Tensor
-    """Token ids `[batch, seq]`, short rows padded on the right."""
+    """Token ids `[batch, seq]` of the rows that it begins with, short ones padded on the right."""
     works: list[Work]
     """What happens where, in the order of the passes; it ends after the last."""
     modules_skipped: int
     """How many modules come after that."""
+    rows: int
+    """How many rows it ends with."""
     generation: Generating | None = None
     """How it generates tokens, if it does."""
     weights: Sequence[torch.fx.Node] = ()
@@ -140,8 +145,9 @@ def plan(admitted: Admitted) -> Plan:
         if trace.loop is not None:
             passes += [Looping(index, loops[index])] if index in loops else []
             continue
+        forks = not differentiated and trace.generation is None
         for invokes in _groups(admitted, index, trace, accesses[index], differentiated, behind):  # type: ignore[arg-type]
-            made = _pass(admitted, index, invokes, accesses[index], weights[index])
+            made = _pass(admitted, index, invokes, accesses[index], weights[index], forks=forks)
             if made.works or (made.generation and made.generation.results):
                 passes.append(made)
     return Plan(passes, needed, differentiated)  # type: ignore[arg-type]
@@ -323,21 +329,20 @@ def _pass(
     invokes: list[int],
     accesses: Mapping[int, Sequence[torch.fx.Node]],
     weights: Sequence[torch.fx.Node],
+    *,
+    forks: bool,
 ) -> Pass:
     trace, model = admitted.graph.traces[index], admitted.models[index]
-    rows = [row for invoke in invokes for row in trace.invokes[invoke].rows]
-    batch, seq = len(rows), max(len(row) for row in rows)
+    rows = _rows(admitted, index, invokes, accesses, forks=forks)
+    first = rows.stages[0]
     # Which id stands for padding does not matter: nobody ever looks at it.
-    ids = torch.zeros((batch, seq), dtype=torch.long)
-    for row, tokens in enumerate(rows):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
+    ids = torch.zeros((first.batch, rows.seq), dtype=torch.long)
+    for invoke in invokes:
+        for row, tokens in enumerate(trace.invokes[invoke].rows, start=first.starts[invoke]):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
     works: dict[tuple[int, Location], Work] = {}
     results: list[torch.fx.Node] = []
-    start = 0
     for invoke in invokes:
-        lengths = tuple(trace.invokes[invoke].lengths)
-        prompt, new = Rows(start, lengths, batch, seq), Rows(start, (1,) * len(lengths), batch, 1)
-        start += len(lengths)
         for node in accesses.get(invoke, ()):
             if node.target is g.generated:
                 results.append(node)
@@ -346,16 +351,44 @@ def _pass(
             assert isinstance(site, g.Site)
             leaf = admitted.leaves[site]
             work = works.setdefault((site.step, leaf.location), Work(leaf.location, site.step, leaf.order))
-            owned = prompt
+            owned = rows.of(invoke, leaf.order)
             if site.step:
-                before = lengths[0] + site.step - 1
-                owned = Rows(start - len(lengths), (before,) * len(lengths), batch, before) if leaf.in_steps else new
+                before = owned.lengths[0] + site.step - 1 if leaf.in_steps else 1
+                owned = replace(owned, lengths=(before,) * len(owned.lengths), seq=before)
             access = Access(node, leaf, owned)
             (work.reads if node.target is g.read else work.writes).append(access)
+    last = max(((step, work.order) for (step, _), work in works.items()), default=(0, ()))
+    for place, fork in rows.at:
+        if (0, place.order) <= last:
+            works.setdefault((0, place.location), Work(place.location, 0, place.order)).fork = fork
     ordered = sorted(works.values(), key=lambda work: (work.step, work.order))
+    batch = rows.stages[-1].batch
     if trace.generation is not None:
-        return Pass(model, ids, ordered, 0, Generating(trace.generation, index, invokes[0], results), weights)
-    return Pass(model, ids, ordered, _skipped(model, ordered[-1].order) if ordered else 0, weights=weights)
+        return Pass(model, ids, ordered, 0, batch, Generating(trace.generation, index, invokes[0], results), weights)
+    return Pass(model, ids, ordered, _skipped(model, ordered[-1].order) if ordered else 0, batch, weights=weights)
+
+
+def _rows(
+    admitted: Admitted,
+    index: int,
+    invokes: Sequence[int],
+    accesses: Mapping[int, Sequence[torch.fx.Node]],
+    *,
+    forks: bool,
+) -> Forks:
+    """The rows of a pass: which invokes share them, and until when."""
+    trace, model = admitted.graph.traces[index], admitted.models[index]
+    ids = {each: tuple(map(tuple, trace.invokes[each].rows)) for each in invokes}
+    if not forks or len(set(ids.values())) == len(ids) or max(map(len, chain(*ids.values()))) > model.forked_tokens:
+        return together(ids)
+    changed: dict[int, Order] = {}
+    leaves = [(each, node, admitted.leaves[node.args[0]]) for each in invokes for node in accesses.get(each, ())]  # type: ignore[index]
+    for invoke, node, leaf in leaves:
+        if node.target is g.write:
+            changed[invoke] = min(leaf.order, changed.get(invoke, leaf.order))
+    found = forked(ids, changed, model.entries)
+    # Of what comes at a moment that is not known exactly, it has to be known at least how many rows there are.
+    return together(ids) if any(found.between(leaf.order, leaf.latest) for _, _, leaf in leaves) else found
 
 
 def _skipped(model: HostedModel, last: Order) -> int:

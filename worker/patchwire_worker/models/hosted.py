@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from transformers.cache_utils import DynamicCache
 
 from patchwire.errors import GraphError, InputError
 from patchwire.graph import Generation, same_storage
@@ -78,6 +80,8 @@ class HostedModel:
         self._memory.restore()
         self.interleaver.boundaries = self.catalogue.layers or self.interleaver.boundaries
         self.overwritten = frozenset(learner.overwritten)
+        self.entries = learner.entries(self.catalogue)
+        self._memory.restore()
         self.pads = pads(self.catalogue) and not _scales_with_length(self.config)
         log.info("%s: %d layers named (%s), %s rows of different lengths", self.name, self.catalogue.num_layers, how,
                  "packs" if self.pads else "does not pack")  # fmt: skip
@@ -117,6 +121,12 @@ class HostedModel:
             if isinstance(found, int) and found > 0:
                 return found
         return 0
+
+    @cached_property
+    def forked_tokens(self) -> float:
+        """How long rows may be that fork: for longer ones a sliding window makes masks that were not learnt from."""
+        windows = [getattr(each, "sliding_window", 0) for each in DynamicCache(config=self.config).layers]
+        return min((each for each in windows if each >= POSITIONS), default=math.inf)
 
     def run(self, ids: Tensor, mediators: Sequence[SiteMediator], stopping: Stopping) -> None:
         """One forward pass over token ids `[batch, seq]`."""

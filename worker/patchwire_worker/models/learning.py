@@ -9,6 +9,7 @@ there could miss it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,18 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patchwire.errors import GraphError
+from patchwire.errors import GraphError, first_line
 from patchwire.graph import Generation
 from patchwire.sites import INPUT, OUTPUT, Axis, Catalogue, Dim, Inside, Leaf, Location, Module, Parameter, Path
 from patchwire.tensors import dtype_to_proto
 from patchwire_worker import containers
+from patchwire_worker.forking import Entry, entries, forked
 from patchwire_worker.generating import generate
-from patchwire_worker.interleaving import PassInterleaver, Stopping, provider
+from patchwire_worker.interleaving import PassInterleaver, SiteMediator, Stopping, provider
 from patchwire_worker.models.detecting import completed
 from patchwire_worker.models.families import Family
 from patchwire_worker.models.naming import names
 from patchwire_worker.models.texts import choosing_attention
 from patchwire_worker.rows import Rows
+
+log = logging.getLogger(__name__)
 
 # Rows and tokens of each run. Small, so that it costs nothing; three, and not on one line, so that a length that grows
 # with the rows (one for each row and attention head, say) cannot be taken for one that grows with the tokens.
@@ -160,6 +164,43 @@ class Learner:
             for path, value in usual.side(first.module, OUTPUT)
             if path in other and other[path].shape == value.shape
         )
+
+    def entries(self, catalogue: Catalogue) -> list[Entry]:
+        """Where rows can fork: nowhere, if those that have forked are not what they are in a pass of their own.
+
+        It is tried with three invokes of the same two rows: one that forks before the second layer, one before the last
+        norm, one that goes on.
+        """
+        places = entries(catalogue)
+        if not places:
+            return []
+        ids, found = self.prompts()[len(SHAPES) - 1][:2], list[Any]()
+        rows = tuple(map(tuple, ids.tolist()))
+        when = {0: places[min(1, len(places) - 1)].order, 1: places[-1].order}
+        forks = forked(dict.fromkeys(range(3), rows), when, places)
+
+        def look(value: Any) -> Any:
+            found.append(value)
+            return value
+
+        mediators = [SiteMediator(place.location, fork) for place, fork in forks.at]
+        mediators.append(SiteMediator(Location("", OUTPUT), look))
+
+        def call() -> Any:
+            return self.module(input_ids=ids, **self.options)
+
+        try:
+            with torch.no_grad():
+                expected = dict(containers.tensors(call(), OUTPUT))
+                self.interleaver.run(call, {0: mediators}, Stopping())
+            together = dict(containers.tensors(found[0], OUTPUT))
+            same = all(is_same(together[path], torch.cat([value] * 3)) for path, value in expected.items())
+        except Exception as error:  # a model fails in whatever way it likes
+            log.info("%s: rows do not fork (%s)", catalogue.model, first_line(error))
+            return []
+        if not same:
+            log.info("%s: rows do not fork: they would have other numbers", catalogue.model)
+        return places if same else []
 
     def prompts(self) -> list[Tensor]:
         """The token ids of each run; those of the last are part of one row of the one before."""

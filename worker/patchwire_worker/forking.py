@@ -1,0 +1,190 @@
+"""Forks: rows with equal input run once, until their interventions differ.
+
+Invokes of a pass that have the same token ids share rows. Before the layer in which one of them is changed for the
+first time, its rows become its own: everything with rows that the layer is given is copied for them, and so is, in
+every later layer, what was made before and still has fewer rows (masks, rotations). What is read before is read from
+the rows that are shared. So a sweep over all layers computes half of what its rows would cost, and an unchanged run
+costs one row however often it is asked for.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patchwire.errors import ExecutionError
+from patchwire.sites import INPUT, Axis, Catalogue, Leaf, Location, Order, Path
+from patchwire_worker import containers
+from patchwire_worker.rows import Rows
+
+Ids = tuple[tuple[int, ...], ...]
+"""The token ids of an invoke's rows."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A module before which rows can fork, and what it is given."""
+
+    location: Location
+    order: Order
+    leaves: Mapping[Path, Leaf]
+
+
+def entries(catalogue: Catalogue) -> list[Entry]:
+    """Where rows can fork, in order: before every layer, and before the last norm."""
+    names = [f"layers.{index}" for index in range(catalogue.num_layers)] + ["norm"]
+    found = []
+    for name in names:
+        module = catalogue.modules[catalogue.names[name].module] if name in catalogue.names else None
+        given = module.side(INPUT) if module is not None else []
+        if module is None or not given or module.calls != 1:
+            continue
+        found.append(Entry(Location(module.path, INPUT), given[0].order, {leaf.path: leaf for leaf in given}))
+    return sorted(found, key=lambda entry: entry.order)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Which rows there are, from one fork to the next."""
+
+    since: Order
+    """From when on; empty from the beginning."""
+    batch: int
+    """How many rows."""
+    starts: Mapping[int, int]
+    """The first row of each invoke."""
+
+
+@dataclass(frozen=True)
+class Fork:
+    """What happens to the rows where a module is entered."""
+
+    leaves: Mapping[Path, Leaf]
+    """What it is given."""
+    batch: int
+    """How many rows there are from now on."""
+    sources: Mapping[int, Tensor]
+    """For each number of rows that something may still have: which of them each row is a copy of."""
+    seq: int
+    """How many tokens a row has."""
+
+    def __call__(self, value: Any) -> Any:
+        """What a module is given, for the rows of now.
+
+        Raises:
+            ExecutionError: something that it is given was not there when the model was learnt.
+        """
+        for path, tensor in list(containers.tensors(value, INPUT)):
+            leaf = self.leaves.get(path)
+            if leaf is None:
+                raise ExecutionError(
+                    "With this prompt the model hands something to its layers that it does not with others.",
+                    hint="Have every prompt run alone: `exact=True`.",
+                )
+            value = containers.replaced(value, INPUT, path, self._copied(tensor, leaf))
+        return value
+
+    def _copied(self, tensor: Tensor, leaf: Leaf) -> Tensor:
+        for dim, each in enumerate(leaf.shape):
+            flat = each.axis is Axis.BATCH_SEQ
+            if flat or each.axis is Axis.BATCH:
+                rows = tensor.unflatten(dim, (-1, self.seq)) if flat else tensor  # type: ignore[no-untyped-call]
+                if rows.shape[dim] != self.batch:
+                    source = self.sources[rows.shape[dim]].to(tensor.device)
+                    rows = rows.index_select(dim, source)
+                return rows.flatten(dim, dim + 1) if flat else rows
+        return tensor
+
+
+@dataclass
+class Forks:
+    """The rows of one pass at every moment of it."""
+
+    stages: Sequence[Stage]
+    """The first begins with the pass."""
+    seq: int
+    lengths: Mapping[int, tuple[int, ...]]
+    """How many tokens each row of an invoke has."""
+    at: Sequence[tuple[Entry, Fork]] = ()
+    """What happens where, in order."""
+
+    def __post_init__(self) -> None:
+        self._since = [stage.since for stage in self.stages]
+
+    def of(self, invoke: int, order: Order) -> Rows:
+        """An invoke's rows at a moment."""
+        stage = self.stages[bisect_right(self._since, order) - 1]
+        return Rows(stage.starts[invoke], self.lengths[invoke], stage.batch, self.seq)
+
+    def between(self, earliest: Order, latest: Order) -> bool:
+        """Whether rows fork between two moments."""
+        return bisect_right(self._since, earliest) != bisect_right(self._since, latest)
+
+
+def together(ids: Mapping[int, Ids]) -> Forks:
+    """All rows apart from the beginning."""
+    return _forks(ids, {}, [])
+
+
+def forked(ids: Mapping[int, Ids], changed: Mapping[int, Order], places: Sequence[Entry]) -> Forks:
+    """Rows that are shared for as long as they can be.
+
+    Args:
+        ids: The token ids of each invoke.
+        changed: When each invoke is changed for the first time; those that never are, are not here.
+        places: Where rows can fork.
+    """
+    orders = [each.order for each in places]
+    alone = {invoke: bisect_right(orders, order) - 1 for invoke, order in changed.items()}
+    shared: dict[Ids, int] = {}
+    for rows in ids.values():
+        shared[rows] = shared.get(rows, 0) + 1
+    never = len(places)
+    depth = {invoke: alone.get(invoke, never) if shared[rows] > 1 else never for invoke, rows in ids.items()}
+    return _forks(ids, depth, places)
+
+
+def _forks(ids: Mapping[int, Ids], depth: Mapping[int, int], places: Sequence[Entry]) -> Forks:
+    lengths = {invoke: tuple(map(len, rows)) for invoke, rows in ids.items()}
+    seq = max(max(each) for each in lengths.values())
+    groups = _groups(ids, list(ids), depth, -1)
+    starts, batch = _placed(groups, lengths)
+    stages, at = [Stage((), batch, starts)], list[tuple[Entry, Fork]]()
+    sources: dict[int, list[int]] = {}
+    for index, place in enumerate(places):
+        split = [_groups(ids, group, depth, index) for group in groups]
+        if any(len(each) > 1 for each in split):
+            before = stages[-1]
+            groups = [each[0] for each in split] + [group for each in split for group in each[1:]]
+            starts, batch = _placed(groups, lengths)
+            copied = [before.starts[group[0]] + row for group in groups for row in range(len(lengths[group[0]]))]
+            sources = {rows: [earlier[row] for row in copied] for rows, earlier in sources.items()}
+            sources[before.batch] = copied
+            stages.append(Stage(place.order, batch, starts))
+        if sources:
+            maps = {rows: torch.tensor(each) for rows, each in sources.items()}
+            at.append((place, Fork(place.leaves, batch, maps, seq)))
+    return Forks(stages, seq, lengths, at)
+
+
+def _groups(ids: Mapping[int, Ids], invokes: Sequence[int], depth: Mapping[int, int], now: int) -> list[list[int]]:
+    """The invokes that share rows from now on, in groups; those that still share come first."""
+    sharing: dict[Any, list[int]] = {}
+    for invoke in sorted(invokes, key=lambda each: depth.get(each, -1) <= now):
+        apart = depth.get(invoke, -1) <= now
+        sharing.setdefault((ids[invoke], invoke) if apart else ids[invoke], []).append(invoke)
+    return list(sharing.values())
+
+
+def _placed(groups: Sequence[Sequence[int]], lengths: Mapping[int, tuple[int, ...]]) -> tuple[dict[int, int], int]:
+    """The first row of each invoke, and how many rows there are."""
+    starts, start = dict[int, int](), 0
+    for group in groups:
+        starts |= dict.fromkeys(group, start)
+        start += len(lengths[group[0]])
+    return starts, start
