@@ -24,6 +24,8 @@ from patchwire_worker.rows import Rows
 
 Ids = tuple[tuple[int, ...], ...]
 """The token ids of an invoke's rows."""
+Key = Any
+"""What an invoke is called: something hashable."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Stage:
     """From when on; empty from the beginning."""
     batch: int
     """How many rows."""
-    starts: Mapping[int, int]
+    starts: Mapping[Key, int]
     """The first row of each invoke."""
 
 
@@ -108,7 +110,7 @@ class Forks:
     stages: Sequence[Stage]
     """The first begins with the pass."""
     seq: int
-    lengths: Mapping[int, tuple[int, ...]]
+    lengths: Mapping[Key, tuple[int, ...]]
     """How many tokens each row of an invoke has."""
     at: Sequence[tuple[Entry, Fork]] = ()
     """What happens where, in order."""
@@ -116,7 +118,7 @@ class Forks:
     def __post_init__(self) -> None:
         self._since = [stage.since for stage in self.stages]
 
-    def of(self, invoke: int, order: Order) -> Rows:
+    def of(self, invoke: Key, order: Order) -> Rows:
         """An invoke's rows at a moment."""
         stage = self.stages[bisect_right(self._since, order) - 1]
         return Rows(stage.starts[invoke], self.lengths[invoke], stage.batch, self.seq)
@@ -126,12 +128,12 @@ class Forks:
         return bisect_right(self._since, earliest) != bisect_right(self._since, latest)
 
 
-def together(ids: Mapping[int, Ids]) -> Forks:
+def together(ids: Mapping[Key, Ids]) -> Forks:
     """All rows apart from the beginning."""
     return _forks(ids, {}, [])
 
 
-def forked(ids: Mapping[int, Ids], changed: Mapping[int, Order], places: Sequence[Entry]) -> Forks:
+def forked(ids: Mapping[Key, Ids], changed: Mapping[Key, Order], places: Sequence[Entry]) -> Forks:
     """Rows that are shared for as long as they can be.
 
     Args:
@@ -149,7 +151,7 @@ def forked(ids: Mapping[int, Ids], changed: Mapping[int, Order], places: Sequenc
     return _forks(ids, depth, places)
 
 
-def _forks(ids: Mapping[int, Ids], depth: Mapping[int, int], places: Sequence[Entry]) -> Forks:
+def _forks(ids: Mapping[Key, Ids], depth: Mapping[Key, int], places: Sequence[Entry]) -> Forks:
     lengths = {invoke: tuple(map(len, rows)) for invoke, rows in ids.items()}
     seq = max(max(each) for each in lengths.values())
     groups = _groups(ids, list(ids), depth, -1)
@@ -172,18 +174,18 @@ def _forks(ids: Mapping[int, Ids], depth: Mapping[int, int], places: Sequence[En
     return Forks(stages, seq, lengths, at)
 
 
-def _groups(ids: Mapping[int, Ids], invokes: Sequence[int], depth: Mapping[int, int], now: int) -> list[list[int]]:
+def _groups(ids: Mapping[Key, Ids], invokes: Sequence[Key], depth: Mapping[Key, int], now: int) -> list[list[Key]]:
     """The invokes that share rows from now on, in groups; those that still share come first."""
-    sharing: dict[Any, list[int]] = {}
+    sharing: dict[Any, list[Key]] = {}
     for invoke in sorted(invokes, key=lambda each: depth.get(each, -1) <= now):
         apart = depth.get(invoke, -1) <= now
         sharing.setdefault((ids[invoke], invoke) if apart else ids[invoke], []).append(invoke)
     return list(sharing.values())
 
 
-def _placed(groups: Sequence[Sequence[int]], lengths: Mapping[int, tuple[int, ...]]) -> tuple[dict[int, int], int]:
+def _placed(groups: Sequence[Sequence[Key]], lengths: Mapping[Key, tuple[int, ...]]) -> tuple[dict[Key, int], int]:
     """The first row of each invoke, and how many rows there are."""
-    starts, start = dict[int, int](), 0
+    starts, start = dict[Key, int](), 0
     for group in groups:
         starts |= dict.fromkeys(group, start)
         start += len(lengths[group[0]])

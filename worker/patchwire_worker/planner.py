@@ -1,9 +1,9 @@
 """Planning: from a graph to the passes that give what it asks for.
 
-A trace becomes one pass: the rows of its invokes, padded on the right, and for every location that matters the reads
-and writes there. What nobody needs is left out: a read whose value reaches no saved value, a write after the last read
-that matters. The pass ends after the last location that is left. Invokes whose rows cannot share a pass get passes of
-their own.
+A trace becomes one pass, or part of one with others of its session: the rows of its invokes, padded on the right, and
+for every location that matters the reads and writes there. What nobody needs is left out: a read whose value reaches no
+saved value, a write after the last read that matters. The pass ends after the last location that is left. Invokes whose
+rows cannot share a pass get passes of their own.
 """
 
 from __future__ import annotations
@@ -27,11 +27,17 @@ from patchwire import graph as g
 from patchwire.errors import LimitError, OperationError, OrderError
 from patchwire.sites import Axis, Leaf, Location, Order
 from patchwire_worker.admission import Admitted, at
-from patchwire_worker.forking import Fork, Forks, forked, together
+from patchwire_worker.forking import Fork, Forks, Ids, forked, together
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.rows import Rows
 
 _MAX_ENTRIES = 1 << 22
+_PADDING = 1.25
+"""How many tokens a pass of several traces may have for each that is of a prompt."""
+_IN_VAIN = 0.1
+"""Which share of the modules may be computed for rows that nobody needs any more, because others share their pass."""
+_Invoke = tuple[int, int]
+"""A trace, by its position in the graph's, and an invoke, by its position in the trace's."""
 
 
 @dataclass(frozen=True)
@@ -140,17 +146,105 @@ def plan(admitted: Admitted) -> Plan:
     for node in differentiated:
         _check_stays(admitted, node)  # type: ignore[arg-type]
     behind = cache(lambda: _invokes_behind(admitted, needed))
-    passes: list[Pass | Looping] = []
+    packing = _Packing(admitted, accesses)
+    passes: list[list[_Invoke] | Looping] = []
     for index, trace in enumerate(admitted.graph.traces):
         if trace.loop is not None:
             passes += [Looping(index, loops[index])] if index in loops else []
+            packing.traces = []
             continue
-        forks = not differentiated and trace.generation is None
-        for invokes in _groups(admitted, index, trace, accesses[index], differentiated, behind):  # type: ignore[arg-type]
-            made = _pass(admitted, index, invokes, accesses[index], weights[index], forks=forks)
-            if made.works or (made.generation and made.generation.results):
-                passes.append(made)
-    return Plan(passes, needed, differentiated)  # type: ignore[arg-type]
+        groups = _groups(admitted, index, trace, accesses[index], differentiated, behind)  # type: ignore[arg-type]
+        alone = len(groups) > 1 or trace.generation is not None or index in weights or differentiated
+        if not alone and packing.takes(index):
+            made = passes[-1]
+            assert isinstance(made, list)
+            made += [(index, invoke) for invoke in groups[0]]
+            continue
+        passes += [[(index, invoke) for invoke in invokes] for invokes in groups]
+        packing.traces = [] if alone else [index]
+    planned = [
+        each if isinstance(each, Looping) else _pass(admitted, each, accesses, weights, forks=not differentiated)
+        for each in passes
+    ]
+    return Plan([each for each in planned if _matters(each)], needed, differentiated)  # type: ignore[arg-type]
+
+
+def _matters(each: Pass | Looping) -> bool:
+    return isinstance(each, Looping) or bool(each.works or (each.generation and each.generation.results))
+
+
+class _Packing:
+    """Which traces, one after the other, become rows of one pass.
+
+    A trace joins the pass of those before it if it needs nothing that this pass has too late, or what runs in between.
+    """
+
+    def __init__(self, admitted: Admitted, accesses: _Accesses) -> None:
+        self._admitted = admitted
+        self._accesses = accesses
+        self._traces: list[int] = []
+        self._when: dict[torch.fx.Node, Order] = {}
+
+    @property
+    def traces(self) -> Sequence[int]:
+        """The traces of the pass that others may join; empty if there is none."""
+        return self._traces
+
+    @traces.setter
+    def traces(self, traces: Sequence[int]) -> None:
+        self._traces, self._when = list(traces), {}
+
+    def takes(self, trace: int) -> bool:
+        """Whether a trace joins the pass; it has joined then."""
+        if not self._traces or not self._fits(trace):
+            return False
+        self._traces.append(trace)
+        return all(self._in_time(node) for node in _nodes(self._accesses[trace]) if node.target is g.write)
+
+    def _fits(self, trace: int) -> bool:
+        """Whether its rows may be in the pass, do not make it large, and are not padded or computed much in vain."""
+        everyone, models = [*self._traces, trace], self._admitted.models
+        model = models[trace]
+        if any(models[each] is not model for each in self._traces):
+            return False
+        invokes = [invoke for each in everyone for invoke in self._admitted.graph.traces[each].invokes]
+        lengths = [length for invoke in invokes for length in invoke.lengths]
+        padded = len(lengths) * max(lengths)
+        if padded > model.packed_tokens or padded > _PADDING * sum(lengths):
+            return False
+        ends = [self._end(each) for each in everyone]
+        if max(ends) - min(ends) > _IN_VAIN * len(model.catalogue.entries):
+            return False
+        nodes = [node for each in everyone for node in _nodes(self._accesses[each])]
+        return _share(self._admitted, model, nodes, set(lengths), ())
+
+    def _end(self, trace: int) -> int:
+        """How many modules are entered until a trace needs nothing more."""
+        leaves = [self._admitted.leaves[node.args[0]].order for node in _nodes(self._accesses[trace])]  # type: ignore[index]
+        return bisect_right(self._admitted.models[trace].catalogue.entries, max(leaves, default=()))
+
+    def _in_time(self, write: torch.fx.Node) -> bool:
+        """Whether what is written exists by then."""
+        return self._latest(write.args[1]) <= self._admitted.leaves[write.args[0]].order  # type: ignore[arg-type, index]
+
+    def _latest(self, node: torch.fx.Node) -> Order:
+        """When the last value of this pass that a node depends on exists; empty if it depends on none."""
+        stack = [node]
+        while stack:
+            each = stack[-1]
+            if each in self._when:
+                stack.pop()
+                continue
+            if each.target is g.read:
+                site = each.args[0]
+                assert isinstance(site, g.Site)
+                self._when[each] = self._admitted.leaves[site].latest if site.trace in self._traces else ()
+                continue
+            before = [source for source in each.all_input_nodes if source not in self._when]
+            stack += before
+            if not before:
+                self._when[each] = max((self._when[source] for source in each.all_input_nodes), default=())
+        return self._when[node]
 
 
 def _check_stays(admitted: Admitted, node: torch.fx.Node) -> None:
@@ -245,15 +339,32 @@ def _groups(
     if trace.generation is not None:
         return [[invoke] for invoke in _ordered(index, everyone, accesses, behind())]
     lengths = {length for invoke in trace.invokes for length in invoke.lengths}
-    model = admitted.models[index]
-    sites = [(node, admitted.leaves[node.args[0]]) for nodes in accesses.values() for node in nodes]  # type: ignore[index]
-    splits = all(leaf.packs for _, leaf in sites)
-    # A gradient with respect to what all rows share would be that of all of them.
-    replaced = [leaf for node, leaf in sites if node.target is g.write or node in differentiated]
-    shared_writes = not all(_writes_alone(model, leaf) for leaf in replaced)
-    if len(everyone) == 1 or (splits and not shared_writes and (model.pads or len(lengths) == 1)):
+    if len(everyone) == 1 or _share(admitted, admitted.models[index], _nodes(accesses), lengths, differentiated):
         return [everyone]
     return [[invoke] for invoke in _ordered(index, everyone, accesses, behind())]
+
+
+def _nodes(accesses: Mapping[int, Sequence[torch.fx.Node]]) -> list[torch.fx.Node]:
+    """What happens at the sites of a trace."""
+    return [node for nodes in accesses.values() for node in nodes]
+
+
+def _share(
+    admitted: Admitted,
+    model: HostedModel,
+    nodes: Sequence[torch.fx.Node],
+    lengths: Collection[int],
+    differentiated: Collection[torch.fx.Node],
+) -> bool:
+    """Whether rows of these lengths can share a pass in which this is read and written."""
+    sites = [(node, admitted.leaves[node.args[0]]) for node in nodes]  # type: ignore[index]
+    # A gradient with respect to what all rows share would be that of all of them.
+    replaced = [leaf for node, leaf in sites if node.target is g.write or node in differentiated]
+    return (
+        all(leaf.packs for _, leaf in sites)
+        and all(_writes_alone(model, leaf) for leaf in replaced)
+        and (model.pads or len(lengths) == 1)
+    )
 
 
 def _writes_alone(model: HostedModel, leaf: Leaf) -> bool:
@@ -325,25 +436,25 @@ def _invokes_behind(admitted: Admitted, needed: set[torch.fx.Node]) -> dict[torc
 
 def _pass(
     admitted: Admitted,
-    index: int,
-    invokes: list[int],
-    accesses: Mapping[int, Sequence[torch.fx.Node]],
-    weights: Sequence[torch.fx.Node],
+    invokes: Sequence[_Invoke],
+    accesses: _Accesses,
+    weights: Mapping[int, Sequence[torch.fx.Node]],
     *,
     forks: bool,
 ) -> Pass:
+    index = invokes[0][0]
     trace, model = admitted.graph.traces[index], admitted.models[index]
-    rows = _rows(admitted, index, invokes, accesses, forks=forks)
+    rows = _rows(admitted, invokes, accesses, forks=forks and trace.generation is None)
     first = rows.stages[0]
     # Which id stands for padding does not matter: nobody ever looks at it.
     ids = torch.zeros((first.batch, rows.seq), dtype=torch.long)
-    for invoke in invokes:
-        for row, tokens in enumerate(trace.invokes[invoke].rows, start=first.starts[invoke]):
+    for each in invokes:
+        for row, tokens in enumerate(_rows_of(admitted, each), start=first.starts[each]):
             ids[row, : len(tokens)] = torch.tensor(tokens)
     works: dict[tuple[int, Location], Work] = {}
     results: list[torch.fx.Node] = []
-    for invoke in invokes:
-        for node in accesses.get(invoke, ()):
+    for each in invokes:
+        for node in accesses[each[0]].get(each[1], ()):
             if node.target is g.generated:
                 results.append(node)
                 continue
@@ -351,7 +462,7 @@ def _pass(
             assert isinstance(site, g.Site)
             leaf = admitted.leaves[site]
             work = works.setdefault((site.step, leaf.location), Work(leaf.location, site.step, leaf.order))
-            owned = rows.of(invoke, leaf.order)
+            owned = rows.of(each, leaf.order)
             if site.step:
                 before = owned.lengths[0] + site.step - 1 if leaf.in_steps else 1
                 owned = replace(owned, lengths=(before,) * len(owned.lengths), seq=before)
@@ -362,27 +473,25 @@ def _pass(
         if (0, place.order) <= last:
             works.setdefault((0, place.location), Work(place.location, 0, place.order)).fork = fork
     ordered = sorted(works.values(), key=lambda work: (work.step, work.order))
-    batch = rows.stages[-1].batch
+    batch, changed = rows.stages[-1].batch, weights.get(index, ())
     if trace.generation is not None:
-        return Pass(model, ids, ordered, 0, batch, Generating(trace.generation, index, invokes[0], results), weights)
-    return Pass(model, ids, ordered, _skipped(model, ordered[-1].order) if ordered else 0, batch, weights=weights)
+        return Pass(model, ids, ordered, 0, batch, Generating(trace.generation, *invokes[0], results), changed)
+    return Pass(model, ids, ordered, _skipped(model, ordered[-1].order) if ordered else 0, batch, weights=changed)
 
 
-def _rows(
-    admitted: Admitted,
-    index: int,
-    invokes: Sequence[int],
-    accesses: Mapping[int, Sequence[torch.fx.Node]],
-    *,
-    forks: bool,
-) -> Forks:
+def _rows_of(admitted: Admitted, invoke: _Invoke) -> Ids:
+    return tuple(map(tuple, admitted.graph.traces[invoke[0]].invokes[invoke[1]].rows))
+
+
+def _rows(admitted: Admitted, invokes: Sequence[_Invoke], accesses: _Accesses, *, forks: bool) -> Forks:
     """The rows of a pass: which invokes share them, and until when."""
-    trace, model = admitted.graph.traces[index], admitted.models[index]
-    ids = {each: tuple(map(tuple, trace.invokes[each].rows)) for each in invokes}
+    model = admitted.models[invokes[0][0]]
+    ids = {each: _rows_of(admitted, each) for each in invokes}
     if not forks or len(set(ids.values())) == len(ids) or max(map(len, chain(*ids.values()))) > model.forked_tokens:
         return together(ids)
-    changed: dict[int, Order] = {}
-    leaves = [(each, node, admitted.leaves[node.args[0]]) for each in invokes for node in accesses.get(each, ())]  # type: ignore[index]
+    nodes = [(each, node) for each in invokes for node in accesses[each[0]].get(each[1], ())]
+    leaves = [(each, node, admitted.leaves[node.args[0]]) for each, node in nodes]  # type: ignore[index]
+    changed: dict[_Invoke, Order] = {}
     for invoke, node, leaf in leaves:
         if node.target is g.write:
             changed[invoke] = min(leaf.order, changed.get(invoke, leaf.order))

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 _MAX_SOURCES = 1 << 11
 _TOGETHER = 31
 """How many functions are learnt in the same runs as one that is asked for."""
+_PACKED_BYTES = 1 << 30
 _LOGITS_TO_KEEP = "num_logits_to_keep"
 _PROBE = "The quick brown fox, 3.14! Ünï→cødé\n  two lines"
 
@@ -127,6 +128,11 @@ class HostedModel:
         """How long rows may be that fork: for longer ones a sliding window makes masks that were not learnt from."""
         windows = [getattr(each, "sliding_window", 0) for each in DynamicCache(config=self.config).layers]
         return min((each for each in windows if each >= POSITIONS), default=math.inf)
+
+    @cached_property
+    def packed_tokens(self) -> int:
+        """How many tokens a pass of several traces may have, so that its logits stay small."""
+        return _PACKED_BYTES // (self.vocabulary * torch.float32.itemsize)
 
     def run(self, ids: Tensor, mediators: Sequence[SiteMediator], stopping: Stopping) -> None:
         """One forward pass over token ids `[batch, seq]`."""
