@@ -19,6 +19,7 @@ from patchwire_worker.models.families import ATTENTION, FAMILIES, MLP, MOE, SSM,
 from patchwire_worker.models.places import (
     EXPERTS,
     INTERFACE,
+    SINKS,
     Place,
     Places,
     fused_mlp,
@@ -107,15 +108,16 @@ def _tables(embed: str, head: str) -> dict[str, Place]:
 
 def _attention(module: nn.Module) -> Places:
     children = dict(module.named_children())
+    inner = dict(SINKS if "sinks" in dict(module.named_parameters(recurse=False)) else INTERFACE)
     outputs = [name for name in _OUTPUTS if name in children]
     for names in _INPUTS:
         if outputs and all(name in children for name in names):
             found = projections(*names, outputs[0])
-            return _as_stored(found, [children[name] for name in (*names, outputs[0])]) | dict(INTERFACE)
+            return _as_stored(found, [children[name] for name in (*names, outputs[0])]) | inner
     if not outputs:
-        return INTERFACE
+        return inner
     found = {name: place for name, place in projections("", "", "", outputs[0]).items() if name in _OF_OUTPUT}
-    return _as_stored(found, [children[outputs[0]]]) | dict(INTERFACE)
+    return _as_stored(found, [children[outputs[0]]]) | inner
 
 
 def _mlp(module: nn.Module) -> Places:

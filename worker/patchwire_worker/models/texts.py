@@ -20,13 +20,15 @@ import functools
 import operator
 import re
 import sys
+import threading
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nnsight.intervention.source import Instrument, SourceNotAvailable, decorator_chain, source_tree
 from torch import nn
+from transformers import PreTrainedConfig
 
 from patchwire_worker.models.standins import STAND_INS
 
@@ -319,17 +321,43 @@ def _configs(model: nn.Module) -> dict[int, Any]:
 
 @contextlib.contextmanager
 def step_by_step(model: nn.Module) -> Iterator[None]:
-    """Have a model compute attention step by step, so that scores and probabilities exist, instead of in one kernel."""
-    configs = _configs(model)
-    before = {key: config._attn_implementation for key, config in configs.items() if hasattr(config, _CHOICE)}
+    """Have a model compute attention step by step, so that scores and probabilities exist, instead of in one kernel.
+
+    It does so on this thread alone. The model, or its configuration, may be in use on another, by the program that a
+    server is embedded in or by another model of the server: there a forward pass that has made its mask for the kernel
+    must not meet code that wants another mask, for that would see what comes later.
+    """
+    before = _THREAD.eager
+    _THREAD.eager = before | _with_parts(_configs(model).values())
     try:
-        for key in before:
-            configs[key]._attn_implementation = "eager"
         yield
     finally:
-        for key, choice in before.items():
-            configs[key]._attn_implementation = choice
+        _THREAD.eager = before
 
 
+def _with_parts(configs: Iterable[Any]) -> frozenset[int]:
+    """The ids of configurations, and of those that are parts of them."""
+    found, rest = set[int](), list(configs)
+    while rest:
+        each = rest.pop()
+        if each is not None and id(each) not in found:
+            found.add(id(each))
+            rest += [getattr(each, part, None) for part in getattr(each, "sub_configs", ())]
+    return frozenset(found)
+
+
+class _Thread(threading.local):
+    eager: frozenset[int] = frozenset()
+    """The ids of the configurations that say, on this thread, that attention is computed step by step."""
+
+
+_THREAD = _Thread()
 _CHOICE = "_attn_implementation"
+_CHOSEN: Any = PreTrainedConfig.__dict__[_CHOICE]
+# Attributes of objects are the same on all threads; what a property says need not be.
+setattr(
+    PreTrainedConfig,
+    _CHOICE,
+    property(lambda config: "eager" if id(config) in _THREAD.eager else _CHOSEN.fget(config), _CHOSEN.fset),
+)
 _DISPATCHER = "use_kernel_func_from_hub_with_fallback."
