@@ -66,9 +66,51 @@ def granite_moe() -> PreTrainedModel:
     )
 
 
+def bitnet() -> PreTrainedModel:
+    return built(transformers.BitNetConfig(**_GROUPED))
+
+
+def qwen3_next() -> PreTrainedModel:
+    config = transformers.Qwen3NextConfig(
+        **_GROUPED | {"num_hidden_layers": 4, "head_dim": 8},
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=6,
+        linear_value_head_dim=6,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=20,
+        shared_expert_intermediate_size=20,
+    )
+    return built(config)
+
+
+def deepseek_v3() -> PreTrainedModel:
+    config = transformers.DeepseekV3Config(
+        **tiny._ATTENTION,
+        num_key_value_heads=4,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=20,
+        first_k_dense_replace=1,
+        kv_lora_rank=8,
+        q_lora_rank=12,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=6,
+        v_head_dim=8,
+    )
+    return built(config)
+
+
 @pytest.mark.parametrize(
-    "build", [post_norm_opt, post_norm_bloom, biased_mamba2, clipped_olmo, gpt_oss, granite_moe]
-)
+    "build",
+    [
+        post_norm_opt, post_norm_bloom, biased_mamba2, clipped_olmo, gpt_oss, granite_moe, bitnet, qwen3_next,
+        deepseek_v3,
+    ],
+)  # fmt: skip
 def test_every_claim_holds(build: Any) -> None:
     found = patchwire.verify(local(build()))
 
@@ -123,9 +165,7 @@ class TestAttentionThatMayGoNowhere:
         products = torch.einsum("bqhd,bkhd->bhqk", q.value, keys) * 8**-0.5
         visible = torch.ones(7, 7, dtype=torch.bool).tril()
         assert scores.shape == (1, 4, 7, 7)
-        torch.testing.assert_close(
-            scores.value[..., visible], products[..., visible], rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(scores.value[..., visible], products[..., visible], rtol=1e-4, atol=1e-4)
 
     def test_is_cut_at_the_last_key(self) -> None:
         model = local(gpt_oss())
@@ -146,6 +186,8 @@ def test_the_programs_own_use_of_a_model_is_not_disturbed_by_a_pass() -> None:
     module = tiny.build("llama")
     expected = module(IDS).logits
     model = local(module)
+    with model.trace(PROMPT):  # what is inside of attention is learnt now, and not in passes of its own below
+        model.layers[0].attn.scores.save()
     begun, inside, done = threading.Event(), threading.Event(), threading.Event()
     found: list[Tensor] = []
 
@@ -173,6 +215,14 @@ def test_the_programs_own_use_of_a_model_is_not_disturbed_by_a_pass() -> None:
 
     assert scores.shape == (1, 4, 7, 7)
     torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("build", [bitnet, qwen3_next])
+def test_what_is_normalized_or_gated_after_attention_is_not_taken_for_its_heads(build: Any) -> None:
+    model = local(build())
+
+    assert "layers.3.attn.pattern" in model.catalogue.names or "layers.1.attn.pattern" in model.catalogue.names
+    assert not [name for name in model.catalogue.names if name.endswith((".attn.z", ".attn.head_out"))]
 
 
 class TestAnSSMsPattern:

@@ -33,6 +33,7 @@ from transformers import PreTrainedConfig
 from patchwire_worker.models.standins import STAND_INS
 
 _TOKEN = re.compile(r"(?:(?P<call>\w+)\(\)|@(?P<given>\w+)|(?P<assigned>\w+)=)(?:\[(?P<index>-?\d+)\])?")
+_SHAPING = frozenset({"reshape", "view", "flatten", "transpose", "permute", "contiguous"})
 EAGER = "eager_attention_forward"
 """The name of the function that computes attention step by step, in every file of transformers that has one."""
 INTERFACE = "attention_interface"
@@ -299,6 +300,49 @@ def needs_steps(module: nn.Module, operations: Sequence[str]) -> bool:
     if not operations:
         return False
     return any(map(is_interface, operations[:-1])) or operations[0] in only_eager(module)
+
+
+def goes_straight(module: nn.Module, output: str) -> bool:
+    """Whether its output projection is given what attention's function returns, in another shape at most.
+
+    Some models gate it before, or normalize it. True if the text has no call of such a function.
+
+    Args:
+        module: An attention module.
+        output: What it calls its output projection.
+    """
+    try:
+        tree, _, _ = source_tree(decorator_chain(type(module).forward)[0].__code__)
+    except (SourceNotAvailable, SyntaxError):
+        return True
+    same: set[str] | None = None
+    steps = [node for node in ast.walk(tree) if isinstance(node, (ast.Assign, ast.AugAssign, ast.Call))]
+    # Of one statement, what is called comes before what that is assigned to.
+    for node in sorted(steps, key=lambda each: (each.end_lineno, not isinstance(each, ast.Call))):
+        if isinstance(node, ast.Call):
+            if same is not None and ast.unparse(node.func) == f"self.{output}":
+                return bool(node.args) and _shaped(node.args[0]) in same
+            continue
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+        value = node.value if isinstance(node, ast.Assign) else None
+        if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == INTERFACE:
+            first = target.elts[0] if isinstance(target, ast.Tuple) else target
+            same = {ast.unparse(first)}
+        elif same is not None:
+            (same.add if _shaped(value) in same else same.discard)(ast.unparse(target))
+    return same is None
+
+
+def _shaped(node: ast.expr | None) -> str:
+    """The variable that an expression only gives another shape; empty if it does more."""
+    while not isinstance(node, ast.Name):
+        if isinstance(node, ast.Subscript):
+            node = node.value
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _SHAPING:
+            node = node.func.value
+        else:
+            return ""
+    return node.id
 
 
 def choosing_attention(model: nn.Module) -> list[str]:
