@@ -15,7 +15,7 @@ from torch import Tensor
 
 from patchwire import ops
 from patchwire.checking import describe
-from patchwire.errors import ShapeError, SiteError, here
+from patchwire.errors import GraphError, ShapeError, SiteError, here
 from patchwire.formulas import FORMULAS
 from patchwire.proxy import Value
 from patchwire.sites import Address, Name, Parameter, Part, spell
@@ -62,7 +62,7 @@ def read(model: Model, named: Name) -> Any:
         return States([viewed(recorder.read(replace(site, address=each)), part) for each in addresses])
     else:
         value = recorder.read(scope.site(parse(part.address)))
-    value = viewed(value, part, 0 if part.parameter else len(_lengths(scope)))
+    value = viewed(value, part, 0 if part.parameter else len(lengths_of(scope)))
     if named.is_computed:
         value.memory.constant = _computed(named)
     return value
@@ -88,7 +88,7 @@ def _computed(named: Name) -> str:
     return f"`{spell(named.name)}` is computed from other values and cannot be written."
 
 
-def _lengths(scope: Scope) -> list[int]:
+def lengths_of(scope: Scope) -> list[int]:
     """How many tokens each row has."""
     invokes = scope.recorder.request.traces[scope.trace].invokes
     mine = invokes if scope.invoke is None or scope.invoke < 0 else [invokes[scope.invoke]]
@@ -97,7 +97,7 @@ def _lengths(scope: Scope) -> list[int]:
 
 def tokens_of(scope: Scope) -> int:
     """How many tokens of the longest row are in the pass."""
-    return 1 if scope.step else max(_lengths(scope))
+    return 1 if scope.step else max(lengths_of(scope))
 
 
 def assign(model: Model, named: Name, value: Any) -> None:
@@ -146,5 +146,16 @@ def _parameter(model: Model, named: Name, part: Part) -> Parameter:
 
 
 def shape_of(named: Name) -> tuple[int, ...]:
-    """The shape of a parameter: all its dimensions are constant."""
-    return tuple(int(each.rpartition("=")[2]) for each in named.dims.split())
+    """The shape of a parameter: all its dimensions are constant.
+
+    Raises:
+        GraphError: the server says something else of them.
+    """
+    lengths = [each.rpartition("=")[2] for each in named.dims.split()]
+    if not all(each.isdecimal() for each in lengths):
+        raise GraphError(
+            f"The server says that `{spell(named.name)}` is a parameter of dimensions {named.dims!r}.",
+            hint="Compare `patchwire doctor` here and there.",
+            lines=here(),
+        )
+    return tuple(map(int, lengths))

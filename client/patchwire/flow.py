@@ -9,13 +9,13 @@ of what enters the convolution is replaced in a second run of the mixer, and its
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from patchwire.canonical import parse, tokens_of, viewed
+from patchwire.canonical import lengths_of, parse, tokens_of, viewed
 from patchwire.errors import GraphError, OperationError, SiteError, here
 from patchwire.model import Module
 from patchwire.proxy import Value
@@ -26,14 +26,28 @@ Positions = int | slice | range | Sequence[int]
 _SEQ = 1
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """What one call cuts."""
+
+    keys: frozenset[int]
+    queries: frozenset[int]
+    heads: frozenset[int] = frozenset()
+    """Of attention: in which heads."""
+    value: Any = 0.0
+    """Of an SSM: what enters the convolution at the keys."""
+
+
 def knockout(
     mixer: Module, keys: Positions, queries: Positions, *, heads: Positions | None = None, value: Any = 0.0
 ) -> None:
-    """Cut what flows from `keys` to `queries` in one mixer, attention or SSM.
+    """Cut what flows from `keys` to `queries` in one mixer, attention or SSM. Several cuts of one mixer add up.
 
     With attention the probabilities of the keys become zero for the queries, and those of the others grow (Geva et al.
     2023, "Dissecting Recall of Factual Associations", section 4). With an SSM the queries' output of the scan becomes
     that of a run in which the input of the convolution at the keys is `value`; everything else stays, the gate too.
+
+    A query whose sliding window has nothing left but keys attends to nothing: what follows from it is NaN.
 
     Args:
         mixer: `model.layers[i].mixer`.
@@ -72,15 +86,26 @@ def _of_attention(mixer: Module, scope: Scope, keys: Positions, queries: Positio
     if scores.fake is None:
         raise GraphError("How many tokens there are is not known here.", hint="Knock out in a trace.", lines=here())
     *_, number, length = scores.shape
-    seen = _positions(keys, length, "key")
-    for query in _positions(queries, number, "query"):
-        if len(seen) > query + length - number:
-            raise GraphError(
-                f"Position {query} would see nothing: it sees {query + 1} positions, and all of them are keys.",
-                hint="Leave it one key at least, such as itself.",
-                lines=here(),
-            )
-        chosen = slice(None) if heads is None else _positions(heads, scores.shape[1], "head")
+    seen, asking = _positions(keys, length, "key"), _positions(queries, number, "query")
+    chosen = list(range(scores.shape[1])) if heads is None else _positions(heads, scores.shape[1], "head")
+    named = mixer._model.catalogue.named(f"{mixer._name}.scores")
+    assert named is not None
+    assert named.part is not None
+    cuts = scope.recorder.cuts.setdefault(scope.site(parse(named.part.address)), [])
+    cut = _Cut(frozenset(seen), frozenset(asking), frozenset(chosen))
+    shortest = min(lengths_of(scope)) if length == tokens_of(scope) else length
+    for query in asking:
+        visible = range(length - shortest, query + length - number + 1)
+        for head in chosen:
+            hidden = cut.keys.union(*(each.keys for each in cuts if query in each.queries and head in each.heads))
+            if visible and hidden.issuperset(visible):
+                raise GraphError(
+                    f"Position {query} would see nothing: it sees {len(visible)} positions, and all of them are keys.",
+                    hint="Leave it one key at least, such as itself.",
+                    lines=here(),
+                )
+    cuts.append(cut)
+    for query in asking:
         row = scores[:, chosen, query]
         # What a causal mask hides is only very small there; it must not become what is left.
         hidden = row <= torch.finfo(scores.dtype).min / 2
@@ -112,16 +137,25 @@ def _of_ssm(
     assert scan is not None
     assert scan.part is not None
     length = tokens_of(scope)
-    seen, asking = _positions(keys, length, "key"), _positions(queries, length, "query")
     place = scope.site(parse(named.part.address))
-    enters: Value = recorder.read(place).clone()
-    enters[:, seen] = 0.0
-    if isinstance(value, (Tensor, Value)) or value:
-        viewed(enters, named.part)[:, seen] = value
-    twin = recorder.twin(scope.trace, place.invoke, mixer.path)
-    recorder.assign(replace(place, invoke=twin), enters)
-    there: Any = viewed(recorder.read(replace(place, invoke=twin, address=parse(scan.part.address))), scan.part)
-    mixer.scan[:, asking] = there[:, asking]
+    cuts = recorder.cuts.setdefault(place, [])
+    seen, asking = _positions(keys, length, "key"), _positions(queries, length, "query")
+    cuts.append(_Cut(frozenset(seen), frozenset(asking), value=value))
+    # The queries of which the same has been cut share a run.
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for query in asking:
+        groups.setdefault(tuple(at for at, each in enumerate(cuts) if query in each.queries), []).append(query)
+    for of, together in groups.items():
+        enters: Value = recorder.read(place).clone()
+        for each in (cuts[at] for at in of):
+            where = sorted(each.keys)
+            enters[:, where] = 0.0
+            if isinstance(each.value, (Tensor, Value)) or each.value:
+                viewed(enters, named.part)[:, where] = each.value
+        twin = recorder.twin(scope.trace, place.invoke, mixer.path)
+        recorder.assign(replace(place, invoke=twin), enters)
+        there: Any = viewed(recorder.read(replace(place, invoke=twin, address=parse(scan.part.address))), scan.part)
+        mixer.scan[:, together] = there[:, together]
 
 
 def _positions(given: Positions, length: int, what: str) -> list[int]:

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from patchwire.errors import OperationError, here
 from patchwire.proxy import Value
+from patchwire.sites import spell
+from patchwire.tracing import current
 
 if TYPE_CHECKING:
     from patchwire.model import Model
@@ -30,11 +33,22 @@ def ssm_pattern(model: Model, mixer: str) -> Value:
     `alpha_ts = C_t exp(A (delta_{s+1} + … + delta_t)) delta_s B_s`, so that `scan_t = sum_s alpha_ts u_s + D u_t` (Ali,
     Zimerman and Wolf 2024, "The Hidden Attention of Mamba Models", equation 12). With a state for each channel it is
     `[batch, d_inner, query, key]`, with heads `[batch, ssm_head, query, key]`.
+
+    Raises:
+        OperationError: in a later step of a generation, where the tokens before have left nothing but the state.
     """
+    name = f"{spell(mixer)}.pattern"
+    if current(name, model).step:
+        raise OperationError(
+            f"`{name}` is of all tokens, and this pass has one: those before it are in the state alone.",
+            hint="Generate first, and trace the generated tokens: `model.trace(ids)`.",
+            lines=here(),
+        )
     ssm = model.module(mixer)
     delta, b, c = ssm.delta.float(), ssm.B.float(), ssm.C.float()
     decay = -torch.exp(ssm.A_log.float())
-    total = delta.cumsum(1)
+    # Before a row that is shorter than others there are no tokens, and NaN in the place of their values.
+    total = delta.nan_to_num(0.0).cumsum(1)
     # Later keys are left out before the exponential, which would overflow for them.
     passed = (total[:, :, None] - total[:, None]).clamp(min=0)
     if decay.ndim == 2:  # a decay for each channel and each of its states

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 _FOUND_BY = {
     "detected": (
-        "There is no table of this architecture. Its parts were found by their structure; the values inside of them "
-        "have no canonical names. Raw paths reach them, and `print(model.layers[0].source)` shows what there is."
+        "There is no table of this architecture. Its parts were found by their structure, and named where that tells "
+        "what they are. Raw paths reach the rest, and `print(model.layers[0].source)` shows what there is."
     ),
     "unknown": "There is no table of this architecture, and no list of layers was found. Raw paths reach every module.",
 }

@@ -92,6 +92,8 @@ class Recorder(TracerBase):
         self._everyone: dict[_Place, Value] = {}
         self.twins: dict[tuple[int, int], tuple[int, set[str]]] = {}
         """Invokes that the program does not see, by trace and invoke: whose rows they have, and whose modules."""
+        self.cuts: dict[Site, list[Any]] = {}
+        """What flow.py has cut inside of each mixer, by the site where it does so."""
         self._skipped: list[tuple[Site, str]] = []
         self._parameters: dict[tuple[int, str, str], Value] = {}
         self._assigned: dict[tuple[int, str, str], torch.fx.Node] = {}

@@ -16,9 +16,12 @@ from patchwire.v1 import model_pb2
 
 _MAX_STEPS = 16
 _MAX_NUMBERS = 16
-_OPERATIONS: Mapping[str, str] = {
-    each: f"torch.{each}" for each in ("narrow", "select", "unflatten", "permute", "unsqueeze", "flatten")
-} | {"rows": "torch.unflatten"}
+_NUMBERS: Mapping[str, tuple[int, int]] = {
+    "narrow": (3, 3), "select": (2, 2), "unflatten": (2, _MAX_NUMBERS), "permute": (1, _MAX_NUMBERS),
+    "unsqueeze": (1, 1), "flatten": (2, 2), "rows": (1, 1),
+}  # fmt: skip
+"""How many numbers each operation has, at least and at most."""
+_OPERATIONS: Mapping[str, str] = {each: f"torch.{each}" for each in _NUMBERS} | {"rows": "torch.unflatten"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ class View:
         return name, self.numbers
 
 
+def _is_known(view: View) -> bool:
+    least, most = _NUMBERS.get(view.operation, (1, 0))
+    return least <= len(view.numbers) <= most
+
+
 def views_to_proto(views: Iterable[View]) -> list[model_pb2.View]:
     """The steps as messages."""
     return [model_pb2.View(operation=each.operation, numbers=each.numbers) for each in views]
@@ -61,12 +69,10 @@ def views_from_proto(messages: Iterable[model_pb2.View]) -> tuple[View, ...]:
     """The steps of messages.
 
     Raises:
-        GraphError: one is not known, or there are too many.
+        GraphError: one is not known or lacks numbers, or there are too many.
     """
     views = tuple(View(each.operation, tuple(each.numbers)) for each in messages)
-    if len(views) > _MAX_STEPS or any(
-        each.operation not in _OPERATIONS or len(each.numbers) > _MAX_NUMBERS for each in views
-    ):
+    if len(views) > _MAX_STEPS or not all(map(_is_known, views)):
         raise GraphError(
             "The server describes a part of a tensor in a way that this version does not know.",
             hint="Compare `patchwire doctor` here and there.",

@@ -172,6 +172,37 @@ class TestAnSSM:
                 wanted.append(model.layers[1].output[:, query].save())
         torch.testing.assert_close(found[:, [4, 6]], torch.stack([each.value for each in wanted], 1))
 
+    @pytest.mark.parametrize("name", SSM)
+    def test_cuts_of_the_same_query_add_up(self, served, references, name):
+        model = served[name]
+        with model.trace() as trace:
+            with trace.invoke(PROMPT):
+                patchwire.knockout(model.layers[1].mixer, [1], [4, 6])
+                patchwire.knockout(model.layers[1].mixer, [2], [6, 5], value=0.5)
+                found = model.layers[1].output.save()
+            with trace.invoke(PROMPT):
+                patchwire.knockout(model.layers[1].mixer, [1], [4])
+                patchwire.knockout(model.layers[1].mixer, [2], [5], value=0.5)
+                apart = model.layers[1].output.save()
+        reference = references[name]
+
+        def fill(output: torch.Tensor) -> torch.Tensor:
+            parts = output[:, [1, 2]].clone()
+            width = reference.config.hidden_size * reference.config.expand
+            start = 0 if name == "mamba" else width
+            parts[:] = 0
+            parts[:, 1, start : start + width] = 0.5
+            output[:, [1, 2]] = parts
+            return output
+
+        outputs: list[torch.Tensor] = []
+        hook = reference.backbone.layers[1].register_forward_hook(lambda _, __, output: outputs.append(output))
+        run_twice(reference, [1], [PROMPT], [1, 2], [6], fill)
+        hook.remove()
+        whole = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+        torch.testing.assert_close(found[:, 6], whole[:, 6], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[:, [4, 5]], apart.value[:, [4, 5]], rtol=1e-5, atol=1e-5)
+
     def test_the_second_run_is_not_shown(self, served):
         model = served["mamba"]
         with model.trace() as trace:
@@ -206,7 +237,31 @@ class TestAnSSM:
             patchwire.knockout(model.layers[1].mixer, 1, 2)  # this line
 
 
+class TestOfKeysThatAQueryDoesNotSee:
+    def test_changes_nothing_for_it(self, served):
+        model = served["gpt2"]
+        with model.trace() as trace:
+            with trace.invoke(PROMPT):
+                before = model.layers[1].output.save()
+            with trace.invoke(PROMPT):
+                patchwire.knockout(model.layers[1].mixer, keys=range(3, 6), queries=slice(None, 3))
+                after = model.layers[1].output.save()
+        torch.testing.assert_close(after.value, before.value, rtol=1e-5, atol=1e-5)
+
+
 class TestIsRefused:
+    def test_if_several_leave_a_query_nothing(self, served):
+        model = served["llama"]
+        with refused(patchwire.GraphError, "sees 3 positions"), model.trace(PROMPT):
+            patchwire.knockout(model.layers[1].mixer, [0, 1], [2, 4])
+            patchwire.knockout(model.layers[1].mixer, [2], [4], heads=[0])
+            patchwire.knockout(model.layers[1].mixer, [2], [2], heads=[-1])  # this line
+
+    def test_if_a_shorter_row_would_see_nothing(self, served):
+        model = served["llama"]
+        with refused(patchwire.GraphError, "sees 1 positions"), model.trace([PROMPT, PROMPT[:5]]):
+            patchwire.knockout(model.layers[1].mixer, 2, 2)  # this line
+
     def test_for_what_mixes_nothing(self, served):
         model = served["gpt2"]
         with refused(patchwire.SiteError, "neither scores nor a scan"), model.trace(PROMPT):

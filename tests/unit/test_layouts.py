@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from patchwire.errors import GraphError
+from patchwire.views import View, views_from_proto, views_to_proto
 from patchwire_worker.models import layouts
 
 SIZES = {
@@ -96,3 +98,21 @@ def test_the_one_length_that_is_not_known_is_learnt_from_the_tensor() -> None:
 def test_another_form_than_the_layout_has_is_refused() -> None:
     with pytest.raises(ValueError, match="is wanted"):
         layouts.views("batch seq (kv_head d_head)", QUERIES, SIZES)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        View("rows", ()),
+        View("rows", (1, 2)),
+        View("unflatten", (0,)),
+        View("narrow", (1,)),
+        View("permute", ()),
+        View("select", (0, 1, 2)),
+        View("index", (0,)),
+        View("permute", tuple(range(17))),
+    ],
+)
+def test_views_of_a_strange_server_are_refused(view: View) -> None:
+    with pytest.raises(GraphError, match="does not know"):
+        views_from_proto(views_to_proto([view]))

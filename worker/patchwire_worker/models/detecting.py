@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from patchwire.sites import INPUT, OUTPUT
+from patchwire_worker.models import texts
 from patchwire_worker.models.families import ATTENTION, FAMILIES, MLP, MOE, SSM, Family
 from patchwire_worker.models.places import (
     EXPERTS,
     INTERFACE,
+    SINKS,
     Place,
     Places,
     fused_mlp,
@@ -107,15 +109,22 @@ def _tables(embed: str, head: str) -> dict[str, Place]:
 
 def _attention(module: nn.Module) -> Places:
     children = dict(module.named_children())
+    inner = dict(SINKS if "sinks" in dict(module.named_parameters(recurse=False)) else INTERFACE)
     outputs = [name for name in _OUTPUTS if name in children]
     for names in _INPUTS:
         if outputs and all(name in children for name in names):
-            found = projections(*names, outputs[0])
-            return _as_stored(found, [children[name] for name in (*names, outputs[0])]) | dict(INTERFACE)
+            found = _with_z(module, projections(*names, outputs[0]), outputs[0])
+            return _as_stored(found, [children[name] for name in (*names, outputs[0])]) | inner
     if not outputs:
-        return INTERFACE
-    found = {name: place for name, place in projections("", "", "", outputs[0]).items() if name in _OF_OUTPUT}
-    return _as_stored(found, [children[outputs[0]]]) | dict(INTERFACE)
+        return inner
+    known = _with_z(module, projections("", "", "", outputs[0]), outputs[0])
+    found = {name: place for name, place in known.items() if name in _OF_OUTPUT}
+    return _as_stored(found, [children[outputs[0]]]) | inner
+
+
+def _with_z(module: nn.Module, places: dict[str, Place], output: str) -> dict[str, Place]:
+    """Places of attention; without the values of heads where the output projection is given something else."""
+    return {name: place for name, place in places.items() if name != "attn.z" or texts.goes_straight(module, output)}
 
 
 def _mlp(module: nn.Module) -> Places:

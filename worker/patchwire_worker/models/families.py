@@ -66,7 +66,7 @@ class Family:
     is no module of its own; "mixer?up_proj" is only there if it has a part `up_proj`."""
     norms: Mapping[str, str]
     """Inside a layer: the norms before the mixer ("mixer_norm") and before the MLP ("mlp_norm"); "a|b" is the first
-    that there is."""
+    that there is, and "a?word" only there if the configuration says so."""
     parts: Places
     """Where values and parameters are, by what they are of and their name: "attn.q", "mlp.neurons", "model.W_E"."""
 
@@ -182,9 +182,13 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "opt": _family(
         "model.decoder", "embed_tokens", "layers", "final_layer_norm", "lm_head", "self_attn", LAYER,
-        "self_attn_layer_norm final_layer_norm",
+        # With norms after what is added, as in the model of 350m, no norm is before anything.
+        "self_attn_layer_norm?do_layer_norm_before final_layer_norm?do_layer_norm_before",
         projections("q_proj", "k_proj", "v_proj", "out_proj") | dict(INTERFACE)
-        | in_one_row(mlp("fc1", "fc2") | whole_mlp("fc1", "fc2") | residual("", "fc2.output", "final_layer_norm"))
+        | in_one_row(
+            mlp("fc1", "fc2") | whole_mlp("fc1", "fc2")
+            | only(residual("", "", "final_layer_norm"), "do_layer_norm_before") | residual("", "fc2.output")
+        )
         | residual(mlp=""),
     ),
     "bloom": _family(

@@ -17,7 +17,7 @@ from torch import nn
 from patchwire.sites import INPUT, MIXERS, OUTPUT, SOURCE, Address, Axis, Leaf, Module, Name, Parameter, Part
 from patchwire_worker.models import layouts, texts
 from patchwire_worker.models.families import ATTENTION, LAYER, MOE, Family
-from patchwire_worker.models.places import FORMS, FORMULAS, Formula, Place
+from patchwire_worker.models.places import FORMS, FORMULAS, Formula, Place, suits
 from patchwire_worker.models.sizes import sizes_of
 
 _PART = re.compile(r"(?:layers\.\d+(?:\.(?P<kind>mixer|attn|ssm|mlp))?)?")
@@ -55,7 +55,7 @@ def names(
         detected: Whether the family was detected: then all that was not found is missing.
     """
     found = Named()
-    for name, path, role in _modules(modules, family):
+    for name, path, role in _modules(modules, family, getattr(model, "config", None)):
         found.names[name] = Name(name, path, role=role)
     for leaf in modules[""].side(OUTPUT):
         if leaf.path == ("logits",):
@@ -78,12 +78,12 @@ def _modules_missing(names: Mapping[str, Name], family: Family | None) -> Iterat
         if name not in names:
             yield name, f"`{path}` is not there" if path else "its structure does not show which module that is"
     for name in [each for each in names if re.fullmatch(r"layers\.\d+", each)]:
-        for part, known in (("mixer", family.mixers), ("mlp", family.mlps)):
+        for part, known in (("mixer", family.mixers), ("mlp", {each: "" for each in family.mlps if each != LAYER})):
             if known and f"{name}.{part}" not in names:
                 yield f"{name}.{part}", f"it has no module called {' or '.join(known)}"
 
 
-def _modules(modules: Mapping[str, Module], family: Family | None) -> Iterator[tuple[str, str, str]]:
+def _modules(modules: Mapping[str, Module], family: Family | None, config: Any) -> Iterator[tuple[str, str, str]]:
     """The names of modules: canonical name, raw path, role."""
     if family is None:
         return
@@ -106,9 +106,10 @@ def _modules(modules: Mapping[str, Module], family: Family | None) -> Iterator[t
         for part, of in family.norms.items():
             if not before[part]:
                 continue
-            found = [f"{layer}.{each}" for each in of.split("|") if f"{layer}.{each}" in modules]
-            if found:
-                yield f"{name}.{part}", found[0], ""
+            for each, _, when in (way.partition("?") for way in of.split("|")):
+                if f"{layer}.{each}" in modules and suits(when, config):
+                    yield f"{name}.{part}", f"{layer}.{each}", ""
+                    break
         index += 1
     for name in ("norm", "lm_head"):
         if ends[name] and ends[name] in modules:

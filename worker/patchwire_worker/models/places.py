@@ -17,6 +17,11 @@ from typing import Any
 from patchwire_worker.models import layouts
 
 
+def suits(when: str, config: Any) -> bool:
+    """Whether a configuration says all of some words, and nothing of those after "!"."""
+    return all(bool(getattr(config, each.lstrip("!"), False)) != each.startswith("!") for each in when.split())
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a value is."""
@@ -36,7 +41,7 @@ class Place:
 
     def suits(self, config: Any) -> bool:
         """Whether the configuration says so."""
-        return all(bool(getattr(config, each.lstrip("!"), False)) != each.startswith("!") for each in self.when.split())
+        return suits(self.when, config)
 
 
 Places = Mapping[str, Place | tuple[Place, ...]]
@@ -130,6 +135,14 @@ INTERFACE: Mapping[str, Place] = {
     "attn.pattern": Place(":attention_interface()/dropout()/output", "batch head query key"),
 }
 """Attention through transformers' interface: one call gets queries, keys and values, as the product uses them."""
+
+
+SINKS: Mapping[str, Place] = {
+    **INTERFACE,
+    # The softmax is over the keys and one number more for each head, which stands for looking at nothing.
+    "attn.scores": Place(':attention_interface()/cat()/input["args"][0][0]', "batch head query key"),
+}
+"""The same, where some of each query's attention may go to no key (GPT-OSS): `pattern` then sums to less than 1."""
 
 
 def inside(module: str, function: str) -> dict[str, Place]:
@@ -391,6 +404,9 @@ MAMBA2: Mapping[str, Place] = {
     "ssm.W_in": Place("in_proj.weight", f"{_one(_MAMBA2_IN, 'x', 'd_inner')} d_model"),
     "ssm.W_gate": Place("in_proj.weight", f"{_one(_MAMBA2_IN, 'gate', 'd_inner')} d_model"),
     "ssm.W_out": Place("out_proj.weight", "d_model d_inner"),
+    "ssm.b_in": Place("in_proj.bias", _one(_MAMBA2_IN, "x", "d_inner")),
+    "ssm.b_gate": Place("in_proj.bias", _one(_MAMBA2_IN, "gate", "d_inner")),
+    "ssm.b_out": Place("out_proj.bias", "d_model"),
 }  # fmt: skip
 """Mamba-2: one state for each channel of each head, which share their decay (Dao and Gu 2024)."""
 

@@ -26,7 +26,8 @@ _SPELLINGS: Mapping[str, tuple[str, ...]] = {
 _OWN: Mapping[str, tuple[str, ...]] = {
     "head": ("num_heads", "num_attention_heads", "n_head"),
     "kv_head": ("num_key_value_heads", "num_kv_heads"),
-    "d_head": ("head_dim", "head_size"),
+    # DeepSeek's configuration calls the rotated part of a head `head_dim`.
+    "d_head": ("qk_head_dim", "head_dim", "head_size"),
     "d_mlp": ("intermediate_size",),
     "d_inner": ("intermediate_size", "lru_width"),
     "d_state": ("ssm_state_size",),

@@ -20,17 +20,20 @@ import functools
 import operator
 import re
 import sys
+import threading
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nnsight.intervention.source import Instrument, SourceNotAvailable, decorator_chain, source_tree
 from torch import nn
+from transformers import PreTrainedConfig
 
 from patchwire_worker.models.standins import STAND_INS
 
 _TOKEN = re.compile(r"(?:(?P<call>\w+)\(\)|@(?P<given>\w+)|(?P<assigned>\w+)=)(?:\[(?P<index>-?\d+)\])?")
+_SHAPING = frozenset({"reshape", "view", "flatten", "transpose", "permute", "contiguous"})
 EAGER = "eager_attention_forward"
 """The name of the function that computes attention step by step, in every file of transformers that has one."""
 INTERFACE = "attention_interface"
@@ -299,6 +302,49 @@ def needs_steps(module: nn.Module, operations: Sequence[str]) -> bool:
     return any(map(is_interface, operations[:-1])) or operations[0] in only_eager(module)
 
 
+def goes_straight(module: nn.Module, output: str) -> bool:
+    """Whether its output projection is given what attention's function returns, in another shape at most.
+
+    Some models gate it before, or normalize it. True if the text has no call of such a function.
+
+    Args:
+        module: An attention module.
+        output: What it calls its output projection.
+    """
+    try:
+        tree, _, _ = source_tree(decorator_chain(type(module).forward)[0].__code__)
+    except (SourceNotAvailable, SyntaxError):
+        return True
+    same: set[str] | None = None
+    steps = [node for node in ast.walk(tree) if isinstance(node, (ast.Assign, ast.AugAssign, ast.Call))]
+    # Of one statement, what is called comes before what that is assigned to.
+    for node in sorted(steps, key=lambda each: (each.end_lineno, not isinstance(each, ast.Call))):
+        if isinstance(node, ast.Call):
+            if same is not None and ast.unparse(node.func) == f"self.{output}":
+                return bool(node.args) and _shaped(node.args[0]) in same
+            continue
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+        value = node.value if isinstance(node, ast.Assign) else None
+        if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == INTERFACE:
+            first = target.elts[0] if isinstance(target, ast.Tuple) else target
+            same = {ast.unparse(first)}
+        elif same is not None:
+            (same.add if _shaped(value) in same else same.discard)(ast.unparse(target))
+    return same is None
+
+
+def _shaped(node: ast.expr | None) -> str:
+    """The variable that an expression only gives another shape; empty if it does more."""
+    while not isinstance(node, ast.Name):
+        if isinstance(node, ast.Subscript):
+            node = node.value
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _SHAPING:
+            node = node.func.value
+        else:
+            return ""
+    return node.id
+
+
 def choosing_attention(model: nn.Module) -> list[str]:
     """The paths of the modules that would compute attention step by step, and usually do not."""
     if all(getattr(each, _CHOICE, "eager") == "eager" for each in _configs(model).values()):
@@ -319,17 +365,43 @@ def _configs(model: nn.Module) -> dict[int, Any]:
 
 @contextlib.contextmanager
 def step_by_step(model: nn.Module) -> Iterator[None]:
-    """Have a model compute attention step by step, so that scores and probabilities exist, instead of in one kernel."""
-    configs = _configs(model)
-    before = {key: config._attn_implementation for key, config in configs.items() if hasattr(config, _CHOICE)}
+    """Have a model compute attention step by step, so that scores and probabilities exist, instead of in one kernel.
+
+    It does so on this thread alone. The model, or its configuration, may be in use on another, by the program that a
+    server is embedded in or by another model of the server: there a forward pass that has made its mask for the kernel
+    must not meet code that wants another mask, for that would see what comes later.
+    """
+    before = _THREAD.eager
+    _THREAD.eager = before | _with_parts(_configs(model).values())
     try:
-        for key in before:
-            configs[key]._attn_implementation = "eager"
         yield
     finally:
-        for key, choice in before.items():
-            configs[key]._attn_implementation = choice
+        _THREAD.eager = before
 
 
+def _with_parts(configs: Iterable[Any]) -> frozenset[int]:
+    """The ids of configurations, and of those that are parts of them."""
+    found, rest = set[int](), list(configs)
+    while rest:
+        each = rest.pop()
+        if each is not None and id(each) not in found:
+            found.add(id(each))
+            rest += [getattr(each, part, None) for part in getattr(each, "sub_configs", ())]
+    return frozenset(found)
+
+
+class _Thread(threading.local):
+    eager: frozenset[int] = frozenset()
+    """The ids of the configurations that say, on this thread, that attention is computed step by step."""
+
+
+_THREAD = _Thread()
 _CHOICE = "_attn_implementation"
+_CHOSEN: Any = PreTrainedConfig.__dict__[_CHOICE]
+# Attributes of objects are the same on all threads; what a property says need not be.
+setattr(
+    PreTrainedConfig,
+    _CHOICE,
+    property(lambda config: "eager" if id(config) in _THREAD.eager else _CHOSEN.fget(config), _CHOSEN.fset),
+)
 _DISPATCHER = "use_kernel_func_from_hub_with_fallback."

@@ -126,7 +126,7 @@ def main() -> None:
     tokenizer = common.word_tokenizer(words(), "=")
     log, found = common.Log(), {}
     for step in range(1, options.steps + 1):
-        # The rate falls to nothing in the last fifth: at a constant one, Adam jumps away from what it found now and then.
+        # The rate falls to nothing in the last fifth: at a constant one, Adam jumps away now and then.
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, step / 10, 5 * (1 - step / options.steps))
         loss = F.cross_entropy(forward(model, questions), right)
         optimizer.zero_grad(set_to_none=True)
