@@ -46,9 +46,9 @@ class Client:
         assert name is not None
         return Model(self.connection, self.connection.describe(name), progress=self.progress)
 
-    def session(self, *, blocking: bool = True) -> Session:
+    def session(self, *, blocking: bool = True, exact: bool = False) -> Session:
         """A block of many traces, of one model or several, that are sent as one request (see `Session`)."""
-        return Session(self.connection, progress=self.progress, blocking=blocking)
+        return Session(self.connection, progress=self.progress, blocking=blocking, exact=exact)
 
     def jobs(self) -> list[Job]:
         """The detached jobs that the server keeps for you, the newest first."""

@@ -278,6 +278,8 @@ class Trace:
     """How it generates tokens, if it does."""
     loop: Loop | None = None
     """What it repeats, if it is no call but a loop of them."""
+    exact: bool = False
+    """Whether each invoke runs in a pass of its own."""
 
 
 @dataclass
@@ -382,6 +384,7 @@ class _Encoder:
                     invokes=[_invoke_to_proto(each) for each in trace.invokes],
                     generation=pb.Generation(**vars(trace.generation)) if trace.generation else None,
                     loop=pb.Loop(body=graph_to_proto(trace.loop.body), count=trace.loop.count) if trace.loop else None,
+                    exact=trace.exact,
                 )
                 for trace in self.graph.traces
             ],
@@ -578,7 +581,7 @@ class _Decoder:
     def decode(self) -> Graph:
         for trace in self.message.traces:
             invokes = [_invoke_from_proto(each) for each in trace.invokes]
-            self.graph.traces.append(Trace(trace.model, invokes, _generation(trace), self.loop(trace)))
+            self.graph.traces.append(Trace(trace.model, invokes, _generation(trace), self.loop(trace), trace.exact))
         for each in self.message.constants:
             match each.WhichOneof("source"):
                 case "inline":

@@ -310,7 +310,7 @@ class Model(Module):
         """
         return listing(self.catalogue)
 
-    def trace(self, given: Any = None, *, blocking: bool = True) -> Trace:
+    def trace(self, given: Any = None, *, blocking: bool = True, exact: bool = False) -> Trace:
         """A block that records one call of the model.
 
         Args:
@@ -321,6 +321,8 @@ class Model(Module):
             blocking: Whether to wait for the saved values at the end of the block. If not, the block only submits its
                 request, and `trace.job` is the job: it runs on the server by itself, and can be fetched later, from
                 another program too.
+            exact: Whether each invoke runs in a pass of its own. Else invokes share passes, and those with the same
+                prompt share rows until one of them is changed, wherever the numbers are the same up to rounding.
 
         `async with` does the same as `with`, and lets the event loop go on while it waits.
 
@@ -335,7 +337,7 @@ class Model(Module):
             >>> hidden.shape
             torch.Size([1, 10, 768])
         """
-        return Trace(self, given, blocking=blocking)
+        return Trace(self, given, blocking=blocking, exact=exact)
 
     def generate(
         self,
@@ -422,13 +424,16 @@ class Model(Module):
         """A length, or the longest that a prompt may have."""
         return min(length, self._description.max_positions or length)
 
-    def session(self, *, blocking: bool = True) -> Session:
+    def session(self, *, blocking: bool = True, exact: bool = False) -> Session:
         """A block of many traces that are sent as one request, between which values stay on the server.
+
+        Traces of one model that need nothing of each other too early share a pass.
 
         Args:
             blocking: As for `trace`, of the whole session.
+            exact: As for `trace`, for each of its traces.
         """
-        return Session(self.connection, progress=self.progress, blocking=blocking, model=self)
+        return Session(self.connection, progress=self.progress, blocking=blocking, exact=exact, model=self)
 
     def scan(self, given: Any = None) -> Scan:
         """A block that is recorded and checked as by `trace`, and not run: shapes and dtypes only.

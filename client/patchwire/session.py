@@ -34,6 +34,7 @@ class Session(Block):
     Attributes:
         stats: What the run cost; None until it has ended and its values are here.
         job: The detached job, of a session with `blocking=False`, once the block has ended.
+        exact: Whether every invoke of its traces runs in a pass of its own.
 
     Example:
         >>> with model.session() as session:
@@ -43,15 +44,22 @@ class Session(Block):
         ...         model.layers[3].output[:, -1] = clean[:, -1]
         ...         logits = model.logits.save()
         >>> session.stats.passes
-        2
+        1
     """
 
     _recorder_class: type[Recorder] = Recorder
 
     def __init__(
-        self, connection: Connection, *, progress: bool = True, blocking: bool = True, model: Model | None = None
+        self,
+        connection: Connection,
+        *,
+        progress: bool = True,
+        blocking: bool = True,
+        exact: bool = False,
+        model: Model | None = None,
     ) -> None:
         super().__init__(blocking=blocking)
+        self.exact = exact
         self._connection = connection
         self._model = model
         self._progress = progress

@@ -130,12 +130,18 @@ class Trace(Block):
     _recorder_class: type[Recorder] = Recorder
 
     def __init__(
-        self, model: Model, given: Any = None, generation: g.Generation | None = None, *, blocking: bool = True
+        self,
+        model: Model,
+        given: Any = None,
+        generation: g.Generation | None = None,
+        *,
+        blocking: bool = True,
+        exact: bool = False,
     ) -> None:
         super().__init__(blocking=blocking)
         self._model = model
         self._given = given
-        self._trace = g.Trace(model.name, generation=generation)
+        self._trace = g.Trace(model.name, generation=generation, exact=exact)
         self._token: Token[Scope | None] | None = None
         self._closed = False
         self._caches: list[Cache] = []
@@ -156,6 +162,7 @@ class Trace(Block):
                 "A trace inside a session runs with it.", hint="Write `model.session(blocking=False)`.", lines=here()
             )
         self._own = session is None
+        self._trace.exact |= session is not None and session.exact
         request = session.request if session else self._request_alone()
         request.add(self._model)
         self._request = request

@@ -168,6 +168,107 @@ def test_gradients_have_rows_of_their_own() -> None:
         assert_same(gradient.value, alone.value)
 
 
+def test_exact_invokes_and_traces_run_in_passes_of_their_own() -> None:
+    counted = Counted("gpt2")
+    model = counted.model
+    counted.counts()
+    found = []
+    with model.trace(exact=True) as trace:
+        for _ in range(3):
+            with trace.invoke(A):
+                found.append(model.logits.save())
+    with model.session(exact=True) as session:
+        for _ in range(2):
+            with model.trace(A):
+                found.append(model.logits.save())
+    assert (trace.stats.passes, session.stats.passes) == (3, 2)
+    assert counted.counts() == [5] * model.num_layers
+
+    for logits in found:
+        assert torch.equal(logits.value, forward(counted.reference, A).logits)
+
+
+class TestASession:
+    @pytest.fixture(scope="class")
+    def counted(self) -> Counted:
+        return Counted("llama")
+
+    def test_has_its_independent_traces_in_one_pass(self, counted: Counted) -> None:
+        model = counted.model
+        counted.counts()
+        found = []
+        with model.session() as session:
+            for prompt in (A, B, A):
+                with model.trace(prompt):
+                    found.append(model.logits.save())
+        assert (session.stats.passes, session.stats.rows) == (1, 2)
+        assert counted.counts() == [2] * model.num_layers
+
+        for prompt, logits in zip((A, B, A), found, strict=True):
+            assert_same(logits.value, forward(counted.reference, prompt).logits)
+
+    def test_has_passes_of_their_own_for_what_comes_too_late(self, counted: Counted) -> None:
+        model = counted.model
+        with model.session() as session:
+            with model.trace(A):
+                late = model.layers[2].output[:, -1]
+            with model.trace(B):
+                model.layers[0].output[:, -1] = late
+                logits = model.logits.save()
+        assert session.stats.passes == 2
+
+        seen = record(counted.reference, A)[counted.place(2)]
+
+        def patched(value: torch.Tensor) -> torch.Tensor:
+            value[:, -1] = seen[:, -1]
+            return value
+
+        assert_same(logits.value, changed_logits(counted.reference, B, {counted.place(0): patched}))
+
+    @pytest.mark.parametrize(
+        ("prompts", "passes"),
+        [((A, A[:1]), 2), ((A, A[:6]), 1)],
+        ids=["much padding", "little padding"],
+    )
+    def test_is_not_padded_much(self, counted: Counted, prompts: tuple[list[int], ...], passes: int) -> None:
+        model = counted.model
+        found = []
+        with model.session() as session:
+            for prompt in prompts:
+                with model.trace(prompt):
+                    found.append(model.logits.save())
+        assert session.stats.passes == passes
+
+        for prompt, logits in zip(prompts, found, strict=True):
+            assert_same(logits.value, forward(counted.reference, prompt).logits)
+
+    def test_does_not_compute_what_one_trace_needs_for_another_that_has_ended(self, counted: Counted) -> None:
+        model = counted.model
+        counted.counts()
+        with model.session() as session:
+            for _ in range(3):
+                with model.trace(A):
+                    model.layers[0].output.save()
+            with model.trace(B):
+                model.logits.save()
+        assert session.stats.passes == 2
+        assert counted.counts()[1:] == [1] * (model.num_layers - 1)
+
+    def test_keeps_weights_and_gradients_apart(self, counted: Counted) -> None:
+        model = counted.model
+        with model.session() as session:
+            with model.trace(A):
+                plain = model.logits.save()
+            with model.trace(A):
+                model.layers[0].mlp.down_proj.weight[:] = 0
+                changed = model.logits.save()
+            with model.trace(A):
+                again = model.logits.save()
+        assert session.stats.passes == 3
+        assert torch.equal(plain.value, again.value)
+        assert not torch.equal(plain.value, changed.value)
+
+
 @pytest.mark.parametrize("name", NOT_FORKED)
 def test_where_rows_cannot_fork_each_has_its_own(name: str) -> None:
     counted = Counted(name)

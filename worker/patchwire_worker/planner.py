@@ -154,7 +154,7 @@ def plan(admitted: Admitted) -> Plan:
             packing.traces = []
             continue
         groups = _groups(admitted, index, trace, accesses[index], differentiated, behind)  # type: ignore[arg-type]
-        alone = len(groups) > 1 or trace.generation is not None or index in weights or differentiated
+        alone = len(groups) > 1 or trace.exact or trace.generation is not None or index in weights or differentiated
         if not alone and packing.takes(index):
             made = passes[-1]
             assert isinstance(made, list)
@@ -336,7 +336,7 @@ def _groups(
 ) -> list[list[int]]:
     """The invokes of a trace, in groups that share a pass."""
     everyone = list(range(len(trace.invokes)))
-    if trace.generation is not None:
+    if trace.generation is not None or trace.exact:
         return [[invoke] for invoke in _ordered(index, everyone, accesses, behind())]
     lengths = {length for invoke in trace.invokes for length in invoke.lengths}
     if len(everyone) == 1 or _share(admitted, admitted.models[index], _nodes(accesses), lengths, differentiated):
