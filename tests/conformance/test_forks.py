@@ -117,6 +117,25 @@ def test_invokes_of_several_rows_fork_as_a_whole(counted: Counted) -> None:
     assert_same(first.value[:1], changed_logits(counted.reference, A, {counted.place(last): erased}))
 
 
+def test_cuts_of_attention_fork_too(counted: Counted) -> None:
+    model = counted.model
+    layers = [index for index in range(model.num_layers) if model.catalogue.named(f"layers.{index}.attn.scores")]
+    if not layers:
+        pytest.skip("there are no scores")
+    found: dict[bool, list[Any]] = {}
+    for exact in (False, True):
+        with model.trace(exact=exact) as trace:
+            for index in layers:
+                with trace.invoke(B):
+                    model.layers[index].attn.scores[:, :, 4:, :2] = torch.finfo(torch.float32).min
+                    found.setdefault(exact, []).append(model.logits.save())
+        assert trace.stats.passes == (len(layers) if exact else 1)
+
+    for shared, alone in zip(found[False], found[True], strict=True):
+        assert_same(shared.value, alone.value)
+        assert not torch.equal(alone.value, forward(counted.reference, B).logits)
+
+
 def test_prompts_of_other_lengths_come_along() -> None:
     counted = Counted("llama")
     model, short = counted.model, A[:4]

@@ -10,8 +10,8 @@ costs one row however often it is asked for.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,18 @@ class Entry:
 
     location: Location
     order: Order
-    leaves: Mapping[Path, Leaf]
+    leaves: Mapping[Path, Leaf] = field(compare=False)
+
+    def also(self, leaves: Iterable[Leaf]) -> Entry:
+        """The same, given more in some passes.
+
+        Raises:
+            ValueError: what it is given has another shape in these.
+        """
+        more = {leaf.path: leaf for leaf in leaves if leaf.side == INPUT}
+        if any(self.leaves[path].shape != leaf.shape for path, leaf in more.items() if path in self.leaves):
+            raise ValueError(f"what {self.location.module} is given has other shapes in other passes")
+        return replace(self, leaves={**more, **self.leaves})
 
 
 def entries(catalogue: Catalogue) -> list[Entry]:

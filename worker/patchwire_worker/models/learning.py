@@ -169,11 +169,27 @@ class Learner:
         """Where rows can fork: nowhere, if those that have forked are not what they are in a pass of their own.
 
         It is tried with three invokes of the same two rows: one that forks before the second layer, one before the last
-        norm, one that goes on.
+        norm, one that goes on; and again with attention computed step by step, if that is not what the model does
+        anyway: then layers are given masks that they do without otherwise.
         """
         places = entries(catalogue)
         if not places:
             return []
+        switches = self.interleaver.steps_are_exact and bool(choosing_attention(self.module))
+        try:
+            if switches:
+                *runs, alone = (self._run(ids, stepwise=True) for ids in self.prompts())
+                given = [_leaves(place.location.module, runs, alone) for place in places]
+                places = [place.also(each) for place, each in zip(places, given, strict=True)]
+            same = self._forks(places) and (not switches or self._forks(places, stepwise=True))
+        except Exception as error:  # a model fails in whatever way it likes
+            log.info("%s: rows do not fork (%s)", catalogue.model, first_line(error))
+            return []
+        if not same:
+            log.info("%s: rows do not fork: they would have other numbers", catalogue.model)
+        return places if same else []
+
+    def _forks(self, places: Sequence[Entry], *, stepwise: bool = False) -> bool:
         ids, found = self.prompts()[len(SHAPES) - 1][:2], list[Any]()
         rows = tuple(map(tuple, ids.tolist()))
         when = {0: places[min(1, len(places) - 1)].order, 1: places[-1].order}
@@ -183,24 +199,16 @@ class Learner:
             found.append(value)
             return value
 
-        mediators = [SiteMediator(place.location, fork) for place, fork in forks.at]
-        mediators.append(SiteMediator(Location("", OUTPUT), look))
-
         def call() -> Any:
             return self.module(input_ids=ids, **self.options)
 
-        try:
-            with torch.no_grad():
-                expected = dict(containers.tensors(call(), OUTPUT))
-                self.interleaver.run(call, {0: mediators}, Stopping())
-            together = dict(containers.tensors(found[0], OUTPUT))
-            same = all(is_same(together[path], torch.cat([value] * 3)) for path, value in expected.items())
-        except Exception as error:  # a model fails in whatever way it likes
-            log.info("%s: rows do not fork (%s)", catalogue.model, first_line(error))
-            return []
-        if not same:
-            log.info("%s: rows do not fork: they would have other numbers", catalogue.model)
-        return places if same else []
+        mediators = [SiteMediator(place.location, fork) for place, fork in forks.at]
+        mediators.append(SiteMediator(Location("", OUTPUT), look))
+        with torch.no_grad():
+            expected = dict(containers.tensors(call(), OUTPUT))
+            self.interleaver.run(call, {0: mediators}, Stopping(), stepwise=stepwise)
+        together = dict(containers.tensors(found[0], OUTPUT))
+        return all(is_same(together[path], torch.cat([value] * 3)) for path, value in expected.items())
 
     def prompts(self) -> list[Tensor]:
         """The token ids of each run; those of the last are part of one row of the one before."""
