@@ -66,7 +66,7 @@ class Family:
     is no module of its own; "mixer?up_proj" is only there if it has a part `up_proj`."""
     norms: Mapping[str, str]
     """Inside a layer: the norms before the mixer ("mixer_norm") and before the MLP ("mlp_norm"); "a|b" is the first
-    that there is."""
+    that there is, "a?option" only if the configuration says so."""
     parts: Places
     """Where values and parameters are, by what they are of and their name: "attn.q", "mlp.neurons", "model.W_E"."""
 
@@ -182,10 +182,24 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "opt": _family(
         "model.decoder", "embed_tokens", "layers", "final_layer_norm", "lm_head", "self_attn", LAYER,
-        "self_attn_layer_norm final_layer_norm",
-        projections("q_proj", "k_proj", "v_proj", "out_proj") | dict(INTERFACE)
-        | in_one_row(mlp("fc1", "fc2") | whole_mlp("fc1", "fc2") | residual("", "fc2.output", "final_layer_norm"))
-        | residual(mlp=""),
+        "self_attn_layer_norm?do_layer_norm_before final_layer_norm?do_layer_norm_before",
+        {
+            **projections("q_proj", "k_proj", "v_proj", "out_proj"), **INTERFACE,
+            **in_one_row(mlp("fc1", "fc2") | whole_mlp("fc1", "fc2") | residual("", "fc2.output")), **residual(mlp=""),
+            # The smallest but one normalizes the stream itself, after each addition; and its embeddings are narrower.
+            "layer.resid_mid": (
+                Place(":@final_layer_norm/output", "(batch seq) d_model", when="do_layer_norm_before"),
+                Place("self_attn_layer_norm.output", "batch seq d_model"),
+            ),
+            "model.W_E": (
+                Place("model.decoder.embed_tokens.weight", "vocab d_model"),
+                Place("model.decoder.embed_tokens.weight", "vocab d_embed", form="vocab d_embed"),
+            ),
+            "model.W_U": (
+                Place("lm_head.weight", "vocab d_model"),
+                Place("lm_head.weight", "vocab d_embed", form="d_embed vocab"),
+            ),
+        },
     ),
     "bloom": _family(
         "transformer", "word_embeddings", "h", "ln_f", "lm_head", "self_attention", norms=_NORMS,

@@ -55,7 +55,7 @@ def names(
         detected: Whether the family was detected: then all that was not found is missing.
     """
     found = Named()
-    for name, path, role in _modules(modules, family):
+    for name, path, role in _modules(modules, family, getattr(model, "config", None)):
         found.names[name] = Name(name, path, role=role)
     for leaf in modules[""].side(OUTPUT):
         if leaf.path == ("logits",):
@@ -79,11 +79,11 @@ def _modules_missing(names: Mapping[str, Name], family: Family | None) -> Iterat
             yield name, f"`{path}` is not there" if path else "its structure does not show which module that is"
     for name in [each for each in names if re.fullmatch(r"layers\.\d+", each)]:
         for part, known in (("mixer", family.mixers), ("mlp", family.mlps)):
-            if known and f"{name}.{part}" not in names:
+            if known and LAYER not in known and f"{name}.{part}" not in names:
                 yield f"{name}.{part}", f"it has no module called {' or '.join(known)}"
 
 
-def _modules(modules: Mapping[str, Module], family: Family | None) -> Iterator[tuple[str, str, str]]:
+def _modules(modules: Mapping[str, Module], family: Family | None, config: Any) -> Iterator[tuple[str, str, str]]:
     """The names of modules: canonical name, raw path, role."""
     if family is None:
         return
@@ -106,7 +106,9 @@ def _modules(modules: Mapping[str, Module], family: Family | None) -> Iterator[t
         for part, of in family.norms.items():
             if not before[part]:
                 continue
-            found = [f"{layer}.{each}" for each in of.split("|") if f"{layer}.{each}" in modules]
+            words = [each.partition("?") for each in of.split("|")]
+            said = [f"{layer}.{path}" for path, _, option in words if not option or getattr(config, option, False)]
+            found = [each for each in said if each in modules]
             if found:
                 yield f"{name}.{part}", found[0], ""
         index += 1

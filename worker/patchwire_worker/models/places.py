@@ -391,6 +391,9 @@ MAMBA2: Mapping[str, Place] = {
     "ssm.W_in": Place("in_proj.weight", f"{_one(_MAMBA2_IN, 'x', 'd_inner')} d_model"),
     "ssm.W_gate": Place("in_proj.weight", f"{_one(_MAMBA2_IN, 'gate', 'd_inner')} d_model"),
     "ssm.W_out": Place("out_proj.weight", "d_model d_inner"),
+    "ssm.b_in": Place("in_proj.bias", _one(_MAMBA2_IN, "x", "d_inner")),
+    "ssm.b_gate": Place("in_proj.bias", _one(_MAMBA2_IN, "gate", "d_inner")),
+    "ssm.b_out": Place("out_proj.bias", "d_model"),
 }  # fmt: skip
 """Mamba-2: one state for each channel of each head, which share their decay (Dao and Gu 2024)."""
 
