@@ -268,8 +268,10 @@ UNEVEN: dict[str, Callable[[], PretrainedConfig]] = {
     "phi3": _with("Phi3Config", _SHARED, sliding_window=4),
     "olmo": _with("OlmoConfig", _SHARED, clip_qkv=0.7),
     "olmo2": _with("Olmo2Config", _SHARED),
-    "stablelm": _with("StableLmConfig", _SHARED, use_qkv_bias=True),
-    "stablelm_parallel": _with("StableLmConfig", _SHARED, use_parallel_residual=True, qk_layernorm=True),
+    "stablelm": _with("StableLmConfig", _SHARED, use_qkv_bias=True, partial_rotary_factor=0.34),
+    "stablelm_parallel": _with(
+        "StableLmConfig", _SHARED, use_parallel_residual=True, qk_layernorm=True, partial_rotary_factor=0.34
+    ),
     "cohere": _with("CohereConfig", _SHARED, use_qk_norm=True, logit_scale=0.4),
     "starcoder2": _with("Starcoder2Config", _SHARED, sliding_window=None),
     "gpt2": _with("GPT2Config", _GPT2, n_embd=30, n_layer=2, n_head=3, n_inner=44),

@@ -132,6 +132,12 @@ _SHARED = "shared_transformer"
 _RG_LRU = "ssm.rg_lru"
 """A recurrence of one number for each channel, which is its own output."""
 
+_SILU = ("zamba2",)
+"""Model types whose configured activation is that of their MLPs, and not of their SSMs."""
+
+_BEFORE_HEAD = "model.decoder.project_out"
+"""What is between the last norm and `lm_head` where embeddings are narrower than the model (OPT)."""
+
 _ALIBI = ("bloom", "mpt")
 """Model types that add something for the distance of two tokens to their scores, and do not say so otherwise."""
 
@@ -153,8 +159,18 @@ def _knows_activation(model: Model) -> bool:
     return _activation_name(model) in _ACTIVATIONS
 
 
+def _ssm_activation_name(model: Model) -> str:
+    """The activation after an SSM's convolution."""
+    if model.config.get("model_type") in _SILU:
+        return "silu"
+    return str(model.config.get("mamba_hidden_act") or _activation_name(model))
+
+
 def _logits(model: Any, run: Run) -> Any:
-    logits = model.lm_head(model.norm(model.layers[-1].output).to(model.lm_head.input.dtype))
+    last = model.norm(model.layers[-1].output)
+    if _BEFORE_HEAD in run.model.catalogue.modules:
+        last = run.model.module(_BEFORE_HEAD)(last)
+    logits = model.lm_head(last.to(model.lm_head.input.dtype))
     for key, change in _LOGITS.items():
         if run.model.config.get(key):
             logits = change(logits, run.model.config[key])
@@ -208,7 +224,7 @@ def _adds_to_norms(model: Model) -> bool:
 
 def _norms_before(model: Model) -> bool:
     """Whether updates are added to the residual stream as it is, and no norm is applied to the sum."""
-    return model.config.get("do_layer_norm_before") is not False and not _adds_to_norms(model)
+    return not _normalizes_afterwards(model) and not _adds_to_norms(model)
 
 
 def _is_known(model: Model) -> bool:
@@ -219,6 +235,11 @@ def _is_known(model: Model) -> bool:
 def _has_no_alibi(model: Model) -> bool:
     """Whether scores are products of queries and keys alone, and nothing for their distance is added."""
     return not model.config.get("alibi") and model.config.get("model_type") not in _ALIBI
+
+
+def _normalizes_afterwards(model: Model) -> bool:
+    """Whether the residual stream itself is normalized after each addition, as in OPT-350M."""
+    return model.config.get("do_layer_norm_before") is False
 
 
 def _chosen(mlp: Any) -> Pair:
@@ -321,6 +342,9 @@ CHECKS: Sequence[Check] = (
           lambda at, _: (at.resid_mid, at.input + at.mixer.update), only=_norms_before),
     Check("mixer_norm.output + mixer.update = resid_mid", "mixer_norm.output mixer.update resid_mid",
           lambda at, _: (at.resid_mid, at.mixer_norm.output + at.mixer.update), only=_adds_to_norms),
+    Check("norm(input + mixer.update) = resid_mid", "input mixer.update resid_mid self_attn_layer_norm",
+          lambda at, _: (at.resid_mid, at.self_attn_layer_norm(at.input + at.mixer.update)),
+          only=_normalizes_afterwards),
     Check("mlp_norm.input = resid_mid", "mlp_norm.input resid_mid",
           lambda at, _: _alike(at.mlp_norm.input, at.resid_mid)),
     Check("mlp_norm.input = input, or it is resid_mid", "mlp_norm.input input",
@@ -331,6 +355,8 @@ CHECKS: Sequence[Check] = (
           lambda at, _: (at.output, at.resid_mid + at.mlp.update), only=_norms_before),
     Check("mlp_norm.output + mlp.update = output", "mlp_norm.output mlp.update output",
           lambda at, _: (at.output, at.mlp_norm.output + at.mlp.update), only=_adds_to_norms),
+    Check("norm(resid_mid + mlp.update) = output", "resid_mid mlp.update output final_layer_norm",
+          lambda at, _: (at.output, at.final_layer_norm(at.resid_mid + at.mlp.update)), only=_normalizes_afterwards),
     Check("input + mixer.update + mlp.update = output", "input mixer.update mlp.update output",
           lambda at, _: (at.output, at.input + at.mixer.update + at.mlp.update), unless="resid_mid",
           only=_norms_before),
@@ -384,7 +410,9 @@ CHECKS: Sequence[Check] = (
           lambda at, run: (at.ssm.gate, _fed(at.ssm, run, "gate", 0)), also="ssm.b_gate"),
     Check("convolution of x_in = conv", "ssm.x_in ssm.conv1d.weight ssm.conv",
           lambda at, _: (at.ssm.conv, _convolved(at.ssm))),
-    Check("silu(conv) = u", "ssm.conv ssm.u", lambda at, _: (at.ssm.u, F.silu(at.ssm.conv)), unless=_RG_LRU),
+    Check("act(conv) = u", "ssm.conv ssm.u",
+          lambda at, run: (at.ssm.u, _ACTIVATIONS[_ssm_activation_name(run.model)](at.ssm.conv)),
+          unless=_RG_LRU, only=lambda model: _ssm_activation_name(model) in _ACTIVATIONS),
     Check("conv = u", f"ssm.conv ssm.u {_RG_LRU}", lambda at, _: (at.ssm.u, at.ssm.conv)),
     Check("exp(delta A) state + delta B u = next state", "ssm.state ssm.delta ssm.A_log ssm.B ssm.u",
           lambda at, run: _recurrence(at.ssm, run)),
@@ -407,8 +435,8 @@ CHECKS: Sequence[Check] = (
 MODEL_CHECKS: Sequence[Check] = (
     Check("W_E[tokens] = embed.output", "W_E embed.output",
           lambda at, run: (at.embed.output[0], at.W_E[torch.tensor(run.prompt)] * getattr(at.embed, "embed_scale", 1))),
-    Check("norm.output @ W_U = lm_head.output", "norm.output W_U lm_head.output",
-          lambda at, _: (at.lm_head.output, at.norm.output.to(at.W_U.dtype) @ at.W_U + getattr(at.lm_head, "bias", 0))),
+    Check("lm_head.input @ W_U = lm_head.output", "lm_head.input W_U lm_head.output",
+          lambda at, _: (at.lm_head.output, at.lm_head.input @ at.W_U + getattr(at.lm_head, "bias", 0))),
     Check("lm_head(norm(output of the last layer)) = logits", "norm lm_head logits",
           lambda at, run: (at.logits, _logits(at, run)), only=lambda model: model.num_layers > 0),
 )  # fmt: skip

@@ -117,14 +117,18 @@ def test_every_claim_holds(build: Any) -> None:
     assert found.passed, str(found)
 
 
-def test_an_opt_with_norms_after_has_none_before_and_no_stream_between() -> None:
+def test_an_opt_with_norms_after_has_none_before_and_a_stream_that_is_normalized() -> None:
     module = post_norm_opt()
     model = local(module)
     layer = module.model.decoder.layers[1]
     seen: dict[str, Tensor] = {}
     hooks = [
         each.register_forward_hook(lambda _, __, output, name=name: seen.__setitem__(name, output.clone()))
-        for name, each in (("mixer", layer.self_attn.out_proj), ("mlp", layer.fc2))
+        for name, each in (
+            ("mixer", layer.self_attn.out_proj),
+            ("middle", layer.self_attn_layer_norm),
+            ("mlp", layer.fc2),
+        )
     ]
     module(IDS)
     for each in hooks:
@@ -132,10 +136,12 @@ def test_an_opt_with_norms_after_has_none_before_and_no_stream_between() -> None
 
     with model.trace(PROMPT):
         mixer, mlp = model.layers[1].mixer.update.save(), model.layers[1].mlp.update.save()
+        middle = model.layers[1].resid_mid.save()
 
     torch.testing.assert_close(mixer.value, seen["mixer"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(middle.value, seen["middle"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mlp.value.reshape(seen["mlp"].shape), seen["mlp"], rtol=1e-5, atol=1e-5)
-    for name in ("resid_mid", "mixer_norm", "mlp_norm"):
+    for name in ("mixer_norm", "mlp_norm"):
         assert f"layers.1.{name}" not in model.catalogue.names
 
 

@@ -220,7 +220,7 @@ def test_a_failure_tells_where_the_difference_is_largest_and_both_numbers() -> N
 
     found = changed("gpt2", change)
 
-    (failure,) = [row for row in found.failures if row.check == "norm.output @ W_U = lm_head.output"]
+    (failure,) = [row for row in found.failures if row.check == "lm_head.input @ W_U = lm_head.output"]
     assert failure.words.startswith("at [0, 8, 5] of [1, 9, 61]: ")
     value, expected = (float(each) for each in failure.words.partition(": ")[2].split(", not "))
     assert value - expected == pytest.approx(2.0, abs=1e-4)

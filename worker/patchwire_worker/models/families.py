@@ -182,14 +182,24 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "opt": _family(
         "model.decoder", "embed_tokens", "layers", "final_layer_norm", "lm_head", "self_attn", LAYER,
-        # With norms after what is added, as in the model of 350m, no norm is before anything.
         "self_attn_layer_norm?do_layer_norm_before final_layer_norm?do_layer_norm_before",
-        projections("q_proj", "k_proj", "v_proj", "out_proj") | dict(INTERFACE)
-        | in_one_row(
-            mlp("fc1", "fc2") | whole_mlp("fc1", "fc2")
-            | only(residual("", "", "final_layer_norm"), "do_layer_norm_before") | residual("", "fc2.output")
-        )
-        | residual(mlp=""),
+        {
+            **projections("q_proj", "k_proj", "v_proj", "out_proj"), **INTERFACE,
+            **in_one_row(mlp("fc1", "fc2") | whole_mlp("fc1", "fc2") | residual("", "fc2.output")), **residual(mlp=""),
+            # The smallest but one normalizes the stream itself, after each addition; and its embeddings are narrower.
+            "layer.resid_mid": (
+                Place(":@final_layer_norm/output", "(batch seq) d_model", when="do_layer_norm_before"),
+                Place("self_attn_layer_norm.output", "batch seq d_model"),
+            ),
+            "model.W_E": (
+                Place("model.decoder.embed_tokens.weight", "vocab d_model"),
+                Place("model.decoder.embed_tokens.weight", "vocab d_embed", form="vocab d_embed"),
+            ),
+            "model.W_U": (
+                Place("lm_head.weight", "vocab d_model"),
+                Place("lm_head.weight", "vocab d_embed", form="d_embed vocab"),
+            ),
+        },
     ),
     "bloom": _family(
         "transformer", "word_embeddings", "h", "ln_f", "lm_head", "self_attention", norms=_NORMS,
