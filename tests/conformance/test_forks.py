@@ -207,27 +207,28 @@ def test_exact_invokes_and_traces_run_in_passes_of_their_own() -> None:
         assert torch.equal(logits.value, forward(counted.reference, A).logits)
 
 
-class TestASession:
-    @pytest.fixture(scope="class")
-    def counted(self) -> Counted:
-        return Counted("llama")
+@pytest.fixture(scope="module")
+def llama() -> Counted:
+    return Counted("llama")
 
-    def test_has_its_independent_traces_in_one_pass(self, counted: Counted) -> None:
-        model = counted.model
-        counted.counts()
+
+class TestASession:
+    def test_has_its_independent_traces_in_one_pass(self, llama: Counted) -> None:
+        model = llama.model
+        llama.counts()
         found = []
         with model.session() as session:
             for prompt in (A, B, A):
                 with model.trace(prompt):
                     found.append(model.logits.save())
         assert (session.stats.passes, session.stats.rows) == (1, 2)
-        assert counted.counts() == [2] * model.num_layers
+        assert llama.counts() == [2] * model.num_layers
 
         for prompt, logits in zip((A, B, A), found, strict=True):
-            assert_same(logits.value, forward(counted.reference, prompt).logits)
+            assert_same(logits.value, forward(llama.reference, prompt).logits)
 
-    def test_has_passes_of_their_own_for_what_comes_too_late(self, counted: Counted) -> None:
-        model = counted.model
+    def test_has_passes_of_their_own_for_what_comes_too_late(self, llama: Counted) -> None:
+        model = llama.model
         with model.session() as session:
             with model.trace(A):
                 late = model.layers[2].output[:, -1]
@@ -236,21 +237,21 @@ class TestASession:
                 logits = model.logits.save()
         assert session.stats.passes == 2
 
-        seen = record(counted.reference, A)[counted.place(2)]
+        seen = record(llama.reference, A)[llama.place(2)]
 
         def patched(value: torch.Tensor) -> torch.Tensor:
             value[:, -1] = seen[:, -1]
             return value
 
-        assert_same(logits.value, changed_logits(counted.reference, B, {counted.place(0): patched}))
+        assert_same(logits.value, changed_logits(llama.reference, B, {llama.place(0): patched}))
 
     @pytest.mark.parametrize(
         ("prompts", "passes"),
         [((A, A[:1]), 2), ((A, A[:6]), 1)],
         ids=["much padding", "little padding"],
     )
-    def test_is_not_padded_much(self, counted: Counted, prompts: tuple[list[int], ...], passes: int) -> None:
-        model = counted.model
+    def test_is_not_padded_much(self, llama: Counted, prompts: tuple[list[int], ...], passes: int) -> None:
+        model = llama.model
         found = []
         with model.session() as session:
             for prompt in prompts:
@@ -259,11 +260,11 @@ class TestASession:
         assert session.stats.passes == passes
 
         for prompt, logits in zip(prompts, found, strict=True):
-            assert_same(logits.value, forward(counted.reference, prompt).logits)
+            assert_same(logits.value, forward(llama.reference, prompt).logits)
 
-    def test_does_not_compute_what_one_trace_needs_for_another_that_has_ended(self, counted: Counted) -> None:
-        model = counted.model
-        counted.counts()
+    def test_does_not_compute_what_one_trace_needs_for_another_that_has_ended(self, llama: Counted) -> None:
+        model = llama.model
+        llama.counts()
         with model.session() as session:
             for _ in range(3):
                 with model.trace(A):
@@ -271,10 +272,10 @@ class TestASession:
             with model.trace(B):
                 model.logits.save()
         assert session.stats.passes == 2
-        assert counted.counts()[1:] == [1] * (model.num_layers - 1)
+        assert llama.counts()[1:] == [1] * (model.num_layers - 1)
 
-    def test_keeps_weights_and_gradients_apart(self, counted: Counted) -> None:
-        model = counted.model
+    def test_keeps_weights_and_gradients_apart(self, llama: Counted) -> None:
+        model = llama.model
         with model.session() as session:
             with model.trace(A):
                 plain = model.logits.save()
