@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def head_out(model: Model, mixer: str) -> Value:
-    """What each attention head adds to the residual stream, `[batch, seq, head, d_model]`: `z` times `W_O`.
+    """What each attention head adds to the mixer's output, `[batch, seq, head, d_model]`: `z` times `W_O`.
 
     Its sum over heads and the output's bias `b_O`, if there is one, are what attention computes: `mixer.update`, where
     no norm or multiplier follows (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits").
