@@ -44,6 +44,7 @@ from patchwire_worker.kept import KeptStore
 from patchwire_worker.looping import Iterations
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.planner import Access, Looping, Pass, Plan, Work
+from patchwire_worker.rows import SomePositions
 
 _ITEM = "Take one of its items: `value[0]`."
 _STEPS = "Generate `min_new_tokens` that are enough, or use values of steps that there are."
@@ -258,7 +259,7 @@ class Execution:
         try:
             with each.model.weights(weights):
                 if each.generation is None:
-                    each.model.run(each.ids, steps[0], self.stopping)
+                    each.model.run(each.ids, steps[0], self.stopping, each.positions)
                 else:
                     tell = partial(self.listener.tokens, each.generation.trace, each.generation.invoke)
                     generated = each.model.generate(each.ids, each.generation.options, steps, self.stopping, tell)
@@ -321,7 +322,8 @@ class Execution:
             tensor = self._leaf(access, value)
             lent.append(tensor)
             # Contiguous, as its fake is, so that what a graph may do with it does not depend on who shares the pass.
-            part = access.rows.take(tensor, access.leaf).contiguous()
+            part = access.rows.take(tensor, access.leaf)
+            part = part if isinstance(access.rows, SomePositions) else part.contiguous()
             # Autograd remembers what a loss was computed from, and the model may go on to change that in place.
             self._set(access.node, part.clone() if self.plan.differentiated else part)
         self._evaluate_ready()

@@ -9,6 +9,7 @@ rows cannot share a pass get passes of their own.
 from __future__ import annotations
 
 import math
+import operator
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -25,13 +26,14 @@ from torch import Tensor
 
 from patchwire import graph as g
 from patchwire.errors import LimitError, OperationError, OrderError
-from patchwire.sites import Axis, Leaf, Location, Order
+from patchwire.sites import INPUT, Axis, Leaf, Location, Order
 from patchwire_worker.admission import Admitted, at
 from patchwire_worker.forking import Fork, Forks, Ids, forked, together
 from patchwire_worker.models.hosted import HostedModel
-from patchwire_worker.rows import Rows
+from patchwire_worker.rows import Rows, SomePositions
 
 _MAX_ENTRIES = 1 << 22
+_LOGITS = ("logits",)
 _PADDING = 1.25
 """How many tokens a pass of several traces may have for each that is of a prompt."""
 _IN_VAIN = 0.1
@@ -76,6 +78,8 @@ class Pass:
     """How many modules come after that."""
     rows: int
     """How many rows it ends with."""
+    positions: tuple[int, ...] | None = None
+    """The positions whose logits are computed; None for all."""
     generation: Generating | None = None
     """How it generates tokens, if it does."""
     weights: Sequence[torch.fx.Node] = ()
@@ -163,7 +167,9 @@ def plan(admitted: Admitted) -> Plan:
         passes += [[(index, invoke) for invoke in invokes] for invokes in groups]
         packing.traces = [] if alone else [index]
     planned = [
-        each if isinstance(each, Looping) else _pass(admitted, each, accesses, weights, forks=not differentiated)
+        each
+        if isinstance(each, Looping)
+        else _pass(admitted, each, accesses, weights, needed, alike=not differentiated)
         for each in passes
     ]
     return Plan([each for each in planned if _matters(each)], needed, differentiated)  # type: ignore[arg-type]
@@ -439,12 +445,13 @@ def _pass(
     invokes: Sequence[_Invoke],
     accesses: _Accesses,
     weights: Mapping[int, Sequence[torch.fx.Node]],
+    needed: Collection[torch.fx.Node],
     *,
-    forks: bool,
+    alike: bool,
 ) -> Pass:
     index = invokes[0][0]
     trace, model = admitted.graph.traces[index], admitted.models[index]
-    rows = _rows(admitted, invokes, accesses, forks=forks and trace.generation is None)
+    rows = _rows(admitted, invokes, accesses, forks=alike and trace.generation is None)
     first = rows.stages[0]
     # Which id stands for padding does not matter: nobody ever looks at it.
     ids = torch.zeros((first.batch, rows.seq), dtype=torch.long)
@@ -453,6 +460,8 @@ def _pass(
             ids[row, : len(tokens)] = torch.tensor(tokens)
     works: dict[tuple[int, Location], Work] = {}
     results: list[torch.fx.Node] = []
+    looked_at = _looked_at(admitted, invokes, accesses, needed) if alike and trace.generation is None else {}
+    positions = tuple(sorted(set().union(*looked_at.values())))
     for each in invokes:
         for node in accesses[each[0]].get(each[1], ()):
             if node.target is g.generated:
@@ -466,6 +475,9 @@ def _pass(
             if site.step:
                 before = owned.lengths[0] + site.step - 1 if leaf.in_steps else 1
                 owned = replace(owned, lengths=(before,) * len(owned.lengths), seq=before)
+            if node in looked_at:
+                places = tuple((position, positions.index(position)) for position in sorted(looked_at[node]))
+                owned = SomePositions(owned.start, owned.lengths, owned.batch, len(positions), places)
             access = Access(node, leaf, owned)
             (work.reads if node.target is g.read else work.writes).append(access)
     last = max(((step, work.order) for (step, _), work in works.items()), default=(0, ()))
@@ -475,8 +487,47 @@ def _pass(
     ordered = sorted(works.values(), key=lambda work: (work.step, work.order))
     batch, changed = rows.stages[-1].batch, weights.get(index, ())
     if trace.generation is not None:
-        return Pass(model, ids, ordered, 0, batch, Generating(trace.generation, *invokes[0], results), changed)
-    return Pass(model, ids, ordered, _skipped(model, ordered[-1].order) if ordered else 0, batch, weights=changed)
+        generating = Generating(trace.generation, *invokes[0], results)
+        return Pass(model, ids, ordered, 0, batch, generation=generating, weights=changed)
+    skipped = _skipped(model, ordered[-1].order) if ordered else 0
+    return Pass(model, ids, ordered, skipped, batch, positions or None, weights=changed)
+
+
+def _looked_at(
+    admitted: Admitted, invokes: Sequence[_Invoke], accesses: _Accesses, needed: Collection[torch.fx.Node]
+) -> dict[torch.fx.Node, set[int]]:
+    """The positions that each read of the logits is for; none if that is not known of all of them, or it is most."""
+    model = admitted.models[invokes[0][0]]
+    head = model.catalogue.raw("lm_head")
+    found: dict[torch.fx.Node, set[int]] = {}
+    longest = 0
+    for each in invokes:
+        lengths = {len(row) for row in _rows_of(admitted, each)}
+        longest = max(longest, *lengths)
+        for node in accesses[each[0]].get(each[1], ()):
+            leaf = admitted.leaves[node.args[0]] if node.target is not g.generated else None  # type: ignore[index]
+            if leaf is None or leaf.module not in ("", head) or (leaf.module == "" and leaf.side == INPUT):
+                continue
+            if node.target is not g.read or leaf.path != _LOGITS or len(lengths) > 1 or not model.trims:
+                return {}
+            indices = [_positions(user, node, longest=min(lengths)) for user in node.users if user in needed]
+            if None in indices:
+                return {}
+            found[node] = set().union(*(each for each in indices if each is not None))
+    return found if len(set().union(*found.values())) * 2 <= longest else {}
+
+
+def _positions(user: torch.fx.Node, node: torch.fx.Node, *, longest: int) -> set[int] | None:
+    """Which positions of a tensor `[batch, seq, …]` one of its users takes; None if it may be any."""
+    if user.target is not operator.getitem or user.args[0] is not node:
+        return None
+    match user.args[1]:
+        case (int() | slice(), int(position), *rest) if node not in rest:
+            return {position % longest}
+        case (int() | slice(), slice(start=start, stop=stop, step=step), *rest) if node not in rest:
+            if all(each is None or isinstance(each, int) for each in (start, stop, step)):
+                return set(range(longest)[start:stop:step])
+    return None
 
 
 def _rows_of(admitted: Admitted, invoke: _Invoke) -> Ids:

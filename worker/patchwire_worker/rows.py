@@ -111,3 +111,25 @@ class Rows:
             if dim.axis is Axis.BATCH_SEQ:
                 tensor = tensor.flatten(index, index + 1)
         return tensor
+
+
+@dataclass(frozen=True)
+class SomePositions(Rows):
+    """The rows of one invoke in a tensor `[batch, seq, …]` that was computed at some positions only.
+
+    It looks as if it had all of them: what is at the others is of no meaning, and nobody looks there.
+    """
+
+    places: tuple[tuple[int, int], ...] = ()
+    """The positions that the invoke looks at, each with where in the tensor it is."""
+
+    def take(self, whole: Tensor, leaf: Leaf) -> Tensor:
+        """This invoke's part; a view of it if it looks at one position."""
+        mine = whole.narrow(0, self.start, len(self.lengths))
+        if len({place for _, place in self.places}) == 1:
+            place = self.places[0][1]
+            return mine.narrow(1, place, 1).expand(-1, self.longest, *mine.shape[2:])
+        index = torch.zeros(self.longest, dtype=torch.long)
+        for position, place in self.places:
+            index[position] = place
+        return mine.index_select(1, index.to(mine.device))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers.cache_utils import DynamicCache
 
-from patchwire.errors import GraphError, InputError
+from patchwire.errors import GraphError, InputError, first_line
 from patchwire.graph import Generation, same_storage
 from patchwire.sites import Axis, Inside, Source
 from patchwire.tensors import dtype_to_proto
@@ -30,7 +30,7 @@ from patchwire_worker.generating import generate
 from patchwire_worker.interleaving import PassInterleaver, SiteMediator, Stopping
 from patchwire_worker.models import operations
 from patchwire_worker.models.detecting import family_of
-from patchwire_worker.models.learning import POSITIONS, Learner, pads
+from patchwire_worker.models.learning import POSITIONS, Learner, is_same, pads
 from patchwire_worker.models.loading import Loaded
 from patchwire_worker.models.standins import prompts_of
 
@@ -41,6 +41,7 @@ _TOGETHER = 31
 """How many functions are learnt in the same runs as one that is asked for."""
 _PACKED_BYTES = 1 << 30
 _LOGITS_TO_KEEP = "num_logits_to_keep"
+_POSITIONS = "logits_to_keep"
 _PROBE = "The quick brown fox, 3.14! Ünï→cødé\n  two lines"
 
 
@@ -134,13 +135,40 @@ class HostedModel:
         """How many tokens a pass of several traces may have, so that its logits stay small."""
         return _PACKED_BYTES // (self.vocabulary * torch.float32.itemsize)
 
-    def run(self, ids: Tensor, mediators: Sequence[SiteMediator], stopping: Stopping) -> None:
-        """One forward pass over token ids `[batch, seq]`."""
+    @cached_property
+    def trims(self) -> bool:
+        """Whether it computes the logits of some positions alone when it is told to."""
+        if not self._takes(_POSITIONS):
+            return False
+        ids = self._learner.prompts()[-1].to(self.device)
+        kept = torch.tensor([1, ids.shape[1] - 1], device=self.device)
+        with self.lock, torch.no_grad():
+            try:
+                whole = self.module(input_ids=ids, **self._options).logits
+                part = self.module(input_ids=ids, **self._options, **{_POSITIONS: kept}).logits
+            except Exception as error:  # a model fails in whatever way it likes
+                log.info("%s computes all logits (%s)", self.name, first_line(error))
+                return False
+            finally:
+                self._memory.restore()
+        return whole[:, kept].shape == part.shape and is_same(part, whole[:, kept])
+
+    def run(
+        self,
+        ids: Tensor,
+        mediators: Sequence[SiteMediator],
+        stopping: Stopping,
+        positions: Sequence[int] | None = None,
+    ) -> None:
+        """One forward pass over token ids `[batch, seq]`, with the logits of some positions, or of all."""
         ids = ids.to(self.device)
+        more = {} if positions is None else {_POSITIONS: torch.tensor(positions, device=self.device)}
         with self.lock:
             try:
                 with prompts_of(ids.shape[1]):
-                    self.interleaver.run(lambda: self.module(input_ids=ids, **self._options), {0: mediators}, stopping)
+                    self.interleaver.run(
+                        lambda: self.module(input_ids=ids, **self._options, **more), {0: mediators}, stopping
+                    )
             finally:
                 self._memory.restore()
 
@@ -206,7 +234,7 @@ class HostedModel:
         # Hugging Face leaves out the logits of all but the prompt's last token, unless it is told not to.
         head = self.catalogue.raw("lm_head")
         looked_at = any(each.location[0] in ("", head) for each in steps.get(0, ()))
-        more = {"logits_to_keep": 0} if looked_at and self._takes("logits_to_keep") else {}
+        more = {_POSITIONS: 0} if looked_at and self._takes(_POSITIONS) else {}
         try:
             with prompts_of(ids.shape[1]), self._all_logits(looked_at):
                 made = self.interleaver.run(
