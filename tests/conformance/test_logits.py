@@ -1,0 +1,141 @@
+"""Logits are computed at the positions where somebody looks at them, and are what they are when all are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import patchwire
+import tiny
+from conformance.hooks import assert_same, forward
+
+SHORT, LONG = tiny.prompt(6), tiny.prompt(9)
+FAMILIES = [name for name in tiny.CONFIGS if name != "odd"]
+
+
+class Watched:
+    """A model, its proxy, and how many positions the unembedding was applied to in each pass."""
+
+    def __init__(self, name: str) -> None:
+        self.reference: Any = tiny.build(name).requires_grad_(False)
+        served: Any = tiny.build(name).requires_grad_(False)
+        self.model = patchwire.local(served, progress=False)
+        self.positions: list[int] = []
+        head = served.get_submodule(self.model.catalogue.raw("lm_head"))
+        with self.model.trace(SHORT):  # whatever is found out when it is first asked
+            self.model.logits[0, -1].save()
+        head.register_forward_hook(lambda _, __, output: self.positions.append(output.shape[1]))
+
+    def expected(self, prompt: list[int]) -> torch.Tensor:
+        return forward(self.reference, prompt).logits
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Watched:
+    return Watched("gpt2")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_of_the_last_token_alone(name: str) -> None:
+    watched = Watched(name)
+    model = watched.model
+    with model.trace(LONG):
+        last = model.logits[0, -1].save()
+
+    assert watched.positions == [1]
+    assert_same(last.value, watched.expected(LONG)[0, -1])
+
+
+INDICES: dict[str, tuple[Callable[[Any], Any], int]] = {
+    "a position": (lambda logits: logits[0, 2], 1),
+    "one from the end": (lambda logits: logits[:, -3, 5:9], 1),
+    "some": (lambda logits: logits[:, 1:4], 3),
+    "every third": (lambda logits: logits[0, 2::3], 3),
+    "half": (lambda logits: logits[:, 1:6], 9),
+    "all": (lambda logits: logits * 1, 9),
+    "a row": (lambda logits: logits[0], 9),
+    "from the end of all": (lambda logits: logits[..., 4], 9),
+    "of a list": (lambda logits: logits[:, [2, 3]], 9),
+    "of a mask": (lambda logits: logits[logits > 0], 9),
+    "a view": (lambda logits: logits.flatten(0, 1)[3], 9),
+}
+
+
+@pytest.mark.parametrize("index", INDICES)
+def test_where_an_index_says(gpt2: Watched, index: str) -> None:
+    take, positions = INDICES[index]
+    gpt2.positions.clear()
+    with gpt2.model.trace(LONG):
+        found = take(gpt2.model.logits).save()
+
+    assert gpt2.positions == [positions]
+    assert_same(found.value, take(gpt2.expected(LONG)))
+
+
+def test_of_prompts_of_several_lengths(gpt2: Watched) -> None:
+    model, found = gpt2.model, []
+    gpt2.positions.clear()
+    with model.trace() as trace:
+        for prompt in (SHORT, LONG, SHORT):
+            with trace.invoke(prompt):
+                found.append((model.logits[0, -1].save(), model.logits[:, -1].argmax(-1).save()))
+    assert gpt2.positions == [2]
+
+    for prompt, (last, best) in zip((SHORT, LONG, SHORT), found, strict=True):
+        expected = gpt2.expected(prompt)[0, -1]
+        assert_same(last.value, expected)
+        assert best.value.item() == expected.argmax().item()
+
+
+@pytest.mark.parametrize("what", ["whole", "head", "written", "list"])
+def test_all_of_them_if_something_needs_all(gpt2: Watched, what: str) -> None:
+    model = gpt2.model
+    gpt2.positions.clear()
+    with model.trace([LONG, SHORT] if what == "list" else LONG):
+        match what:
+            case "whole":
+                model.logits.save()
+            case "head":
+                model.lm_head.output[0, 0].save()
+            case "written":
+                model.logits[:, 3] = 0
+        last = model.logits[0, -1].save()
+
+    assert gpt2.positions == [9]
+    assert_same(last.value, gpt2.expected(LONG)[0, -1])
+
+
+def test_of_an_edited_slice(gpt2: Watched) -> None:
+    model = gpt2.model
+    with model.trace(LONG):
+        last = model.logits[:, -1]
+        last[:, 4] = -100.0
+        edited, whole = last.save(), model.logits.save()
+
+    expected = gpt2.expected(LONG)
+    expected[:, -1, 4] = -100.0
+    assert_same(edited.value, expected[:, -1])
+    assert_same(whole.value, expected)
+
+
+def test_of_gradients_as_ever(gpt2: Watched) -> None:
+    model = gpt2.model
+    with model.trace(LONG):
+        state = model.layers[1].output
+        gradient = patchwire.grad(model.logits[0, -1, 3], state).save()
+
+    hidden: list[torch.Tensor] = []
+    layer = gpt2.reference.transformer.h[1]
+
+    def keep(_: Any, __: Any, output: Any) -> Any:
+        value = output[0] if isinstance(output, tuple) else output
+        hidden.append(value.detach().requires_grad_())
+        return (hidden[0], *output[1:]) if isinstance(output, tuple) else hidden[0]
+
+    handle = layer.register_forward_hook(keep)
+    loss = gpt2.reference(torch.tensor([LONG])).logits[0, -1, 3]
+    handle.remove()
+    assert_same(gradient.value, torch.autograd.grad(loss, hidden[0])[0])
