@@ -94,22 +94,26 @@ class Fork:
         """
         for path, tensor in list(containers.tensors(value, INPUT)):
             leaf = self.leaves.get(path)
-            if leaf is None:
+            copied = None if leaf is None else self._copied(tensor, leaf)
+            if copied is None:
                 raise ExecutionError(
                     "With this prompt the model hands something to its layers that it does not with others.",
                     hint="Have every prompt run alone: `exact=True`.",
                 )
-            value = containers.replaced(value, INPUT, path, self._copied(tensor, leaf))
+            value = containers.replaced(value, INPUT, path, copied)
         return value
 
-    def _copied(self, tensor: Tensor, leaf: Leaf) -> Tensor:
+    def _copied(self, tensor: Tensor, leaf: Leaf) -> Tensor | None:
+        """Its rows of now; None if it has another number of rows than anything should."""
         for dim, each in enumerate(leaf.shape):
             flat = each.axis is Axis.BATCH_SEQ
             if flat or each.axis is Axis.BATCH:
                 rows = tensor.unflatten(dim, (-1, self.seq)) if flat else tensor  # type: ignore[no-untyped-call]
                 if rows.shape[dim] != self.batch:
-                    source = self.sources[rows.shape[dim]].to(tensor.device)
-                    rows = rows.index_select(dim, source)
+                    source = self.sources.get(rows.shape[dim])
+                    if source is None:
+                        return None
+                    rows = rows.index_select(dim, source.to(tensor.device))
                 return rows.flatten(dim, dim + 1) if flat else rows
         return tensor
 
