@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers.cache_utils import DynamicCache
 
-from patchwire.errors import GraphError, InputError, first_line
+from patchwire.errors import GraphError, InputError
 from patchwire.graph import Generation, same_storage
 from patchwire.sites import Axis, Inside, Source
 from patchwire.tensors import dtype_to_proto
@@ -30,7 +30,7 @@ from patchwire_worker.generating import generate
 from patchwire_worker.interleaving import PassInterleaver, SiteMediator, Stopping
 from patchwire_worker.models import operations
 from patchwire_worker.models.detecting import family_of
-from patchwire_worker.models.learning import POSITIONS, Learner, is_same, pads
+from patchwire_worker.models.learning import POSITIONS, Learner, pads
 from patchwire_worker.models.loading import Loaded
 from patchwire_worker.models.standins import prompts_of
 
@@ -83,6 +83,7 @@ class HostedModel:
         self.interleaver.boundaries = self.catalogue.layers or self.interleaver.boundaries
         self.overwritten = frozenset(learner.overwritten)
         self.entries = learner.entries(self.catalogue)
+        self.trims = self._takes(_POSITIONS) and learner.trims(_POSITIONS)
         self._memory.restore()
         self.pads = pads(self.catalogue) and not _scales_with_length(self.config)
         log.info("%s: %d layers named (%s), %s rows of different lengths", self.name, self.catalogue.num_layers, how,
@@ -134,24 +135,6 @@ class HostedModel:
     def packed_tokens(self) -> int:
         """How many tokens a pass of several traces may have, so that its logits stay small."""
         return _PACKED_BYTES // (self.vocabulary * torch.float32.itemsize)
-
-    @cached_property
-    def trims(self) -> bool:
-        """Whether it computes the logits of some positions alone when it is told to."""
-        if not self._takes(_POSITIONS):
-            return False
-        ids = self._learner.prompts()[-1].to(self.device)
-        kept = torch.tensor([1, ids.shape[1] - 1], device=self.device)
-        with self.lock, torch.no_grad():
-            try:
-                whole = self.module(input_ids=ids, **self._options).logits
-                part = self.module(input_ids=ids, **self._options, **{_POSITIONS: kept}).logits
-            except Exception as error:  # a model fails in whatever way it likes
-                log.info("%s computes all logits (%s)", self.name, first_line(error))
-                return False
-            finally:
-                self._memory.restore()
-        return whole[:, kept].shape == part.shape and is_same(part, whole[:, kept])
 
     def run(
         self,

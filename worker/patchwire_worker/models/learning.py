@@ -189,6 +189,19 @@ class Learner:
             log.info("%s: rows do not fork: they would have other numbers", catalogue.model)
         return places if same else []
 
+    def trims(self, option: str) -> bool:
+        """Whether the model computes the logits of some positions alone when an option of its call names them."""
+        ids = self.prompts()[-1]
+        kept = torch.tensor([1, ids.shape[1] - 1], device=self.device)
+        try:
+            with torch.no_grad():
+                whole = self.module(input_ids=ids, **self.options).logits[:, kept]
+                part = self.module(input_ids=ids, **self.options, **{option: kept}).logits
+            return whole.shape == part.shape and is_same(part, whole)
+        except Exception as error:  # a model fails in whatever way it likes
+            log.info("%s computes all logits (%s)", type(self.module).__name__, first_line(error))
+            return False
+
     def _forks(self, places: Sequence[Entry], *, stepwise: bool = False) -> bool:
         ids, found = self.prompts()[len(SHAPES) - 1][:2], list[Any]()
         rows = tuple(map(tuple, ids.tolist()))
