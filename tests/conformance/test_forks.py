@@ -17,7 +17,12 @@ from conformance.hooks import assert_same, changed_logits, forward, record
 from patchwire.sites import OUTPUT
 
 A, B = tiny.prompt(7), tiny.prompt(7, seed=1)
-FAMILIES = [name for name in tiny.CONFIGS if name not in ("odd", "bloom")]
+DEFAULT = (*tiny.CORE, "gemma2", "qwen2_moe", "falcon_h1", "zamba2", "recurrent_gemma")
+FAMILIES = [
+    pytest.param(name, marks=[] if name in DEFAULT else [pytest.mark.slow])
+    for name in tiny.CONFIGS
+    if name not in ("odd", "bloom")
+]
 NOT_FORKED = {"bloom": "its alibi has a row for each head of each row"}
 
 

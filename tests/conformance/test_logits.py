@@ -13,7 +13,10 @@ import tiny
 from conformance.hooks import assert_same, forward
 
 SHORT, LONG = tiny.prompt(6), tiny.prompt(9)
-FAMILIES = [name for name in tiny.CONFIGS if name != "odd"]
+DEFAULT = (*tiny.CORE, "gemma2", "falcon_h1")
+FAMILIES = [
+    pytest.param(name, marks=[] if name in DEFAULT else [pytest.mark.slow]) for name in tiny.CONFIGS if name != "odd"
+]
 
 
 class Watched:
