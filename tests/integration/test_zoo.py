@@ -296,6 +296,18 @@ class TestSuperposition:
         assert torch.equal(embedded.value[0], torch.eye(5))
         assert torch.equal(reconstruction.value[0].argmax(-1), torch.arange(5))
 
+    def test_takes_the_same_tokens_twice_in_one_trace(self, models):
+        model = models["superposition"]
+        with model.trace() as trace:
+            with trace.invoke([[0, 1, 2]]):
+                plain = model.logits.save()
+            with trace.invoke([[0, 1, 2]]):
+                model.layers[0].output[:, 1] = 0
+                patched, bias = model.logits.save(), model.lm_head.bias.save()
+
+        assert torch.equal(patched.value[:, [0, 2]], plain.value[:, [0, 2]])
+        torch.testing.assert_close(patched.value[0, 1], torch.relu(bias.value))
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
