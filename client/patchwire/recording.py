@@ -392,7 +392,8 @@ class Recorder(TracerBase):
             )
         memory = value.memory
         if memory.constant:
-            raise GraphError(memory.constant, hint="Edit a `.clone()` of it.", lines=here())
+            hint = "Write what it is made of. A `.clone()` of it can be edited, and stays a copy."
+            raise GraphError(memory.constant, hint=hint, lines=here())
         if operation is _SETITEM and self._is_itself(value, *args):
             return value
         if given := next((site for site in memory.given if self._runs == site.trace), None):

@@ -2,7 +2,7 @@
 
 - `raw`: PyTorch hooks on the same model here, 60 patched rows in each batch, after one pass for the clean states;
 - `nnsight`: its batched invokes on the same model here, 60 in each trace, after one trace for the clean states;
-- `patchwire`: one trace over the wire, the clean run included.
+- `patchwire`: one trace over the wire to a server in this process, the clean run included.
 
 All of them give the last token's logits, of which five are kept.
 """
@@ -18,14 +18,13 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path.insert(0, str(Path(__file__).parent))
 from measuring import alternate, report
 from nnsight import NNsight
 from transformers import AutoModelForCausalLM
 
 import patchwire
 from patchwire import demo
-from serving import Server
 
 CLEAN, CORRUPT = "The Eiffel Tower is located in the city of", "The Colosseum is located in the city of"
 ROUNDS = int(os.environ.get("ROUNDS", "3"))
@@ -64,22 +63,23 @@ def raw(model: torch.nn.Module, clean: torch.Tensor, corrupt: torch.Tensor) -> t
     return torch.cat(found)
 
 
+@torch.no_grad()
 def with_nnsight(model: torch.nn.Module, clean: torch.Tensor, corrupt: torch.Tensor) -> torch.Tensor:
     envoy = NNsight(model)
     count = len(model.model.layers)
-    with torch.no_grad(), envoy.trace(clean, use_cache=False):
-        states = [envoy.model.layers[layer].output.save() for layer in range(count)]
+    with envoy.trace(clean, use_cache=False):
+        states = []
+        for layer in range(count):
+            states.append(envoy.model.layers[layer].output.save())
+        states.save()
     cells = [(layer, token) for layer in range(count) for token in range(clean.shape[1])]
     found = []
     for start in range(0, len(cells), ROWS):
         part = cells[start : start + ROWS]
         ids = corrupt.expand(len(part), -1)
-        with torch.no_grad(), envoy.trace(ids, use_cache=False, logits_to_keep=1):
-            for layer in sorted({layer for layer, _ in part}):
-                hidden = envoy.model.layers[layer].output
-                for row, (at, token) in enumerate(part):
-                    if at == layer:
-                        hidden[row, token] = states[layer][0, token]
+        with envoy.trace(ids, use_cache=False, logits_to_keep=1):
+            for row, (layer, token) in enumerate(part):
+                envoy.model.layers[layer].output[row, token] = states[layer][0, token]
             logits = envoy.lm_head.output[:, -1, :KEPT].save()
         found.append(logits)
     return torch.cat(found)
@@ -103,20 +103,19 @@ def main() -> None:
     plain = AutoModelForCausalLM.from_pretrained(
         str(weights.parent), gguf_file=weights.name, dtype=torch.float32
     ).eval()
-    with Server({"smollm2": str(weights)}) as server:
-        model = patchwire.connect(server.address, progress=False).model("smollm2")
-        clean, corrupt = (model.tokenizer.encode(each) for each in (CLEAN, CORRUPT))
-        length = min(len(clean), len(corrupt))
-        ids = tuple(torch.tensor([each[-length:]]) for each in (clean, corrupt))
-        expected = raw(plain, *ids)
-        torch.testing.assert_close(over_the_wire(model, *ids), expected, rtol=0, atol=1e-3)
-        torch.testing.assert_close(with_nnsight(plain, *ids), expected, rtol=0, atol=1e-3)
-        cases = {
-            "raw": lambda: raw(plain, *ids),
-            "nnsight": lambda: with_nnsight(plain, *ids),
-            "patchwire": lambda: over_the_wire(model, *ids),
-        }
-        seconds = alternate(cases, rounds=ROUNDS, warm_up=1)
+    model = patchwire.local(str(weights), progress=False)
+    clean, corrupt = (model.tokenizer.encode(each) for each in (CLEAN, CORRUPT))
+    length = min(len(clean), len(corrupt))
+    ids = tuple(torch.tensor([each[-length:]]) for each in (clean, corrupt))
+    expected = raw(plain, *ids)
+    torch.testing.assert_close(over_the_wire(model, *ids), expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(with_nnsight(plain, *ids), expected, rtol=0, atol=1e-3)
+    cases = {
+        "raw": lambda: raw(plain, *ids),
+        "nnsight": lambda: with_nnsight(plain, *ids),
+        "patchwire": lambda: over_the_wire(model, *ids),
+    }
+    seconds = alternate(cases, rounds=ROUNDS, warm_up=1)
     report(
         "sweep",
         cells=len(expected),

@@ -128,7 +128,7 @@ class HostedModel:
     @cached_property
     def forked_tokens(self) -> float:
         """How long rows may be that fork: for longer ones a sliding window makes masks that were not learnt from."""
-        if not hasattr(self.config.get_text_config(), "num_hidden_layers"):  # no cache, so no windows
+        if self.config is None or not hasattr(self.config.get_text_config(), "num_hidden_layers"):  # nothing is cached
             return math.inf
         windows = [getattr(each, "sliding_window", 0) for each in DynamicCache(config=self.config).layers]
         return min((each for each in windows if each >= POSITIONS), default=math.inf)
