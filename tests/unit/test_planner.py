@@ -48,7 +48,16 @@ class Request:
             self.add(g.save, self.add(g.read, g.Site(0, invoke, Address("logits"))), None)
         nodes = self.graph.nodes
         leaves = {node.args[0]: self.checker.leaf(node.args[0]) for node in nodes if node.target in (g.read, g.write)}
-        model = SimpleNamespace(pads=False, trims=False, overwritten=frozenset(), catalogue=self.catalogue)
+        model = SimpleNamespace(
+            pads=False,
+            trims=False,
+            overwritten=frozenset(),
+            catalogue=self.catalogue,
+            entries=[],
+            entries_after_past=[],
+            seconds_like=lambda rows, seq, end: rows * seq * end,
+            fits=lambda rows, seq: True,
+        )
         positions = {node: index for index, node in enumerate(nodes)}
         return plan(Admitted(self.graph, [model], self.checker, leaves, positions))
 

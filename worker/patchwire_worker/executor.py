@@ -1,20 +1,19 @@
 """Execution: a graph's nodes are evaluated as the values that they need come into being, inside the forward pass.
 
-One `Execution` holds the values of one request. Before the first pass it evaluates what needs no model; at each site a
-mediator brings the value, every node that became ready runs, saved values go to the sink, and what the site's writes
-say goes back into the model. A value lives until its last user has run. Whatever outlives its site is copied, because
-the model may go on to change its tensors in place.
+One `Execution` holds the values of one request. Before the first pass it evaluates what needs no model; at each site it
+is brought the value, every node that became ready runs, saved values go to the listener, and what the site's writes say
+goes back into the model. A value lives until its last user has run. Whatever outlives its site is copied, because the
+model may go on to change its tensors in place.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import heapq
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -33,22 +32,23 @@ from patchwire.errors import (
     PatchwireError,
     ShapeError,
     SiteError,
-    SourceLine,
     first_line,
 )
 from patchwire.sites import spell
 from patchwire_worker import containers
 from patchwire_worker.admission import Admitted, at
-from patchwire_worker.interleaving import SiteMediator, StopPass, Stopping
+from patchwire_worker.interleaving import Stopping
 from patchwire_worker.kept import KeptStore
-from patchwire_worker.looping import Iterations
 from patchwire_worker.models.hosted import HostedModel
-from patchwire_worker.planner import Access, Looping, Pass, Plan, Work
+from patchwire_worker.placing import Access
+from patchwire_worker.planner import Plan
 from patchwire_worker.rows import SomePositions
 
 _ITEM = "Take one of its items: `value[0]`."
 _STEPS = "Generate `min_new_tokens` that are enough, or use values of steps that there are."
 
+State = tuple[Any, ...]
+"""What an execution has come to; for nobody else to look into."""
 Iteration = tuple[int, int]
 """A loop, by its position in the request's traces, and the number of an iteration, from 0."""
 
@@ -85,20 +85,21 @@ class Cost:
     passes: int = 0
     rows: int = 0
     modules_skipped: int = 0
+    forks: int = 0
     seconds: float = 0.0
     result_bytes: int = 0
     logged: int = 0
 
     def add(self, part: Cost) -> None:
-        """Count what an iteration took; its seconds are in the whole, and what it sends was counted on from before."""
+        """Count what a pass or an iteration took; seconds, bytes and logs are counted by the whole."""
         self.passes += part.passes
         self.rows += part.rows
         self.modules_skipped += part.modules_skipped
-        self.result_bytes, self.logged = part.result_bytes, part.logged
+        self.forks += part.forks
 
 
 @dataclass(frozen=True)
-class _Within:
+class Within:
     """Listens to an iteration, and tells the loop's own listener."""
 
     listener: Listener
@@ -127,10 +128,11 @@ class _Within:
 
 
 class Execution:
-    """Runs one plan.
+    """The values of one request, from its first pass to its last.
 
     Attributes:
         carried: In the body of a loop: what its values from outside are next, by their positions.
+        failure: What it has failed with, in a pass that goes on for others.
     """
 
     def __init__(
@@ -159,6 +161,9 @@ class Execution:
         self.result_bytes = result_bytes
         self.store = store
         self.carried: dict[int, Tensor] = {}
+        self.failure: Exception | None = None
+        self._told: set[torch.fx.Node] = set()
+        self._began = 0.0
         self._handles: list[bytes] = []
         self.cost = Cost()
         self._values: dict[torch.fx.Node, Any] = {}
@@ -166,6 +171,7 @@ class Execution:
         self._uses: dict[torch.fx.Node, int] = {}
         self._ready: list[tuple[int, torch.fx.Node]] = []
         self._fresh: list[torch.fx.Node] = []
+        self._lent: list[Tensor] = []
         self._origins: dict[torch.fx.Node, tuple[Tensor, Access]] = {}
         self._weights: dict[torch.fx.Node, Tensor] = {}
         for node in admitted.graph.fx.nodes:
@@ -175,43 +181,34 @@ class Execution:
                 if not node.all_input_nodes and node.target not in _MADE_BY_PASSES:
                     self._push(node)
 
-    def run(self) -> Cost:
-        """Run all passes.
+    def begin(self) -> None:
+        """Evaluate what needs no model.
 
         Raises:
             PatchwireError: of the kind of what went wrong, at the line that caused it.
         """
-        start = time.perf_counter()
-        try:
-            with contextlib.ExitStack() as stack:
-                # In one order everywhere, so that two requests never wait for each other.
-                for model in sorted(self.admitted.all_models, key=lambda each: each.name):
-                    stack.enter_context(model.lock)
-                stack.enter_context(self._differentiating())
-                self._evaluate_ready()
-                for number, each in enumerate(self.plan.passes, start=1):
-                    self.listener.running(number, len(self.plan.passes))
-                    if isinstance(each, Looping):
-                        self._run_loop(each)
-                    else:
-                        self._run_pass(each)
-            self._check_all_done()
-        except BaseException:
-            if self.store is not None:
-                self.store.forget(self._handles)  # nobody will ever hear of them
-            raise
-        finally:
-            # An error's traceback would keep them alive.
-            self._values.clear()
-            self._ready.clear()
-            self._fresh.clear()
-            self._origins.clear()
-            self._weights.clear()
-        self.cost.seconds = time.perf_counter() - start
-        return self.cost
+        self._began = time.perf_counter()
+        self.evaluate()
+
+    def finish(self) -> None:
+        """All passes have run.
+
+        Raises:
+            ExecutionError: something that was asked for has not come into being.
+        """
+        self._check_all_done()
+        self.cost.seconds = time.perf_counter() - self._began
+
+    def close(self, *, failed: bool) -> None:
+        """Let go of everything; if it failed, of what was kept beyond the request too."""
+        if failed and self.store is not None:
+            self.store.forget(self._handles)  # nobody will ever hear of them
+        # An error's traceback would keep them alive.
+        for each in (self._values, self._ready, self._fresh, self._lent, self._origins, self._weights):
+            each.clear()
 
     @contextlib.contextmanager
-    def _differentiating(self) -> Iterator[None]:
+    def differentiating(self) -> Iterator[None]:
         """Have autograd on if there are gradients, and only for what they are with respect to."""
         wanted = {
             self._model(node).parameter(node.args[1])  # type: ignore[arg-type]
@@ -238,99 +235,116 @@ class Execution:
         assert isinstance(trace, int)
         return self.admitted.models[trace]
 
-    # --- a pass -------------------------------------------------------------------------------------------------------
+    # --- what passes do with it -------------------------------------------------------------------------------------
 
-    def _run_pass(self, each: Pass) -> None:
-        waiting = {(work.step, work.location): work for work in each.works}
-        to_the_end = each.generation is not None and bool(each.generation.results)
+    def state(self) -> State:
+        """Everything that a pass changes."""
+        kinds = (self._values, self._missing, self._uses, self._ready, self._origins, self._weights)
+        return tuple(copy.copy(each) for each in kinds)
 
-        def arrive(work: Work, value: Any) -> Any:
-            del waiting[work.step, work.location]
-            value = self._at(work, value)
-            if not waiting and not to_the_end:
-                raise StopPass
-            return value
+    def restore(self, state: State) -> None:
+        """Go back to a state; what was saved or logged since is not told again."""
+        self._values, self._missing, self._uses, self._ready, self._origins, self._weights = map(copy.copy, state)
+        self._fresh, self._lent = [], []
 
-        steps: dict[int, list[SiteMediator]] = defaultdict(list)
-        for work in each.works:
-            steps[work.step].append(SiteMediator(work.location, partial(arrive, work)))
-        generated = None
-        weights = {str(node.args[1]): self._weights[node] for node in each.weights}
-        try:
-            with each.model.weights(weights):
-                if each.generation is None:
-                    each.model.run(each.ids, steps[0], self.stopping, each.positions)
-                else:
-                    tell = partial(self.listener.tokens, each.generation.trace, each.generation.invoke)
-                    generated = each.model.generate(each.ids, each.generation.options, steps, self.stopping, tell)
-        except PatchwireError:
-            raise
-        except torch.OutOfMemoryError as error:
-            raise LimitError(
-                f"The device has no memory for {each.ids.shape[0]} rows of {each.ids.shape[1]} tokens.",
-                hint="Give fewer or shorter prompts to a trace.",
-            ) from error
-        except Exception as error:
-            raise self._model_failed(each, error) from error
-        calls = each.model.interleaver.calls
-        self.cost.passes += calls
-        self.cost.rows += calls * each.rows
-        self.cost.modules_skipped += each.modules_skipped
-        for work in waiting.values():
-            self._never_reached(work, calls)
-        if each.generation is not None and generated is not None:
-            for node in each.generation.results:
-                self._set(node, generated)
-            self._evaluate_ready()
+    def weights(self, nodes: Sequence[torch.fx.Node]) -> dict[str, Tensor]:
+        """The weights that some nodes assign, by their paths."""
+        return {str(node.args[1]): self._weights[node] for node in nodes}
 
-    def _run_loop(self, each: Looping) -> None:
-        inputs, loop = each.node.args[1], self.admitted.graph.traces[each.trace].loop
-        assert loop is not None
-        if self._missing[each.node]:
-            raise at(each.node, ExecutionError("A loop needs a value of a step that was not reached.", hint=_STEPS))
-        outside = [self._values[node] for node in inputs]  # type: ignore[union-attr, index]
+    def given(self, loop: torch.fx.Node) -> list[Tensor]:
+        """The values that a loop is given from outside.
+
+        Raises:
+            ExecutionError: there are none.
+        """
+        if self._missing[loop]:
+            raise at(loop, ExecutionError("A loop needs a value of a step that was not reached.", hint=_STEPS))
+        outside = [self._values[node] for node in loop.args[1]]  # type: ignore[union-attr, index]
         if not all(isinstance(value, Tensor) for value in outside):
-            raise at(each.node, ExecutionError("A tuple cannot be given to a loop as one value.", hint=_ITEM))
-        outside = [value.detach() for value in outside]
-        for node in each.node.all_input_nodes:
+            raise at(loop, ExecutionError("A tuple cannot be given to a loop as one value.", hint=_ITEM))
+        for node in loop.all_input_nodes:
             self._use(node)
-        iterations = Iterations(self.admitted.bodies[each.trace])
-        for number in range(loop.count):
-            body, planned = iterations.at(number, outside)
-            listener = _Within(self.listener, (each.trace, number))
-            iteration = Execution(body, planned, listener, self.stopping, result_bytes=self.result_bytes)
-            iteration.cost.result_bytes, iteration.cost.logged = self.cost.result_bytes, self.cost.logged
-            self.cost.add(iteration.run())
-            for index, value in iteration.carried.items():
-                outside[index] = value
-            last = self.stopping.interrupted or number + 1 == loop.count
-            self.listener.iterated(each.trace, number + 1, loop.count, last=last)
-            if last:
-                break
-        self._set(each.node, tuple(outside[carry.args[0]] for carry in loop.carries))  # type: ignore[index]
-        self._evaluate_ready()
+        return [value.detach() for value in outside]
 
-    def _at(self, work: Work, value: Any) -> Any:
-        """What happens at a site: its value is taken, everything that became ready runs, and its new value is given."""
-        self._fresh = []
-        lent = []
-        if work.fork is not None:
-            value = work.fork(value)
-        for access in work.reads:
+    def made(self, nodes: Iterable[torch.fx.Node], value: Any) -> None:
+        """Take what a pass or a loop has made as the value of some nodes.
+
+        Raises:
+            PatchwireError: of the kind of what went wrong, at the line that caused it.
+        """
+        for node in nodes:
+            self._set(node, value)
+        self.evaluate()
+
+    # --- sites --------------------------------------------------------------------------------------------------------
+
+    def read(self, accesses: Sequence[Access], value: Any) -> Any:
+        """Take what is read at a location, and evaluate everything that became ready.
+
+        Returns:
+            The location's value, which is another one where a gradient with respect to it is asked for.
+
+        Raises:
+            PatchwireError: of the kind of what went wrong, at the line that caused it.
+        """
+        self._fresh, self._lent = [], []
+        for access in accesses:
             if access.node in self.plan.differentiated:
                 value = self._make_leaf(access, value)
             tensor = self._leaf(access, value)
-            lent.append(tensor)
+            self._lent.append(tensor)
             # Contiguous, as its fake is, so that what a graph may do with it does not depend on who shares the pass.
             part = access.rows.take(tensor, access.leaf)
             part = part if isinstance(access.rows, SomePositions) else part.contiguous()
             # Autograd remembers what a loss was computed from, and the model may go on to change that in place.
             self._set(access.node, part.clone() if self.plan.differentiated else part)
-        self._evaluate_ready()
-        for access in work.writes:
-            value = self._written(access, value)
-        self._keep_own_copies(lent)
+        self.evaluate()
         return value
+
+    def write(self, access: Access, value: Any, own: list[Tensor]) -> Any:
+        """A location's value after a write.
+
+        Args:
+            access: The write.
+            value: The value before.
+            own: The tensors in it that were made by writes, so that they may be changed in place; added to.
+
+        Raises:
+            PatchwireError: of the kind of what went wrong, at the line that caused it.
+        """
+        source = access.node.args[1]
+        assert isinstance(source, torch.fx.Node)
+        if source not in self._values:
+            raise self._too_late(access.node, source)
+        old = self._leaf(access, value)
+        new = self._values[source]
+        if not isinstance(new, Tensor):
+            raise at(access.node, ShapeError(f"`{access.node.args[0]}` cannot become a {type(new).__name__}."))
+        mine = access.rows.take(old, access.leaf)
+        if new.shape != mine.shape or new.dtype != mine.dtype:
+            raise at(
+                access.node,
+                ShapeError(f"`{access.node.args[0]}` is {describe(mine)} and cannot become {describe(new)}."),
+            )
+        self._use(source)
+        self._missing[access.node] = -1
+        mutable = any(each is old for each in own)
+        put = access.rows.put(old, access.leaf, new.to(old.device), mutable=mutable)
+        if put.stride() != old.stride():  # the model may go on to take views that other strides do not allow
+            put = torch.empty_like(old).copy_(put)
+        elif g.same_storage(put, new):  # the model may go on to change it in place
+            put = new.clone() if put is new else put.clone()
+        if put is old:
+            return value
+        own.append(put)
+        return containers.replaced(value, access.leaf.side, access.leaf.path, put)
+
+    def leave(self) -> None:
+        """Leave a location: copy every value that stays and shares memory with what the model has lent."""
+        for node in self._fresh:
+            value = self._values.get(node)
+            if value is not None:
+                self._values[node] = _copied(value, self._lent)
 
     def _make_leaf(self, access: Access, value: Any) -> Any:
         """The value of a side, with the tensor there in the hands of autograd: its gradient can be asked for.
@@ -363,37 +377,6 @@ class Execution:
             )
         return tensor
 
-    def _written(self, access: Access, value: Any) -> Any:
-        source = access.node.args[1]
-        assert isinstance(source, torch.fx.Node)
-        if source not in self._values:
-            raise self._too_late(access.node, source)
-        old = self._leaf(access, value)
-        new = self._values[source]
-        if not isinstance(new, Tensor):
-            raise at(access.node, ShapeError(f"`{access.node.args[0]}` cannot become a {type(new).__name__}."))
-        mine = access.rows.take(old, access.leaf)
-        if new.shape != mine.shape or new.dtype != mine.dtype:
-            raise at(
-                access.node,
-                ShapeError(f"`{access.node.args[0]}` is {describe(mine)} and cannot become {describe(new)}."),
-            )
-        self._use(source)
-        self._missing[access.node] = -1
-        put = access.rows.put(old, access.leaf, new.to(old.device))
-        if put.stride() != old.stride():  # the model may go on to take views that other strides do not allow
-            put = torch.empty_like(old).copy_(put)
-        if put is new:  # the model may go on to change it in place
-            put = new.clone()
-        return containers.replaced(value, access.leaf.side, access.leaf.path, put)
-
-    def _keep_own_copies(self, lent: list[Tensor]) -> None:
-        """Copy every value that stays and shares memory with what the model has lent."""
-        for node in self._fresh:
-            value = self._values.get(node)
-            if value is not None:
-                self._values[node] = _copied(value, lent)
-
     # --- nodes --------------------------------------------------------------------------------------------------------
 
     def _push(self, node: torch.fx.Node) -> None:
@@ -416,7 +399,12 @@ class Execution:
             self._values.pop(node, None)
             self._origins.pop(node, None)  # and with it the way back that autograd remembers
 
-    def _evaluate_ready(self) -> None:
+    def evaluate(self) -> None:
+        """Evaluate every node that became ready.
+
+        Raises:
+            PatchwireError: of the kind of what went wrong, at the line that caused it.
+        """
         while self._ready:
             _, node = heapq.heappop(self._ready)
             if self.stopping.reason is not None:
@@ -433,6 +421,10 @@ class Execution:
         values = self._values
         if node.target is g.grad:
             return self._gradients(node)
+        if node.target in g.SINKS:
+            if node in self._told:
+                return None
+            self._told.add(node)
         args = map_arg(node.args, values.__getitem__)
         kwargs = map_arg(node.kwargs, values.__getitem__)
         try:
@@ -588,13 +580,13 @@ class Execution:
             lines=[line for line in lines if line is not None],
         )
 
-    def _never_reached(self, work: Work, calls: int) -> None:
+    def never_reached(self, accesses: Iterable[Access], calls: int) -> None:
         """Leave out what depends on a site that was not reached, if it was said that this may be.
 
         Raises:
             SiteError: it was not said.
         """
-        for access in (*work.reads, *work.writes):
+        for access in accesses:
             site = access.node.args[0]
             assert isinstance(site, g.Site)
             if site.step < calls:
@@ -631,12 +623,6 @@ class Execution:
                     ),
                 )
             stack += [user for user in each.users if user in self._missing]
-
-    def _model_failed(self, each: Pass, error: Exception) -> ExecutionError:
-        writes = [g.line_of(access.node) for work in each.works for access in work.writes]
-        lines: list[SourceLine] = [line for line in writes if line is not None]
-        hint = "It may be due to what these lines write into it." if lines else ""
-        return ExecutionError(f"The model failed: {first_line(error)}", hint=hint, lines=lines[-3:])
 
     def _check_all_done(self) -> None:
         for node, missing in self._missing.items():

@@ -20,6 +20,7 @@ from torch import Tensor
 from patchwire.errors import ExecutionError
 from patchwire.sites import INPUT, Axis, Catalogue, Leaf, Location, Order, Path
 from patchwire_worker import containers
+from patchwire_worker.models.remembered import Past
 from patchwire_worker.rows import Rows
 
 Ids = tuple[tuple[int, ...], ...]
@@ -86,12 +87,18 @@ class Fork:
     seq: int
     """How many tokens a row has."""
 
-    def __call__(self, value: Any) -> Any:
+    def __call__(self, value: Any, past: Past | None = None) -> Any:
         """What a module is given, for the rows of now.
+
+        Args:
+            value: What it is given.
+            past: What is remembered of the tokens before; it is told how many rows there are.
 
         Raises:
             ExecutionError: something that it is given was not there when the model was learnt.
         """
+        if past is not None:
+            past.rows = self.batch
         for path, tensor in list(containers.tensors(value, INPUT)):
             leaf = self.leaves.get(path)
             copied = None if leaf is None else self._copied(tensor, leaf)

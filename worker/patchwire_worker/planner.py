@@ -1,103 +1,36 @@
 """Planning: from a graph to the passes that give what it asks for.
 
-A trace becomes one pass, or part of one with others of its session: the rows of its invokes, padded on the right, and
-for every location that matters the reads and writes there. What nobody needs is left out: a read whose value reaches no
-saved value, a write after the last read that matters. The pass ends after the last location that is left. Invokes whose
+A trace becomes one pass, or part of one with others of its session, or several where it would not fit. What nobody
+needs is left out: a read whose value reaches no saved value, a write after the last read that matters. Invokes whose
 rows cannot share a pass get passes of their own.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
-import operator
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
-from itertools import chain, pairwise
+from itertools import pairwise
 from operator import itemgetter
 from typing import Any
 
 import torch
 import torch.fx
-from torch import Tensor
 
 from patchwire import graph as g
 from patchwire.errors import LimitError, OperationError, OrderError
-from patchwire.sites import INPUT, Axis, Leaf, Location, Order
+from patchwire.sites import Axis, Leaf, Order
 from patchwire_worker.admission import Admitted, at
-from patchwire_worker.forking import Fork, Forks, Ids, forked, together
 from patchwire_worker.models.hosted import HostedModel
-from patchwire_worker.rows import Rows, SomePositions
+from patchwire_worker.placing import Group, Invoke, Pass, placed
+from patchwire_worker.reuse import parts_after_past
 
 _MAX_ENTRIES = 1 << 22
-_LOGITS = ("logits",)
-_PADDING = 1.25
-"""How many tokens a pass of several traces may have for each that is of a prompt."""
-_IN_VAIN = 0.1
-"""Which share of the modules may be computed for rows that nobody needs any more, because others share their pass."""
-_Invoke = tuple[int, int]
-"""A trace, by its position in the graph's, and an invoke, by its position in the trace's."""
-
-
-@dataclass(frozen=True)
-class Access:
-    """A read or write of one tensor for the rows of one invoke."""
-
-    node: torch.fx.Node
-    leaf: Leaf
-    rows: Rows
-
-
-@dataclass
-class Work:
-    """What happens at one location: rows fork, then everything is read, then everything is written."""
-
-    location: Location
-    step: int
-    order: Order
-    reads: list[Access] = field(default_factory=list)
-    writes: list[Access] = field(default_factory=list)
-    fork: Fork | None = None
-    """What happens to the rows before that."""
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One forward pass of the model, or one generation: a pass over the prompt and one for each new token."""
-
-    model: HostedModel
-    """The model."""
-    ids: Tensor
-    """Token ids `[batch, seq]` of the rows that it begins with, short ones padded on the right."""
-    works: list[Work]
-    """What happens where, in the order of the passes; it ends after the last."""
-    modules_skipped: int
-    """How many modules come after that."""
-    rows: int
-    """How many rows it ends with."""
-    positions: tuple[int, ...] | None = None
-    """The positions whose logits are computed; None for all."""
-    generation: Generating | None = None
-    """How it generates tokens, if it does."""
-    weights: Sequence[torch.fx.Node] = ()
-    """The weights that it runs with instead of the model's own."""
-
-
-@dataclass(frozen=True)
-class Generating:
-    """What a generation is for."""
-
-    options: g.Generation
-    """How tokens are generated."""
-    trace: int
-    """The trace, as a position in the graph's traces."""
-    invoke: int
-    """The invoke, as a position in the trace's invokes."""
-    results: list[torch.fx.Node]
-    """The nodes whose value are the ids that it ends with; if there are none, it ends after the last work."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +55,8 @@ class Plan:
     """The nodes with respect to whose values there are gradients."""
 
 
-_Accesses = defaultdict[int, defaultdict[int, list[torch.fx.Node]]]
-"""The needed reads and writes of each trace and each of its invokes, in order."""
+_Accesses = defaultdict[Invoke, list[torch.fx.Node]]
+"""The needed reads and writes of each invoke, in order."""
 
 
 def plan(admitted: Admitted) -> Plan:
@@ -133,45 +66,43 @@ def plan(admitted: Admitted) -> Plan:
         OrderError: invokes that cannot share a pass need values of each other.
     """
     needed = _needed(admitted)
-    accesses: _Accesses = defaultdict(lambda: defaultdict(list))
+    accesses: _Accesses = defaultdict(list)
     weights: defaultdict[int, list[torch.fx.Node]] = defaultdict(list)
     loops: dict[int, torch.fx.Node] = {}
     for node in admitted.graph.fx.nodes:
-        if node in needed and node.target in (g.read, g.write):
-            accesses[node.args[0].trace][node.args[0].invoke].append(node)
-        elif node in needed and node.target is g.generated:
-            accesses[node.args[0]][node.args[1]].append(node)
-        elif node in needed and node.target is g.assign:
+        if node not in needed:
+            continue
+        if node.target in (g.read, g.write):
+            accesses[node.args[0].trace, node.args[0].invoke].append(node)
+        elif node.target is g.generated:
+            accesses[node.args[0], node.args[1]].append(node)
+        elif node.target is g.assign:
             weights[node.args[0]].append(node)
-        elif node in needed and node.target is g.loop:
+        elif node.target is g.loop:
             loops[node.args[0]] = node
     gradients = [node for node in needed if node.target is g.grad]
     differentiated = {value for node in gradients for value in node.args[1]}  # type: ignore[union-attr]
     for node in differentiated:
         _check_stays(admitted, node)  # type: ignore[arg-type]
     behind = cache(lambda: _invokes_behind(admitted, needed))
-    packing = _Packing(admitted, accesses)
-    passes: list[list[_Invoke] | Looping] = []
+    passes: list[Group | Looping] = []
+    gathering = Gathering()
     for index, trace in enumerate(admitted.graph.traces):
         if trace.loop is not None:
             passes += [Looping(index, loops[index])] if index in loops else []
-            packing.traces = []
+            gathering = Gathering()
             continue
-        groups = _groups(admitted, index, trace, accesses[index], differentiated, behind)  # type: ignore[arg-type]
-        alone = len(groups) > 1 or trace.exact or trace.generation is not None or index in weights or differentiated
-        if not alone and packing.takes(index):
-            made = passes[-1]
-            assert isinstance(made, list)
-            made += [(index, invoke) for invoke in groups[0]]
+        changed, invokes = weights.get(index, []), [(index, invoke) for invoke in range(len(trace.invokes))]
+        shares = not (trace.exact or trace.generation or changed or differentiated)
+        whole = Group(admitted, invokes, accesses, needed, changed, bool(differentiated), shares)
+        groups = _groups(whole, differentiated, behind)  # type: ignore[arg-type]
+        if len(groups) == 1 and gathering.takes(groups[0]):
+            passes[-1] = gathering.group
             continue
-        passes += [[(index, invoke) for invoke in invokes] for invokes in groups]
-        packing.traces = [] if alone else [index]
-    planned = [
-        each
-        if isinstance(each, Looping)
-        else _pass(admitted, each, accesses, weights, needed, alike=not differentiated)
-        for each in passes
-    ]
+        passes += groups
+        gathering = Gathering(groups[-1])
+    passes = [part for each in passes for part in (parts_after_past(each) if isinstance(each, Group) else [each])]
+    planned = [placed([each]) if isinstance(each, Group) else each for each in passes]
     return Plan([each for each in planned if _matters(each)], needed, differentiated)  # type: ignore[arg-type]
 
 
@@ -179,62 +110,66 @@ def _matters(each: Pass | Looping) -> bool:
     return isinstance(each, Looping) or bool(each.works or (each.generation and each.generation.results))
 
 
-class _Packing:
-    """Which traces, one after the other, become rows of one pass.
+class Gathering:
+    """Groups that share a pass, one after the other.
 
-    A trace joins the pass of those before it if it needs nothing that this pass has too late, or what runs in between.
+    A group joins those before it if no row has another number in company, if the pass costs less than two would, and if
+    it needs nothing that the pass has too late, or what runs in between.
     """
 
-    def __init__(self, admitted: Admitted, accesses: _Accesses) -> None:
-        self._admitted = admitted
-        self._accesses = accesses
-        self._traces: list[int] = []
+    def __init__(self, *groups: Group) -> None:
+        self.groups: list[Group] = []
+        self._sites: set[tuple[int, Leaf]] = set()
+        self._lengths: set[int] = set()
+        self._rows = 0
+        self._cost = 0.0
+        self._end = 0
+        self._traces: set[tuple[int, int]] = set()
         self._when: dict[torch.fx.Node, Order] = {}
+        for each in groups:
+            self._add(each)
 
     @property
-    def traces(self) -> Sequence[int]:
-        """The traces of the pass that others may join; empty if there is none."""
-        return self._traces
+    def group(self) -> Group:
+        """All of them as one; they are of one request."""
+        first, *others = self.groups
+        return first.of([*first.invokes, *(invoke for each in others for invoke in each.invokes)])
 
-    @traces.setter
-    def traces(self, traces: Sequence[int]) -> None:
-        self._traces, self._when = list(traces), {}
-
-    def takes(self, trace: int) -> bool:
-        """Whether a trace joins the pass; it has joined then."""
-        if not self._traces or not self._fits(trace):
+    def takes(self, group: Group) -> bool:
+        """Whether a group joins; it has joined then."""
+        if not self.groups or not (group.shares and self.groups[0].shares and group.model is self.groups[0].model):
             return False
-        self._traces.append(trace)
-        return all(self._in_time(node) for node in _nodes(self._accesses[trace]) if node.target is g.write)
-
-    def _fits(self, trace: int) -> bool:
-        """Whether its rows may be in the pass, do not make it large, and are not padded or computed much in vain."""
-        everyone, models = [*self._traces, trace], self._admitted.models
-        model = models[trace]
-        if any(models[each] is not model for each in self._traces):
+        model, lengths, rows = group.model, self._lengths | _lengths(group), self._rows + group.count
+        end = max(self._end, _end(group))
+        together = model.seconds_like(rows, max(lengths), end)
+        if together > self._cost + model.seconds_like(group.count, max(_lengths(group)), _end(group)):
             return False
-        invokes = [invoke for each in everyone for invoke in self._admitted.graph.traces[each].invokes]
-        lengths = [length for invoke in invokes for length in invoke.lengths]
-        padded = len(lengths) * max(lengths)
-        if padded > model.packed_tokens or padded > _PADDING * sum(lengths):
+        if not model.fits(rows, max(lengths)) or (len(lengths) > 1 and not model.pads):
             return False
-        ends = [self._end(each) for each in everyone]
-        if max(ends) - min(ends) > _IN_VAIN * len(model.catalogue.entries):
+        if not all(_may_share(each, ()) for each in (group, *self.groups[:1])) or not self._in_time(group):
             return False
-        nodes = [node for each in everyone for node in _nodes(self._accesses[each])]
-        return _share(self._admitted, model, nodes, set(lengths), ())
+        self._add(group)
+        return True
 
-    def _end(self, trace: int) -> int:
-        """How many modules are entered until a trace needs nothing more."""
-        leaves = [self._admitted.leaves[node.args[0]].order for node in _nodes(self._accesses[trace])]  # type: ignore[index]
-        return bisect_right(self._admitted.models[trace].catalogue.entries, max(leaves, default=()))
+    def _add(self, group: Group) -> None:
+        self.groups.append(group)
+        self._lengths |= _lengths(group)
+        self._rows += group.count
+        self._end = max(self._end, _end(group))
+        self._cost = group.model.seconds_like(self._rows, max(self._lengths), self._end)
+        self._traces |= {(id(group.admitted), trace) for trace, _ in group.invokes}
 
-    def _in_time(self, write: torch.fx.Node) -> bool:
-        """Whether what is written exists by then."""
-        return self._latest(write.args[1]) <= self._admitted.leaves[write.args[0]].order  # type: ignore[arg-type, index]
+    def _in_time(self, group: Group) -> bool:
+        """Whether what it writes exists by then, in a pass with those that have joined."""
+        return all(
+            self._latest(group, node.args[1]) <= group.leaf(node).order  # type: ignore[arg-type]
+            for node in group.nodes
+            if node.target is g.write
+        )
 
-    def _latest(self, node: torch.fx.Node) -> Order:
+    def _latest(self, group: Group, node: torch.fx.Node) -> Order:
         """When the last value of this pass that a node depends on exists; empty if it depends on none."""
+        own, request = {trace for trace, _ in group.invokes}, id(group.admitted)
         stack = [node]
         while stack:
             each = stack[-1]
@@ -242,9 +177,9 @@ class _Packing:
                 stack.pop()
                 continue
             if each.target is g.read:
-                site = each.args[0]
-                assert isinstance(site, g.Site)
-                self._when[each] = self._admitted.leaves[site].latest if site.trace in self._traces else ()
+                trace = each.args[0].trace  # type: ignore[union-attr]
+                here = trace in own or (request, trace) in self._traces
+                self._when[each] = group.leaf(each).latest if here else ()
                 continue
             before = [source for source in each.all_input_nodes if source not in self._when]
             stack += before
@@ -333,43 +268,78 @@ def _trace_of(node: torch.fx.Node) -> int:
 
 
 def _groups(
-    admitted: Admitted,
-    index: int,
-    trace: g.Trace,
-    accesses: Mapping[int, Sequence[torch.fx.Node]],
+    whole: Group,
     differentiated: Collection[torch.fx.Node],
     behind: Callable[[], Mapping[torch.fx.Node, frozenset[int]]],
-) -> list[list[int]]:
-    """The invokes of a trace, in groups that share a pass."""
-    everyone = list(range(len(trace.invokes)))
-    if trace.generation is not None or trace.exact:
-        return [[invoke] for invoke in _ordered(index, everyone, accesses, behind())]
-    lengths = {length for invoke in trace.invokes for length in invoke.lengths}
-    if len(everyone) == 1 or _share(admitted, admitted.models[index], _nodes(accesses), lengths, differentiated):
-        return [everyone]
-    return [[invoke] for invoke in _ordered(index, everyone, accesses, behind())]
+) -> list[Group]:
+    """The invokes of a trace, in groups that share a pass each, in the order in which they run."""
+    if len(whole.invokes) == 1:
+        return [whole]
+    if whole.trace.generation is not None or whole.trace.exact or not _may_share(whole, differentiated):
+        return [whole.of([invoke]) for invoke in _ordered(whole, behind())]
+    if whole.differentiated or whole.model.fits(whole.count, max(_lengths(whole))):
+        return [whole]
+    try:
+        ordered = _ordered(whole, behind())
+    except OrderError:  # they need values of each other, and have them in one pass
+        return [whole]
+    return [whole.of(part) for part in _fitting(whole, ordered)]
 
 
-def _nodes(accesses: Mapping[int, Sequence[torch.fx.Node]]) -> list[torch.fx.Node]:
-    """What happens at the sites of a trace."""
-    return [node for nodes in accesses.values() for node in nodes]
+def _fitting(group: Group, invokes: Sequence[Invoke]) -> list[list[Invoke]]:
+    """Invokes, in their order, in parts that fit."""
+    parts: list[list[Invoke]] = []
+    rows = longest = 0
+    for invoke in invokes:
+        own = group.rows(invoke)
+        rows, longest = rows + len(own), max(longest, *map(len, own))
+        if not parts or not group.model.fits(rows, longest):
+            parts.append([])
+            rows, longest = len(own), max(map(len, own))
+        parts[-1].append(invoke)
+    return parts
 
 
-def _share(
-    admitted: Admitted,
-    model: HostedModel,
-    nodes: Sequence[torch.fx.Node],
-    lengths: Collection[int],
-    differentiated: Collection[torch.fx.Node],
-) -> bool:
-    """Whether rows of these lengths can share a pass in which this is read and written."""
-    sites = [(node, admitted.leaves[node.args[0]]) for node in nodes]  # type: ignore[index]
+def halves(group: Group) -> list[Group]:
+    """A group that did not fit, in two; as it is if it cannot be parted."""
+    if len(group.invokes) == 1 or group.differentiated:
+        return [group]
+    traces = sorted({trace for trace, _ in group.invokes})
+    try:
+        behind = _invokes_behind(group.admitted, group.needed)
+        ordered = [
+            invoke
+            for trace in traces
+            for invoke in _ordered(group.of([each for each in group.invokes if each[0] == trace]), behind)
+        ]
+    except (OrderError, LimitError):
+        return [group]
+    half = len(ordered) // 2
+    return [group.of(part, group.past) for part in (ordered[:half], ordered[half:])]
+
+
+def _lengths(group: Group) -> set[int]:
+    return {length for trace, invoke in group.invokes for length in _invoke(group, trace, invoke).lengths}
+
+
+def _invoke(group: Group, trace: int, invoke: int) -> g.Invoke:
+    return group.admitted.graph.traces[trace].invokes[invoke]
+
+
+def _end(group: Group) -> int:
+    """How many modules are entered until a group needs nothing more."""
+    return bisect_right(group.model.catalogue.entries, group.end)
+
+
+def _may_share(group: Group, differentiated: Collection[torch.fx.Node]) -> bool:
+    """Whether its rows can share a pass with each other, and with others of their kind."""
+    sites = [(node, group.leaf(node)) for node in group.nodes]
     # A gradient with respect to what all rows share would be that of all of them.
     replaced = [leaf for node, leaf in sites if node.target is g.write or node in differentiated]
     return (
         all(leaf.packs for _, leaf in sites)
-        and all(_writes_alone(model, leaf) for leaf in replaced)
-        and (model.pads or len(lengths) == 1)
+        and all(_writes_alone(group.model, leaf) for leaf in replaced)
+        and (group.model.pads or len(_lengths(group)) == 1)
     )
 
 
@@ -383,20 +353,17 @@ def _writes_alone(model: HostedModel, leaf: Leaf) -> bool:
     return has_rows and (leaf.location._replace(occurrence=0), leaf.path) not in model.overwritten
 
 
-def _ordered(
-    trace: int,
-    invokes: list[int],
-    accesses: Mapping[int, Sequence[torch.fx.Node]],
-    behind: Mapping[torch.fx.Node, frozenset[int]],
-) -> list[int]:
-    """Invokes that run one after the other, those first whose values others write."""
-    sources: dict[int, dict[int, torch.fx.Node]] = {invoke: {} for invoke in invokes}
-    for invoke, nodes in accesses.items():
-        for node in nodes:
+def _ordered(group: Group, behind: Mapping[torch.fx.Node, frozenset[int]]) -> list[Invoke]:
+    """The invokes of a trace that run one after the other, those first whose values others write."""
+    sources: dict[Invoke, dict[Invoke, torch.fx.Node]] = {invoke: {} for invoke in group.invokes}
+    for trace, invoke in group.invokes:
+        for node in group.accesses.get((trace, invoke), ()):
             if node.target is g.write and _trace(node) == trace:
-                sources[invoke] |= dict.fromkeys(sorted(behind[node] - {invoke}), node)
+                others = [(trace, each) for each in sorted(behind[node] - {invoke})]
+                sources[trace, invoke] |= dict.fromkeys((each for each in others if each in sources), node)
+    sorter, ordered = TopologicalSorter(sources), list[Invoke]()
     try:
-        return list(TopologicalSorter(sources).static_order())
+        sorter.prepare()
     except CycleError as error:
         cycle = error.args[1]
         lines = [g.line_of(sources[user][source]) for source, user in pairwise(cycle)]
@@ -405,6 +372,14 @@ def _ordered(
             hint="Save the values of one trace and write them in a second.",
             lines=sorted((line for line in lines if line is not None), key=lambda line: (line.file, line.line))[:2],
         ) from None
+    ready = list(sorter.get_ready())
+    heapq.heapify(ready)
+    while ready:
+        ordered.append(heapq.heappop(ready))
+        sorter.done(ordered[-1])
+        for each in sorter.get_ready():
+            heapq.heappush(ready, each)
+    return ordered
 
 
 def _trace(node: torch.fx.Node) -> int | None:
@@ -413,7 +388,7 @@ def _trace(node: torch.fx.Node) -> int | None:
     return None if after is None else int(after.order[0])
 
 
-def _invokes_behind(admitted: Admitted, needed: set[torch.fx.Node]) -> dict[torch.fx.Node, frozenset[int]]:
+def _invokes_behind(admitted: Admitted, needed: Collection[torch.fx.Node]) -> dict[torch.fx.Node, frozenset[int]]:
     """The invokes of the latest trace that each node depends on whose sites it depends on.
 
     Earlier traces have run by the time that a value of a later one is written.
@@ -438,120 +413,3 @@ def _invokes_behind(admitted: Admitted, needed: set[torch.fx.Node]) -> dict[torc
                 ),
             )
     return behind
-
-
-def _pass(
-    admitted: Admitted,
-    invokes: Sequence[_Invoke],
-    accesses: _Accesses,
-    weights: Mapping[int, Sequence[torch.fx.Node]],
-    needed: Collection[torch.fx.Node],
-    *,
-    alike: bool,
-) -> Pass:
-    index = invokes[0][0]
-    trace, model = admitted.graph.traces[index], admitted.models[index]
-    rows = _rows(admitted, invokes, accesses, forks=alike and trace.generation is None)
-    first = rows.stages[0]
-    # Which id stands for padding does not matter: nobody ever looks at it.
-    ids = torch.zeros((first.batch, rows.seq), dtype=torch.long)
-    for each in invokes:
-        for row, tokens in enumerate(_rows_of(admitted, each), start=first.starts[each]):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-    works: dict[tuple[int, Location], Work] = {}
-    results: list[torch.fx.Node] = []
-    looked_at = _looked_at(admitted, invokes, accesses, needed) if alike and trace.generation is None else {}
-    positions = tuple(sorted(set().union(*looked_at.values())))
-    for each in invokes:
-        for node in accesses[each[0]].get(each[1], ()):
-            if node.target is g.generated:
-                results.append(node)
-                continue
-            site = node.args[0]
-            assert isinstance(site, g.Site)
-            leaf = admitted.leaves[site]
-            work = works.setdefault((site.step, leaf.location), Work(leaf.location, site.step, leaf.order))
-            owned = rows.of(each, leaf.order)
-            if site.step:
-                before = owned.lengths[0] + site.step - 1 if leaf.in_steps else 1
-                owned = replace(owned, lengths=(before,) * len(owned.lengths), seq=before)
-            if node in looked_at:
-                places = tuple((position, positions.index(position)) for position in sorted(looked_at[node]))
-                owned = SomePositions(owned.start, owned.lengths, owned.batch, len(positions), places)
-            access = Access(node, leaf, owned)
-            (work.reads if node.target is g.read else work.writes).append(access)
-    last = max(((step, work.order) for (step, _), work in works.items()), default=(0, ()))
-    for place, fork in rows.at:
-        if (0, place.order) <= last:
-            works.setdefault((0, place.location), Work(place.location, 0, place.order)).fork = fork
-    ordered = sorted(works.values(), key=lambda work: (work.step, work.order))
-    batch, changed = rows.stages[-1].batch, weights.get(index, ())
-    if trace.generation is not None:
-        generating = Generating(trace.generation, *invokes[0], results)
-        return Pass(model, ids, ordered, 0, batch, generation=generating, weights=changed)
-    skipped = _skipped(model, ordered[-1].order) if ordered else 0
-    return Pass(model, ids, ordered, skipped, batch, positions or None, weights=changed)
-
-
-def _looked_at(
-    admitted: Admitted, invokes: Sequence[_Invoke], accesses: _Accesses, needed: Collection[torch.fx.Node]
-) -> dict[torch.fx.Node, set[int]]:
-    """The positions that each read of the logits is for; none if that is not known of all of them, or it is most."""
-    model = admitted.models[invokes[0][0]]
-    head = model.catalogue.raw("lm_head")
-    found: dict[torch.fx.Node, set[int]] = {}
-    longest = 0
-    for each in invokes:
-        lengths = {len(row) for row in _rows_of(admitted, each)}
-        longest = max(longest, *lengths)
-        for node in accesses[each[0]].get(each[1], ()):
-            leaf = admitted.leaves[node.args[0]] if node.target is not g.generated else None  # type: ignore[index]
-            if leaf is None or leaf.module not in ("", head) or (leaf.module == "" and leaf.side == INPUT):
-                continue
-            if node.target is not g.read or leaf.path != _LOGITS or len(lengths) > 1 or not model.trims:
-                return {}
-            indices = [_positions(user, node, longest=min(lengths)) for user in node.users if user in needed]
-            if None in indices:
-                return {}
-            found[node] = set().union(*(each for each in indices if each is not None))
-    return found if len(set().union(*found.values())) * 2 <= longest else {}
-
-
-def _positions(user: torch.fx.Node, node: torch.fx.Node, *, longest: int) -> set[int] | None:
-    """Which positions of a tensor `[batch, seq, …]` one of its users takes; None if it may be any."""
-    if user.target is not operator.getitem or user.args[0] is not node:
-        return None
-    match user.args[1]:
-        case (int() | slice(), int(position), *rest) if node not in rest:
-            return {position % longest}
-        case (int() | slice(), slice(start=start, stop=stop, step=step), *rest) if node not in rest:
-            if all(each is None or isinstance(each, int) for each in (start, stop, step)):
-                return set(range(longest)[start:stop:step])
-    return None
-
-
-def _rows_of(admitted: Admitted, invoke: _Invoke) -> Ids:
-    return tuple(map(tuple, admitted.graph.traces[invoke[0]].invokes[invoke[1]].rows))
-
-
-def _rows(admitted: Admitted, invokes: Sequence[_Invoke], accesses: _Accesses, *, forks: bool) -> Forks:
-    """The rows of a pass: which invokes share them, and until when."""
-    model = admitted.models[invokes[0][0]]
-    ids = {each: _rows_of(admitted, each) for each in invokes}
-    if not forks or len(set(ids.values())) == len(ids) or max(map(len, chain(*ids.values()))) > model.forked_tokens:
-        return together(ids)
-    nodes = [(each, node) for each in invokes for node in accesses[each[0]].get(each[1], ())]
-    leaves = [(each, node, admitted.leaves[node.args[0]]) for each, node in nodes]  # type: ignore[index]
-    changed: dict[_Invoke, Order] = {}
-    for invoke, node, leaf in leaves:
-        if node.target is g.write:
-            changed[invoke] = min(leaf.order, changed.get(invoke, leaf.order))
-    found = forked(ids, changed, model.entries)
-    # Of what comes at a moment that is not known exactly, it has to be known at least how many rows there are.
-    return together(ids) if any(found.between(leaf.order, leaf.latest) for _, _, leaf in leaves) else found
-
-
-def _skipped(model: HostedModel, last: Order) -> int:
-    """How many modules are entered only after a position in the order of sites."""
-    entries = model.catalogue.entries
-    return len(entries) - bisect_right(entries, last)

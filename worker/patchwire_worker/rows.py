@@ -58,11 +58,18 @@ class Rows:
             part = self._cut(whole, axes, self.longest)
         return self._flattened(part, leaf)
 
-    def put(self, whole: Tensor, leaf: Leaf, part: Tensor) -> Tensor:
-        """The site's tensor with this invoke's part replaced; other rows and padding stay as they are."""
+    def put(self, whole: Tensor, leaf: Leaf, part: Tensor, *, mutable: bool = False) -> Tensor:
+        """The site's tensor with this invoke's part replaced; other rows and padding stay as they are.
+
+        Args:
+            whole: The site's tensor.
+            leaf: What its dimensions are.
+            part: The invoke's part.
+            mutable: Whether the site's tensor may be changed in place.
+        """
         if self.everything:
             return part
-        flat = whole.clone(memory_format=torch.contiguous_format)
+        flat = whole if mutable else whole.clone(memory_format=torch.contiguous_format)
         target, axes = self._unflattened(flat, leaf)
         source, _ = self._unflattened(part, leaf, own=True)
         if Axis.BATCH in axes:
@@ -122,14 +129,39 @@ class SomePositions(Rows):
 
     places: tuple[tuple[int, int], ...] = ()
     """The positions that the invoke looks at, each with where in the tensor it is."""
+    length: int = 0
+    """How many positions it looks as if it had."""
 
     def take(self, whole: Tensor, leaf: Leaf) -> Tensor:
         """This invoke's part; a view of it if it looks at one position."""
         mine = whole.narrow(0, self.start, len(self.lengths))
         if len({place for _, place in self.places}) == 1:
             place = self.places[0][1]
-            return mine.narrow(1, place, 1).expand(-1, self.longest, *mine.shape[2:])
-        index = torch.zeros(self.longest, dtype=torch.long)
+            return mine.narrow(1, place, 1).expand(-1, self.length, *mine.shape[2:])
+        index = torch.zeros(self.length, dtype=torch.long)
         for position, place in self.places:
             index[position] = place
         return mine.index_select(1, index.to(mine.device))
+
+
+@dataclass(frozen=True)
+class LaterPositions(Rows):
+    """The rows of one invoke in a tensor `[batch, seq, …]` that was computed from some position on only.
+
+    It looks as if it had those before too: what is there is of no meaning, and nobody looks there or changes it.
+    """
+
+    past: int = 0
+    """How many positions come before."""
+
+    def take(self, whole: Tensor, leaf: Leaf) -> Tensor:
+        """This invoke's part, after as many positions as are missing; always a copy."""
+        mine = super().take(whole, leaf)
+        part = mine.new_empty((mine.shape[0], self.past + mine.shape[1], *mine.shape[2:]))
+        part[:, : self.past] = float("nan") if mine.is_floating_point() or mine.is_complex() else 0
+        part[:, self.past :] = mine
+        return part
+
+    def put(self, whole: Tensor, leaf: Leaf, part: Tensor, *, mutable: bool = False) -> Tensor:
+        """The site's tensor with this invoke's part replaced, as far as it was computed."""
+        return super().put(whole, leaf, part[:, self.past :], mutable=mutable)

@@ -25,6 +25,7 @@ from patchwire_worker.executor import Cost, Execution, Iteration
 from patchwire_worker.interleaving import Stopping
 from patchwire_worker.kept import KeptStore
 from patchwire_worker.planner import Plan
+from patchwire_worker.running import run
 
 log = logging.getLogger(__name__)
 
@@ -356,7 +357,7 @@ class Scheduler:
                 result_bytes=self.limits.result_bytes,
                 store=self._kept,
             )
-            return Done(execution.run(), queued)
+            return Done(run(execution), queued)
         except PatchwireError as error:
             return _without_frames(error)
         except BaseException as error:

@@ -32,6 +32,7 @@ from patchwire_worker.models import operations
 from patchwire_worker.models.detecting import family_of
 from patchwire_worker.models.learning import POSITIONS, Learner, pads
 from patchwire_worker.models.loading import Loaded
+from patchwire_worker.models.remembered import Past, argument, remember
 from patchwire_worker.models.standins import prompts_of
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ _MAX_SOURCES = 1 << 11
 _TOGETHER = 31
 """How many functions are learnt in the same runs as one that is asked for."""
 _PACKED_BYTES = 1 << 30
+_OVERHEAD_TOKENS = {True: 16, False: 256}
+"""How many tokens the weights are multiplied with in the time that it takes to read them, on a CPU and elsewhere."""
 _LOGITS_TO_KEEP = "num_logits_to_keep"
 _POSITIONS = "logits_to_keep"
 _PROBE = "The quick brown fox, 3.14! Ünï→cødé\n  two lines"
@@ -84,6 +87,7 @@ class HostedModel:
         self.overwritten = frozenset(learner.overwritten)
         self.entries = learner.entries(self.catalogue)
         self.trims = self._takes(_POSITIONS) and learner.trims(_POSITIONS)
+        self.entries_after_past, self.same_after_past = learner.after_past(self.catalogue, self.entries)
         self._memory.restore()
         self.pads = pads(self.catalogue) and not _scales_with_length(self.config)
         log.info("%s: %d layers named (%s), %s rows of different lengths", self.name, self.catalogue.num_layers, how,
@@ -133,10 +137,32 @@ class HostedModel:
         windows = [getattr(each, "sliding_window", 0) for each in DynamicCache(config=self.config).layers]
         return min((each for each in windows if each >= POSITIONS), default=math.inf)
 
-    @cached_property
-    def packed_tokens(self) -> int:
-        """How many tokens a pass of several traces may have, so that its logits stay small."""
-        return _PACKED_BYTES // (self.vocabulary * torch.float32.itemsize)
+    def fits(self, rows: int, seq: int) -> bool:
+        """Whether a pass over so many rows of so many tokens fits into memory."""
+        return rows * seq * self.vocabulary * torch.float32.itemsize <= _PACKED_BYTES
+
+    @property
+    def overhead_tokens(self) -> int:
+        """How many tokens would take the time that a pass takes however few it has: all weights have to be read."""
+        return _OVERHEAD_TOKENS[self.device.type == "cpu"]
+
+    def seconds_like(self, rows: int, seq: int, end: int) -> float:
+        """What a pass takes, in a unit of its own.
+
+        Args:
+            rows: How many rows it has.
+            seq: How many tokens each has.
+            end: How many modules it enters.
+        """
+        return (rows * seq + self.overhead_tokens) * end
+
+    def remember(self, tokens: Sequence[int]) -> Past:
+        """What the model remembers of tokens, for a pass over later ones."""
+        with self.lock:
+            try:
+                return remember(self.module, torch.tensor([list(tokens)], device=self.device), self._options)
+            finally:
+                self._memory.restore()
 
     def run(
         self,
@@ -144,10 +170,21 @@ class HostedModel:
         mediators: Sequence[SiteMediator],
         stopping: Stopping,
         positions: Sequence[int] | None = None,
+        past: Past | None = None,
     ) -> None:
-        """One forward pass over token ids `[batch, seq]`, with the logits of some positions, or of all."""
+        """One forward pass.
+
+        Args:
+            ids: Token ids `[batch, seq]`.
+            mediators: Who waits where.
+            stopping: Ends it early.
+            positions: Those whose logits are computed; None for all.
+            past: What is remembered of the tokens before.
+        """
         ids = ids.to(self.device)
-        more = {} if positions is None else {_POSITIONS: torch.tensor(positions, device=self.device)}
+        more: dict[str, Any] = {} if positions is None else {_POSITIONS: torch.tensor(positions, device=self.device)}
+        if past is not None:
+            more[argument(self.module) or ""] = past
         with self.lock:
             try:
                 with prompts_of(ids.shape[1]):

@@ -10,9 +10,10 @@ there could miss it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from patchwire_worker.interleaving import PassInterleaver, SiteMediator, Stoppin
 from patchwire_worker.models.detecting import completed
 from patchwire_worker.models.families import Family
 from patchwire_worker.models.naming import names
+from patchwire_worker.models.remembered import Past, argument, remember
 from patchwire_worker.models.texts import choosing_attention
 from patchwire_worker.rows import Rows
 
@@ -41,6 +43,8 @@ SHAPES = ((2, 7), (5, 8), (3, 11))
 _ROW, LENGTH = 1, 5
 POSITIONS = max(seq for _, seq in SHAPES) + 1
 """How many tokens a model has to take: the longest run, and one that is generated after it and read."""
+_PAST = 4
+"""How many tokens are remembered where it is learnt what comes after them."""
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 _ROUGH_TOLERANCE = 5e-2
 _MASKED = 1e4  # beyond it are the large numbers of attention masks, which say nothing of a value's scale
@@ -189,6 +193,51 @@ class Learner:
             log.info("%s: rows do not fork: they would have other numbers", catalogue.model)
         return places if same else []
 
+    def after_past(
+        self, catalogue: Catalogue, usual: Sequence[Entry]
+    ) -> tuple[list[Entry], frozenset[tuple[Location, Path]]]:
+        """Where rows can fork in a pass over later tokens only, and the tensors that are then what they are otherwise.
+
+        Nowhere and none, if the model does not remember the tokens before in the way that it should. Rows that
+        begin with the same tokens are compared with rows that go on from what is remembered of these.
+        """
+        name = argument(self.module)
+        if not usual or name is None:
+            return [], frozenset()
+        before = self._ids(1, _PAST)
+        whole = [torch.cat([before.expand(ids.shape[0], -1), ids], dim=1) for ids in self.prompts()[: len(SHAPES)]]
+        try:
+            past = remember(self.module, before, self.options)
+            runs = [self._run_after(ids[:, _PAST:], past) for ids in whole]
+            expected = self._run(whole[-1])
+            places = []
+            for place in usual:
+                given = _leaves(place.location.module, runs, runs[-1])
+                places.append(replace(place, leaves={leaf.path: leaf for leaf in given if leaf.side == INPUT}))
+            if not self._forks(places, past=past):
+                raise ValueError("rows would have other numbers")
+        except Exception as error:  # a model fails in whatever way it likes
+            log.info("%s: the first tokens are computed each time (%s)", catalogue.model, first_line(error))
+            return [], frozenset()
+        return places, frozenset(self._same_later(expected, runs[-1], SHAPES[-1]))
+
+    def _run_after(self, ids: Tensor, past: Past) -> _Seen:
+        past.rows = ids.shape[0]
+        seen = _Seen(self.sides)
+        self.look(ids, seen.observe, more={str(argument(self.module)): past})
+        return seen
+
+    @staticmethod
+    def _same_later(whole: _Seen, later: _Seen, shape: tuple[int, int]) -> Iterator[tuple[Location, Path]]:
+        """The tensors `[batch, seq, …]` of which a run over later tokens has the later part."""
+        batch, seq = shape
+        for place, value in later.values.items():
+            other = whole.values.get(place)
+            if other is None or value.ndim < 2 or value.shape[:2] != (batch, seq):
+                continue
+            if other.shape == (batch, _PAST + seq, *value.shape[2:]) and is_same(value, other[:, _PAST:]):
+                yield place
+
     def trims(self, option: str) -> bool:
         """Whether the model computes the logits of some positions alone when an option of its call names them."""
         ids = self.prompts()[-1]
@@ -202,8 +251,9 @@ class Learner:
             log.info("%s computes all logits (%s)", type(self.module).__name__, first_line(error))
             return False
 
-    def _forks(self, places: Sequence[Entry], *, stepwise: bool = False) -> bool:
+    def _forks(self, places: Sequence[Entry], *, stepwise: bool = False, past: Past | None = None) -> bool:
         ids, found = self.prompts()[len(SHAPES) - 1][:2], list[Any]()
+        more = {} if past is None else {str(argument(self.module)): past}
         rows = tuple(map(tuple, ids.tolist()))
         when = {0: places[min(1, len(places) - 1)].order, 1: places[-1].order}
         forks = forked(dict.fromkeys(range(3), rows), when, places)
@@ -213,9 +263,11 @@ class Learner:
             return value
 
         def call() -> Any:
-            return self.module(input_ids=ids, **self.options)
+            if past is not None:
+                past.rows = ids.shape[0]
+            return self.module(input_ids=ids, **self.options, **more)
 
-        mediators = [SiteMediator(place.location, fork) for place, fork in forks.at]
+        mediators = [SiteMediator(place.location, partial(fork, past=past)) for place, fork in forks.at]
         mediators.append(SiteMediator(Location("", OUTPUT), look))
         with torch.no_grad():
             expected = dict(containers.tensors(call(), OUTPUT))
@@ -235,6 +287,7 @@ class Learner:
         opened: Collection[Inside] = (),
         *,
         stepwise: bool = False,
+        more: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Run the model, and tell of everything that is handed over, inside some functions too.
 
@@ -243,12 +296,13 @@ class Learner:
             observe: Told of each value.
             opened: Which functions.
             stepwise: Whether attention is computed step by step whatever the configuration says.
+            more: What else the model is called with.
         """
         self.interleaver.observe = observe
         try:
             with torch.no_grad():
                 self.interleaver.run(
-                    lambda: self.module(input_ids=ids, **self.options), {}, Stopping(), opened, stepwise
+                    lambda: self.module(input_ids=ids, **self.options, **more), {}, Stopping(), opened, stepwise
                 )
         finally:
             self.interleaver.observe = None

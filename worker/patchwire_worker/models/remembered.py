@@ -1,0 +1,83 @@
+"""What a model remembers of the tokens before, so that a pass over later ones need not compute them again.
+
+That is the cache which it generates tokens with: keys and values of attention, states of convolutions and of SSMs. Here
+it is of one row, is given to every row of a pass, and stays what it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+ARGUMENTS = ("past_key_values", "cache_params")
+"""What models call it."""
+
+
+class Past(Cache):
+    """What a model remembers of the tokens before, the same for as many rows as there are.
+
+    Attributes:
+        rows: How many rows the pass has now.
+        length: How many tokens it remembers.
+    """
+
+    def __init__(self, filled: Cache, length: int) -> None:
+        self.layers: list[Any] = list(filled.layers)
+        self.layer_class_to_replicate = None
+        self.offloading = False
+        self.rows = 1
+        self.length = length
+
+    def _for_all(self, tensor: Tensor) -> Tensor:
+        return tensor.expand(self.rows, *tensor.shape[1:])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of the tokens before, and these."""
+        layer = self.layers[layer_idx]
+        keys, values = self._for_all(layer.keys), self._for_all(layer.values)
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """What a convolution has seen, and these."""
+        return torch.cat([self._for_all(self.layers[layer_idx].conv_states[state_idx]), conv_states], dim=-1)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor:
+        """What a convolution has seen; a copy."""
+        return self._for_all(self.layers[layer_idx].conv_states[state_idx]).clone()
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        """The state after these tokens, which nobody asks for any more."""
+        return recurrent_states
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor:
+        """The state after the tokens before; a copy."""
+        return self._for_all(self.layers[layer_idx].recurrent_states[state_idx]).clone()
+
+
+def argument(module: nn.Module) -> str | None:
+    """What a model calls what it remembers; None if it takes nothing of the kind."""
+    taken = inspect.signature(type(module).forward).parameters
+    return next((each for each in ARGUMENTS if each in taken), None) if "use_cache" in taken else None
+
+
+@torch.no_grad()
+def remember(module: nn.Module, ids: Tensor, options: dict[str, Any]) -> Past:
+    """What a model remembers of the tokens `[1, seq]` of a row.
+
+    Raises:
+        ValueError: it remembers in a way of its own.
+    """
+    name = argument(module)
+    made = module(input_ids=ids, **{**options, "use_cache": True})
+    filled = getattr(made, name) if name else None
+    if not isinstance(filled, Cache):
+        raise ValueError(f"{type(module).__name__} remembers in a way of its own")
+    return Past(filled, ids.shape[1])

@@ -1,0 +1,263 @@
+"""Placing: from the invokes that run together to a pass.
+
+Each invoke gets its rows, padded on the right; what it reads and writes is put at the locations where it happens; rows
+with the same tokens fork where they begin to differ; and logits are computed at the positions that somebody looks at.
+The invokes may be of several requests: each is a group, and sees nothing of the others.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import chain
+
+import torch
+import torch.fx
+from torch import Tensor
+
+from patchwire import graph as g
+from patchwire.sites import INPUT, Leaf, Location, Order
+from patchwire_worker.admission import Admitted
+from patchwire_worker.forking import Fork, Forks, Ids, forked, together
+from patchwire_worker.models.hosted import HostedModel
+from patchwire_worker.positions import Positions, taken
+from patchwire_worker.rows import LaterPositions, Rows, SomePositions
+
+_LOGITS = ("logits",)
+Invoke = tuple[int, int]
+"""A trace, by its position in the graph's, and an invoke, by its position in the trace's."""
+_Key = tuple[int, int, int]
+"""A group, by its position in the pass's, and one of its invokes."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """A read or write of one tensor for the rows of one invoke."""
+
+    node: torch.fx.Node
+    leaf: Leaf
+    rows: Rows
+    group: int = 0
+    """The group, as a position in the pass's groups."""
+
+
+@dataclass
+class Work:
+    """What happens at one location: rows fork, then everything is read, then everything is written."""
+
+    location: Location
+    step: int
+    order: Order
+    reads: list[Access] = field(default_factory=list)
+    writes: list[Access] = field(default_factory=list)
+    fork: Fork | None = None
+    """What happens to the rows before that."""
+
+
+@dataclass(frozen=True)
+class Generating:
+    """What a generation is for."""
+
+    options: g.Generation
+    """How tokens are generated."""
+    trace: int
+    """The trace, as a position in the graph's traces."""
+    invoke: int
+    """The invoke, as a position in the trace's invokes."""
+    results: list[torch.fx.Node]
+    """The nodes whose value are the ids that it ends with; if there are none, it ends after the last work."""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The invokes of one request that run in one pass."""
+
+    admitted: Admitted
+    """The request."""
+    invokes: Sequence[Invoke]
+    """Which."""
+    accesses: Mapping[Invoke, Sequence[torch.fx.Node]]
+    """What each reads, writes and generates, in order."""
+    needed: Collection[torch.fx.Node]
+    """The nodes of the request that have to be evaluated."""
+    weights: Sequence[torch.fx.Node] = ()
+    """The weights that the pass runs with instead of the model's own."""
+    differentiated: bool = False
+    """Whether there are gradients."""
+    shares: bool = True
+    """Whether rows of others may be in the pass."""
+    past: int = 0
+    """How many tokens of its rows, which are all the same until then, are not computed again."""
+
+    @cached_property
+    def trace(self) -> g.Trace:
+        """The trace of its first invoke."""
+        return self.admitted.graph.traces[self.invokes[0][0]]
+
+    @cached_property
+    def model(self) -> HostedModel:
+        """The model."""
+        return self.admitted.models[self.invokes[0][0]]
+
+    @property
+    def alike(self) -> bool:
+        """Whether what is equal, or what nobody looks at, may be left out."""
+        return not self.differentiated and self.trace.generation is None
+
+    def rows(self, invoke: Invoke) -> Ids:
+        """The token ids of the rows of one of its invokes, all of them."""
+        return tuple(map(tuple, self.admitted.graph.traces[invoke[0]].invokes[invoke[1]].rows))
+
+    @cached_property
+    def count(self) -> int:
+        """How many rows it has."""
+        return sum(len(self.admitted.graph.traces[trace].invokes[invoke].rows) for trace, invoke in self.invokes)
+
+    def of(self, invokes: Sequence[Invoke], past: int = 0) -> Group:
+        """The same for some of its invokes."""
+        return replace(self, invokes=invokes, past=past)
+
+    @cached_property
+    def nodes(self) -> list[torch.fx.Node]:
+        """What happens at the sites of its invokes."""
+        return [node for each in self.invokes for node in self.accesses.get(each, ()) if node.target is not g.generated]
+
+    def leaf(self, node: torch.fx.Node) -> Leaf:
+        """What a node reads or writes."""
+        return self.admitted.leaves[node.args[0]]  # type: ignore[index]
+
+    @cached_property
+    def end(self) -> Order:
+        """After which it needs nothing of a pass any more."""
+        return max((self.leaf(node).order for node in self.nodes), default=())
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One forward pass of the model, or one generation: a pass over the prompt and one for each new token."""
+
+    groups: Sequence[Group]
+    """Who runs in it."""
+    model: HostedModel
+    """The model."""
+    ids: Tensor
+    """Token ids `[batch, seq]` of the rows that it begins with, short ones padded on the right."""
+    works: list[Work]
+    """What happens where, in the order of the passes; it ends after the last."""
+    modules_skipped: int
+    """How many modules come after that."""
+    rows: int
+    """How many rows it ends with."""
+    forks: int = 0
+    """How many times rows fork."""
+    positions: tuple[int, ...] | None = None
+    """The positions whose logits are computed; None for all."""
+    generation: Generating | None = None
+    """How it generates tokens, if it does."""
+    weights: Sequence[torch.fx.Node] = ()
+    """The weights that it runs with instead of the model's own."""
+    past: tuple[int, ...] = ()
+    """The tokens before those of `ids`, the same in all rows; what the model remembers of them is used."""
+
+
+def placed(groups: Sequence[Group]) -> Pass:
+    """The pass of one group, or of several that can share one."""
+    first = groups[0]
+    model, past = first.model, first.past
+    keys = [(index, *invoke) for index, group in enumerate(groups) for invoke in group.invokes]
+    alike = all(group.alike for group in groups)
+    rows = _rows(groups, keys, model)
+    begin = rows.stages[0]
+    # Which id stands for padding does not matter: nobody ever looks at it.
+    ids = torch.zeros((begin.batch, rows.seq), dtype=torch.long)
+    for key in keys:
+        for row, tokens in enumerate(groups[key[0]].rows(key[1:]), start=begin.starts[key]):
+            ids[row, : len(tokens) - past] = torch.tensor(tokens[past:])
+    works: dict[tuple[int, Location], Work] = {}
+    results: list[torch.fx.Node] = []
+    looked_at = _looked_at(groups, model) if alike else {}
+    positions = tuple(sorted(set().union(*looked_at.values())))
+    for key in keys:
+        group = groups[key[0]]
+        for node in group.accesses.get(key[1:], ()):
+            if node.target is g.generated:
+                results.append(node)
+                continue
+            site = node.args[0]
+            assert isinstance(site, g.Site)
+            leaf = group.admitted.leaves[site]
+            work = works.setdefault((site.step, leaf.location), Work(leaf.location, site.step, leaf.order))
+            owned = rows.of(key, leaf.order)
+            if site.step:
+                before = owned.lengths[0] + site.step - 1 if leaf.in_steps else 1
+                owned = replace(owned, lengths=(before,) * len(owned.lengths), seq=before)
+            if node in looked_at:
+                places = tuple((position, positions.index(position)) for position in sorted(looked_at[node]))
+                length = owned.longest + past
+                owned = SomePositions(owned.start, owned.lengths, owned.batch, len(positions), places, length)
+            elif past:
+                owned = LaterPositions(owned.start, owned.lengths, owned.batch, owned.seq, past)
+            access = Access(node, leaf, owned, key[0])
+            (work.reads if node.target is g.read else work.writes).append(access)
+    last = max(((step, work.order) for (step, _), work in works.items()), default=(0, ()))
+    for place, fork in rows.at:
+        if (0, place.order) <= last:
+            works.setdefault((0, place.location), Work(place.location, 0, place.order)).fork = fork
+    ordered = sorted(works.values(), key=lambda work: (work.step, work.order))
+    batch, weights = rows.stages[-1].batch, first.weights
+    if first.trace.generation is not None:
+        generating = Generating(first.trace.generation, *first.invokes[0], results)
+        return Pass(groups, model, ids, ordered, 0, batch, generation=generating, weights=weights)
+    skipped = len(model.catalogue.entries) - bisect_right(model.catalogue.entries, ordered[-1].order) if ordered else 0
+    computed = tuple(position - past for position in positions) or None
+    before = first.rows(first.invokes[0])[0][:past]
+    forks = len(rows.stages) - 1
+    return Pass(groups, model, ids, ordered, skipped, batch, forks, computed, weights=weights, past=before)
+
+
+def _looked_at(groups: Sequence[Group], model: HostedModel) -> dict[torch.fx.Node, Positions]:
+    """The positions that each read of the logits is for; none if that is not known of all of them, or it is most."""
+    head = model.catalogue.raw("lm_head")
+    found: dict[torch.fx.Node, Positions] = {}
+    longest = 0
+    for group in groups:
+        for invoke in group.invokes:
+            lengths = {len(row) for row in group.rows(invoke)}
+            longest = max(longest, *lengths)
+            for node in group.accesses.get(invoke, ()):
+                leaf = group.leaf(node)
+                if leaf.module not in ("", head) or (leaf.module == "" and leaf.side == INPUT):
+                    continue
+                if node.target is not g.read or leaf.path != _LOGITS or len(lengths) > 1 or not model.trims:
+                    return {}
+                positions = taken(node, min(lengths), group.needed)
+                if positions is None:
+                    return {}
+                found[node] = positions
+    return found if len(set().union(*found.values())) * 2 <= longest else {}
+
+
+def _rows(groups: Sequence[Group], keys: Sequence[_Key], model: HostedModel) -> Forks:
+    """The rows of a pass: which invokes share them, and until when."""
+    past = groups[0].past
+    whole = {key: groups[key[0]].rows(key[1:]) for key in keys}
+    ids = {key: tuple(row[past:] for row in rows) for key, rows in whole.items()} if past else whole
+    entries = model.entries_after_past if past else model.entries
+    longest = max(map(len, chain(*whole.values())))
+    alike = all(group.alike for group in groups)
+    if not alike or not entries or len(set(whole.values())) == len(whole) or longest > model.forked_tokens:
+        return together(ids)
+    changed: dict[_Key, Order] = {}
+    leaves: list[Leaf] = []
+    for key in keys:
+        group = groups[key[0]]
+        for node in group.accesses.get(key[1:], ()):
+            leaf = group.leaf(node)
+            leaves.append(leaf)
+            if node.target is g.write:
+                changed[key] = min(leaf.order, changed.get(key, leaf.order))
+    found = forked(ids, changed, entries)
+    # Of what comes at a moment that is not known exactly, it has to be known at least how many rows there are.
+    return together(ids) if any(found.between(leaf.order, leaf.latest) for leaf in leaves) else found

@@ -1,0 +1,97 @@
+"""Positions: which tokens of a tensor a graph looks at, and which it changes, as far as that is known beforehand.
+
+A sweep reads the last token's logits and changes one token's state. Whoever knows that need not compute the logits of
+the others, nor anything of the tokens before.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch.fx
+
+from patchwire import graph as g
+
+Positions = frozenset[int]
+"""Positions in a row, from 0."""
+_GET, _SET = "operator.getitem", "operator.setitem"
+
+
+def taken(node: torch.fx.Node, length: int, needed: Collection[torch.fx.Node]) -> Positions | None:
+    """The positions of a tensor `[batch, seq, …]` that anybody looks at.
+
+    Args:
+        node: Its value is the tensor.
+        length: How many positions it has.
+        needed: The nodes that are evaluated.
+
+    Returns:
+        None if it may be any.
+    """
+    return _together(
+        _index(user.args[1], length) if _is_of(user, operator.getitem, node) else None
+        for user in node.users
+        if user in needed
+    )
+
+
+def touched(node: torch.fx.Node, length: int, needed: Collection[torch.fx.Node]) -> Positions | None:
+    """The positions of a tensor `[batch, seq, …]` that anybody looks at or changes, before it is written back."""
+    found: list[Positions | None] = []
+    for user in node.users:
+        if user not in needed:
+            continue
+        if _is_of(user, operator.getitem, node):
+            found.append(_index(user.args[1], length))
+        elif _is_of(user, g.edit, node):
+            found += [_edited(user, length), touched(user, length, needed)]
+        else:
+            found.append(frozenset() if user.target is g.write else None)
+    return _together(found)
+
+
+def edited(write: torch.fx.Node) -> torch.fx.Node | None:
+    """The read whose value a write puts back, with some of it edited; None if it writes something else."""
+    value = write.args[1]
+    while isinstance(value, torch.fx.Node) and value.target is g.edit:
+        value = value.args[0]
+    return value if isinstance(value, torch.fx.Node) and value.target is g.read else None
+
+
+def _is_of(user: torch.fx.Node, target: Any, node: torch.fx.Node) -> bool:
+    """Whether a user of a node does this to it, and needs it for nothing else."""
+    others: list[torch.fx.Node] = []
+    torch.fx.node.map_arg((user.args[1:], user.kwargs), others.append)
+    return user.target is target and user.args[0] is node and node not in others
+
+
+def _together(found: Iterable[Positions | None]) -> Positions | None:
+    known: set[int] = set()
+    for each in found:
+        if each is None:
+            return None
+        known |= each
+    return frozenset(known)
+
+
+def _edited(edit: torch.fx.Node, length: int) -> Positions | None:
+    """Which positions of a tensor an edit changes."""
+    _, views, change = edit.args
+    step: Any = views[0] if views else change  # type: ignore[index]
+    name, arguments, _ = step
+    return _index(arguments[0], length) if name in (_GET, _SET) and arguments else None
+
+
+def _index(index: Any, length: int) -> Positions | None:
+    """Which positions of a tensor `[batch, seq, …]` an index takes."""
+    if isinstance(index, tuple) and any(isinstance(each, bool) for each in index):  # these are no positions
+        return None
+    match index:
+        case (int() | slice(), int(position), *_) if -length <= position < length:
+            return frozenset({position % length})
+        case (int() | slice(), slice(start=start, stop=stop, step=step), *_):
+            if all(each is None or isinstance(each, int) for each in (start, stop, step)):
+                return frozenset(range(length)[start:stop:step])
+    return None
