@@ -39,7 +39,7 @@ from patchwire_worker import containers
 from patchwire_worker.admission import Admitted, at
 from patchwire_worker.interleaving import Stopping
 from patchwire_worker.kept import KeptStore
-from patchwire_worker.models.hosted import HostedModel
+from patchwire_worker.models.hosted import HostedModel, Remembered
 from patchwire_worker.placing import Access
 from patchwire_worker.planner import Plan
 from patchwire_worker.rows import SomePositions
@@ -86,6 +86,7 @@ class Cost:
     rows: int = 0
     modules_skipped: int = 0
     forks: int = 0
+    companions: int = 0
     seconds: float = 0.0
     result_bytes: int = 0
     logged: int = 0
@@ -96,6 +97,7 @@ class Cost:
         self.rows += part.rows
         self.modules_skipped += part.modules_skipped
         self.forks += part.forks
+        self.companions += part.companions
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ class Execution:
     Attributes:
         carried: In the body of a loop: what its values from outside are next, by their positions.
         failure: What it has failed with, in a pass that goes on for others.
+        remembered: What models remember of the first tokens of later passes.
     """
 
     def __init__(
@@ -162,6 +165,7 @@ class Execution:
         self.store = store
         self.carried: dict[int, Tensor] = {}
         self.failure: Exception | None = None
+        self.remembered = Remembered()
         self._told: set[torch.fx.Node] = set()
         self._began = 0.0
         self._handles: list[bytes] = []

@@ -137,7 +137,8 @@ class Gathering:
 
     def takes(self, group: Group) -> bool:
         """Whether a group joins; it has joined then."""
-        if not self.groups or not (group.shares and self.groups[0].shares and group.model is self.groups[0].model):
+        first = self.groups[0] if self.groups else None
+        if first is None or not (group.shares and first.shares) or group.model is not first.model:
             return False
         model, lengths, rows = group.model, self._lengths | _lengths(group), self._rows + group.count
         end = max(self._end, _end(group))
@@ -146,7 +147,7 @@ class Gathering:
             return False
         if not model.fits(rows, max(lengths)) or (len(lengths) > 1 and not model.pads):
             return False
-        if not all(_may_share(each, ()) for each in (group, *self.groups[:1])) or not self._in_time(group):
+        if not all(_may_share(each, ()) for each in (group, first)) or not self._in_time(group):
             return False
         self._add(group)
         return True

@@ -9,7 +9,7 @@ are put into a few passes, each of which begins at some position, where that is 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch.fx
@@ -33,13 +33,13 @@ def parts_after_past(group: Group) -> list[Group]:
     if whole:
         return [group]
     needed_by = _needed_by(group)
-    candidates: dict[tuple[int, ...], dict[Invoke, int]] = defaultdict(dict)
+    candidates: dict[tuple[int, ...], dict[Invoke, tuple[int, float]]] = defaultdict(dict)
     for invoke in group.invokes:
         rows = group.rows(invoke)
         if len(rows) == 1 and 1 < len(rows[0]) <= model.forked_tokens and invoke not in needed_by:
             first = _first(group, invoke, len(rows[0]))
             if first:
-                candidates[rows[0]][invoke] = first
+                candidates[rows[0]][invoke] = first, _share(group, invoke)
     starts: dict[tuple[tuple[int, ...], int], list[Invoke]] = {}
     for row, firsts in candidates.items():
         for start, invokes in _divided(model, len(row), firsts).items():
@@ -102,39 +102,48 @@ def _first(group: Group, invoke: Invoke, length: int) -> int:
     return first if first < length else 0
 
 
-def _divided(model: HostedModel, length: int, firsts: Mapping[Invoke, int]) -> dict[int, list[Invoke]]:
+def _share(group: Group, invoke: Invoke) -> float:
+    """Which share of the layers is computed for an invoke alone: those from its first change on."""
+    entries = [entry.order for entry in group.model.entries_after_past]
+    changes = [group.leaf(node).order for node in group.accesses.get(invoke, ()) if node.target is g.write]
+    return 1 - (bisect_right(entries, min(changes)) - 1) / len(entries) if changes else 0.0
+
+
+def _divided(model: HostedModel, length: int, firsts: Mapping[Invoke, tuple[int, float]]) -> dict[int, list[Invoke]]:
     """Where invokes of one prompt begin, so that it is least to compute; those that begin at 0 are left out.
 
     What a pass costs is counted in tokens: those of its rows, and as many as take the time that a pass takes anyway.
+
+    Args:
+        model: The model.
+        length: How many tokens the prompt has.
+        firsts: For each invoke the position that it can begin at, and the share of the layers that it has for itself.
     """
-    counted = Counter(firsts.values())
-    places = sorted(counted)
+    places = sorted({first for first, _ in firsts.values()})
     if len(places) > _MOST_STARTS:
         step = len(places) / _MOST_STARTS
         places = [places[int(index * step)] for index in range(_MOST_STARTS)]
-    rows = [0] * (len(places) + 1)
-    for first, count in counted.items():
-        rows[bisect_right(places, first)] += count
-    best, chosen = _cheapest([0, *places], rows, length, model.overhead_tokens)
-    if best >= sum(rows) * length:
-        return {}
+    rows = [0.0] * (len(places) + 1)
+    for first, share in firsts.values():
+        rows[bisect_right(places, first)] += share
+    chosen = _cheapest([0, *places], rows, length, model.overhead_tokens)
     found: dict[int, list[Invoke]] = defaultdict(list)
-    for invoke, first in firsts.items():
+    for invoke, (first, _) in firsts.items():
         start = chosen[bisect_right(chosen, first) - 1]
         if start:
             found[start].append(invoke)
     return found
 
 
-def _cheapest(places: Sequence[int], rows: Sequence[int], length: int, overhead: int) -> tuple[float, list[int]]:
-    """The least cost of rows that may begin at some places, of which the first is free, and where they do."""
+def _cheapest(places: Sequence[int], rows: Sequence[float], length: int, overhead: int) -> list[int]:
+    """Where rows that may begin at some places best begin; they may begin at the first for nothing."""
     count = len(places)
     # cost[i]: of all rows from the i-th place on, if some of them begin there.
     cost, follower = [0.0] * (count + 1), [count] * count
     for i in reversed(range(count)):
-        begins = 0 if places[i] == 0 else overhead + places[i] + overhead  # it, and the short pass before it
-        options = []
-        inside = 0
+        # Their pass has a row of what they share; what is remembered is found out in a pass of its own.
+        begins = overhead + length - places[i] + (overhead + length) / count if places[i] else 0
+        options, inside = [], 0.0
         for j in range(i + 1, count + 1):
             inside += rows[j - 1]
             options.append((begins + inside * (length - places[i]) + cost[j], j))
@@ -143,4 +152,4 @@ def _cheapest(places: Sequence[int], rows: Sequence[int], length: int, overhead:
     while at < count:
         chosen.append(places[at])
         at = follower[at]
-    return cost[0], chosen
+    return chosen

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
@@ -44,12 +44,14 @@ def run(execution: Execution) -> Cost:
     with _locked(execution.admitted.all_models), execution.differentiating():
         try:
             execution.begin()
+            execution.remembered.wanted = Counter(each.past for each in plan.passes if isinstance(each, Pass))
             for number, each in enumerate(plan.passes, start=1):
                 execution.listener.running(number, len(plan.passes))
                 if isinstance(each, Looping):
                     _run_loop(execution, each)
                 else:
                     _run_pass(each, [execution])
+                    execution.remembered.done(each.past)
                     if execution.failure is not None:
                         raise execution.failure
             execution.finish()
@@ -171,7 +173,7 @@ def _attempt(each: Pass, executions: Sequence[Execution]) -> None:
     waiting = {(work.step, work.location): work for work in each.works}
     to_the_end = each.generation is not None and bool(each.generation.results)
     stopping = executions[0].stopping if len(executions) == 1 else _AllStopping(executions)
-    past = each.model.remember(each.past) if each.past else None
+    past = executions[0].remembered.get(each.model, each.past) if each.past else None
     if past is not None:
         past.rows = each.ids.shape[0]
 
@@ -199,7 +201,7 @@ def _attempt(each: Pass, executions: Sequence[Execution]) -> None:
                 continue
             cost = execution.cost
             rows = each.rows if len(executions) == 1 else each.groups[index].count
-            cost.add(Cost(calls, calls * rows, each.modules_skipped, each.forks))
+            cost.add(Cost(calls, calls * rows, each.modules_skipped, each.forks, len(executions) - 1))
             left = [access for work in waiting.values() for access in (*work.reads, *work.writes)]
             execution.never_reached([access for access in left if access.group == index], calls)
             if each.generation is not None and generated is not None:

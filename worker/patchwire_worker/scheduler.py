@@ -1,4 +1,5 @@
-"""One queue for each model: requests run one after the other, each on the model's own thread.
+"""One queue for each model: requests run in their order on the model's own thread, and those that can share a pass run
+together.
 
 The event loop serves RPCs meanwhile; what happens on the thread comes back to it as events.
 """
@@ -11,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -24,8 +25,9 @@ from patchwire_worker.config import Limits
 from patchwire_worker.executor import Cost, Execution, Iteration
 from patchwire_worker.interleaving import Stopping
 from patchwire_worker.kept import KeptStore
-from patchwire_worker.planner import Plan
-from patchwire_worker.running import run
+from patchwire_worker.placing import Group, Pass, placed
+from patchwire_worker.planner import Gathering, Plan
+from patchwire_worker.running import run, run_together
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +221,7 @@ class Scheduler:
         self._kept = kept
         self._jobs: set[_Job] = set()
         self._waiting: list[_Job] = []
-        self._running: _Job | None = None
+        self._running: list[_Job] = []
         self._moving = threading.Lock()
         self._closed: PatchwireError | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"model-{name}")
@@ -254,7 +256,7 @@ class Scheduler:
         with self._moving:
             places = (index for index, each in enumerate(self._waiting) if each.plan is plan)
             place = next(places, None)
-            return None if place is None else place + (self._running is not None)
+            return None if place is None else place + bool(self._running)
 
     async def run(
         self, admitted: Admitted, plan: Plan, stopping: Stopping | None = None, *, ahead: int | None = None
@@ -308,7 +310,7 @@ class Scheduler:
     def _ahead(self) -> int:
         """How many come before the next one."""
         with self._moving:
-            return len(self._waiting) + (self._running is not None)
+            return len(self._waiting) + bool(self._running)
 
     def _leave(self, job: _Job) -> None:
         """Out of the queue: nobody waits for it any more."""
@@ -324,32 +326,39 @@ class Scheduler:
                     self._kept.forget([event.handle])
 
     def _next(self) -> None:
-        """On the model's thread: run the job whose turn it is."""
+        """On the model's thread: run the job whose turn it is, with those behind it that can share its pass."""
         with self._moving:
-            if not self._waiting:  # somebody has left
+            if not self._waiting:  # somebody has left, or has run with others
                 return
-            job = self._running = self._waiting.pop(0)
+            self._running = [self._waiting.pop(0)]
+            gathering = Gathering(*_joinable(self._running[0]))
+            for each in list(self._waiting) if gathering.groups else ():
+                groups = _joinable(each)
+                if groups and gathering.takes(groups[0]):
+                    self._waiting.remove(each)
+                    self._running.append(each)
+        jobs = self._running
         late = TimeoutError(
             f"The request ran longer than the server's {self.limits.seconds:g} seconds.",
             hint="Ask for less in one trace.",
         )
-        job.stopping.stop_after(self.limits.seconds, late)
-        job.started = True
-        if job.queued:
-            job.wake()
-        outcome = self._outcome(job)
+        for job in jobs:
+            job.stopping.stop_after(self.limits.seconds, late)
+            job.started = True
+            if job.queued:
+                job.wake()
+        outcomes = self._outcomes(jobs, gathering)
         # In this order: whoever asks after hearing of the end finds the model free.
-        self._running = None
-        job.tell(outcome)
-        if job.left:
-            self._forget_untold(job)
+        self._running = []
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            job.tell(outcome)
+            if job.left:
+                self._forget_untold(job)
 
-    def _outcome(self, job: _Job) -> Done | Exception:
-        queued = time.perf_counter() - job.arrived
-        try:
-            if job.stopping.reason is not None:
-                raise job.stopping.reason
-            execution = Execution(
+    def _outcomes(self, jobs: Sequence[_Job], gathering: Gathering) -> list[Done | Exception]:
+        queued = [time.perf_counter() - job.arrived for job in jobs]
+        executions = [
+            Execution(
                 job.admitted,
                 job.plan,
                 _Teller(job),
@@ -357,13 +366,39 @@ class Scheduler:
                 result_bytes=self.limits.result_bytes,
                 store=self._kept,
             )
-            return Done(run(execution), queued)
-        except PatchwireError as error:
-            return _without_frames(error)
+            for job in jobs
+        ]
+        found: Sequence[Cost | BaseException]
+        try:
+            if len(jobs) > 1:
+                found = run_together(executions, placed(gathering.groups))
+            elif jobs[0].stopping.reason is not None:
+                raise jobs[0].stopping.reason
+            else:
+                found = [run(executions[0])]
         except BaseException as error:
-            log.error("a request failed in a way that it must not", exc_info=error)
-            _without_frames(error)
-            return InternalError(type(error).__name__)
+            found = [error for _ in jobs]
+        return [
+            Done(each, seconds) if isinstance(each, Cost) else _told(each)
+            for each, seconds in zip(found, queued, strict=True)
+        ]
+
+
+def _joinable(job: _Job) -> list[Group]:
+    """The group of a request that may run with others in one pass; none if it may not."""
+    only = job.plan.passes[0] if len(job.plan.passes) == 1 else None
+    if not isinstance(only, Pass) or len(job.admitted.all_models) > 1 or job.stopping.reason is not None:
+        return []
+    return [group for group in only.groups if group.shares and not group.past]
+
+
+def _told(error: BaseException) -> Exception:
+    """What whoever asked is told of an error."""
+    if isinstance(error, PatchwireError):
+        return _without_frames(error)
+    log.error("a request failed in a way that it must not", exc_info=error)
+    _without_frames(error)
+    return InternalError(type(error).__name__)
 
 
 def _without_frames(error: E) -> E:

@@ -10,6 +10,7 @@ import logging
 import math
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -41,7 +42,7 @@ _MAX_SOURCES = 1 << 11
 _TOGETHER = 31
 """How many functions are learnt in the same runs as one that is asked for."""
 _PACKED_BYTES = 1 << 30
-_OVERHEAD_TOKENS = {True: 16, False: 256}
+_OVERHEAD_TOKENS = {True: 48, False: 256}
 """How many tokens the weights are multiplied with in the time that it takes to read them, on a CPU and elsewhere."""
 _LOGITS_TO_KEEP = "num_logits_to_keep"
 _POSITIONS = "logits_to_keep"
@@ -488,3 +489,33 @@ def _rope_kinds(config: Any) -> str:
     """What the configuration says of rotary embeddings, as text: there is one entry, or one for each kind of layer."""
     found = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
     return str([each for each in found if each])
+
+
+class Remembered:
+    """What models remember of tokens, for as long as a later pass begins after them.
+
+    Attributes:
+        wanted: The tokens that passes begin after, and how many do.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = Counter[tuple[int, ...]]()
+        self._known: dict[tuple[HostedModel, tuple[int, ...]], Past] = {}
+
+    def done(self, tokens: tuple[int, ...]) -> None:
+        """A pass that began after tokens is over."""
+        self.wanted[tokens] -= 1
+        self.wanted = +self.wanted
+        for key in [key for key in self._known if key[1] not in self.wanted]:
+            del self._known[key]
+
+    def get(self, model: HostedModel, tokens: tuple[int, ...]) -> Past:
+        """What a model remembers of tokens; a part of what it does of more, where it is the same."""
+        longest = max((each for each in self.wanted if each[: len(tokens)] == tokens), key=len, default=tokens)
+        for each in (longest, tokens):
+            if (model, each) not in self._known:
+                self._known[model, each] = model.remember(each)
+            past = self._known[model, each].first(len(tokens)) if each != tokens else self._known[model, each]
+            if past is not None:
+                return past
+        raise AssertionError("what is remembered of all of them is the same")

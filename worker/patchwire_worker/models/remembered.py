@@ -6,12 +6,14 @@ it is of one row, is given to every row of a pass, and stays what it is.
 
 from __future__ import annotations
 
+import copy
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 ARGUMENTS = ("past_key_values", "cache_params")
 """What models call it."""
@@ -25,12 +27,31 @@ class Past(Cache):
         length: How many tokens it remembers.
     """
 
-    def __init__(self, filled: Cache, length: int) -> None:
-        self.layers: list[Any] = list(filled.layers)
+    def __init__(self, layers: Sequence[Any], length: int) -> None:
+        """
+        Args:
+            layers: What each layer remembers, of one row.
+            length: Of how many tokens.
+        """
+        self.layers: list[Any] = list(layers)
         self.layer_class_to_replicate = None
         self.offloading = False
         self.rows = 1
         self.length = length
+
+    def first(self, length: int) -> Past | None:
+        """The same of the first tokens only; None if it does not say what it was after these."""
+        layers = []
+        for each in self.layers:
+            if isinstance(each, LinearAttentionCacheLayerMixin):
+                return None
+            layer: Any = copy.copy(each)
+            if isinstance(each, DynamicLayer) and each.is_initialized:
+                layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+            if isinstance(each, DynamicSlidingWindowLayer):
+                layer.cumulative_length = length
+            layers.append(layer)
+        return Past(layers, length)
 
     def _for_all(self, tensor: Tensor) -> Tensor:
         return tensor.expand(self.rows, *tensor.shape[1:])
@@ -80,4 +101,4 @@ def remember(module: nn.Module, ids: Tensor, options: dict[str, Any]) -> Past:
     filled = getattr(made, name) if name else None
     if not isinstance(filled, Cache):
         raise ValueError(f"{type(module).__name__} remembers in a way of its own")
-    return Past(filled, ids.shape[1])
+    return Past(filled.layers, ids.shape[1])
