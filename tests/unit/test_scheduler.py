@@ -34,11 +34,12 @@ def work(monkeypatch) -> Callable[[Callable[..., Any]], None]:
             def __init__(self, admitted, plan, listener, stopping, *, result_bytes, store) -> None:
                 self.given = (admitted, stopping)
 
-            def run(self) -> Cost:
-                function(*self.given)
-                return Cost()
+        def run(execution: Execution) -> Cost:
+            function(*execution.given)
+            return Cost()
 
         monkeypatch.setattr(scheduler, "Execution", Execution)
+        monkeypatch.setattr(scheduler, "run", run)
 
     return use
 
@@ -147,7 +148,7 @@ def test_whoever_leaves_the_queue_keeps_nothing_in_it(work, no_collector):
     async def run() -> None:
         queue = Scheduler("tiny", Limits())
         first = asyncio.create_task(events(queue))
-        await until(lambda: queue._running is not None)
+        await until(lambda: queue._running)
         admitted = Value()
         found = weakref.ref(admitted)
         second = queue.run(admitted, Plan([], set()))
@@ -188,15 +189,16 @@ class TestARunThatMayNotGetFarAhead:
             def __init__(self, admitted, plan, listener, stopping, *, result_bytes, store) -> None:
                 self.listener, self.stopping = listener, stopping
 
-            def run(self) -> Cost:
-                for number in range(50):
-                    if self.stopping.reason is not None:
-                        raise self.stopping.reason
-                    made.append(number)
-                    self.listener.saved(number, torch.zeros(TestARunThatMayNotGetFarAhead.SIZE, dtype=torch.uint8))
-                return Cost()
+        def run(execution: Execution) -> Cost:
+            for number in range(50):
+                if execution.stopping.reason is not None:
+                    raise execution.stopping.reason
+                made.append(number)
+                execution.listener.saved(number, torch.zeros(TestARunThatMayNotGetFarAhead.SIZE, dtype=torch.uint8))
+            return Cost()
 
         monkeypatch.setattr(scheduler, "Execution", Execution)
+        monkeypatch.setattr(scheduler, "run", run)
         return made
 
     def test_waits_for_whoever_takes_its_values(self, made):
@@ -216,7 +218,7 @@ class TestARunThatMayNotGetFarAhead:
             async with contextlib.aclosing(queue.run(None, Plan([], set()), ahead=2 * self.SIZE)) as first:
                 await anext(first)
                 await until(lambda: len(made) >= 3)
-            await until(lambda: queue._running is None)
+            await until(lambda: not queue._running)
 
         within(run())
         assert len(made) < 50

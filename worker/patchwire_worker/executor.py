@@ -349,6 +349,7 @@ class Execution:
             value = self._values.get(node)
             if value is not None:
                 self._values[node] = _copied(value, self._lent)
+        self._fresh, self._lent = [], []
 
     def _make_leaf(self, access: Access, value: Any) -> Any:
         """The value of a side, with the tensor there in the hands of autograd: its gradient can be asked for.

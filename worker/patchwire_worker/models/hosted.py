@@ -186,6 +186,7 @@ class HostedModel:
         more: dict[str, Any] = {} if positions is None else {_POSITIONS: torch.tensor(positions, device=self.device)}
         if past is not None:
             more[argument(self.module) or ""] = past
+            mediators = [*mediators, *past.mediators()]
         with self.lock:
             try:
                 with prompts_of(ids.shape[1]):

@@ -46,6 +46,7 @@ POSITIONS = max(seq for _, seq in SHAPES) + 1
 _PAST = 4
 """How many tokens are remembered where it is learnt what comes after them."""
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+_ROUNDINGS = 16
 _ROUGH_TOLERANCE = 5e-2
 _MASKED = 1e4  # beyond it are the large numbers of attention masks, which say nothing of a value's scale
 
@@ -210,6 +211,8 @@ class Learner:
             past = remember(self.module, before, self.options)
             runs = [self._run_after(ids[:, _PAST:], past) for ids in whole]
             expected = self._run(whole[-1])
+            others = self._ids(2, _PAST)[1:].expand(whole[-1].shape[0], -1)
+            different = self._run(torch.cat([others, whole[-1][:, _PAST:]], dim=1))
             places = []
             for place in usual:
                 given = _leaves(place.location.module, runs, runs[-1])
@@ -219,24 +222,13 @@ class Learner:
         except Exception as error:  # a model fails in whatever way it likes
             log.info("%s: the first tokens are computed each time (%s)", catalogue.model, first_line(error))
             return [], frozenset()
-        return places, frozenset(self._same_later(expected, runs[-1], SHAPES[-1]))
+        return places, frozenset(_same_later(expected, different, runs[-1]))
 
     def _run_after(self, ids: Tensor, past: Past) -> _Seen:
         past.rows = ids.shape[0]
         seen = _Seen(self.sides)
-        self.look(ids, seen.observe, more={str(argument(self.module)): past})
+        self.look(ids, seen.observe, more={str(argument(self.module)): past}, mediators=past.mediators())
         return seen
-
-    @staticmethod
-    def _same_later(whole: _Seen, later: _Seen, shape: tuple[int, int]) -> Iterator[tuple[Location, Path]]:
-        """The tensors `[batch, seq, …]` of which a run over later tokens has the later part."""
-        batch, seq = shape
-        for place, value in later.values.items():
-            other = whole.values.get(place)
-            if other is None or value.ndim < 2 or value.shape[:2] != (batch, seq):
-                continue
-            if other.shape == (batch, _PAST + seq, *value.shape[2:]) and is_same(value, other[:, _PAST:]):
-                yield place
 
     def trims(self, option: str) -> bool:
         """Whether the model computes the logits of some positions alone when an option of its call names them."""
@@ -269,8 +261,11 @@ class Learner:
 
         mediators = [SiteMediator(place.location, partial(fork, past=past)) for place, fork in forks.at]
         mediators.append(SiteMediator(Location("", OUTPUT), look))
+        mediators += [] if past is None else past.mediators()
         with torch.no_grad():
-            expected = dict(containers.tensors(call(), OUTPUT))
+            apart = [] if past is None else past.mediators()
+            usual = self.interleaver.run(call, {0: apart}, Stopping(), stepwise=stepwise)
+            expected = dict(containers.tensors(usual, OUTPUT))
             self.interleaver.run(call, {0: mediators}, Stopping(), stepwise=stepwise)
         together = dict(containers.tensors(found[0], OUTPUT))
         return all(is_same(together[path], torch.cat([value] * 3)) for path, value in expected.items())
@@ -288,6 +283,7 @@ class Learner:
         *,
         stepwise: bool = False,
         more: Mapping[str, Any] = MappingProxyType({}),
+        mediators: Sequence[SiteMediator] = (),
     ) -> None:
         """Run the model, and tell of everything that is handed over, inside some functions too.
 
@@ -297,12 +293,17 @@ class Learner:
             opened: Which functions.
             stepwise: Whether attention is computed step by step whatever the configuration says.
             more: What else the model is called with.
+            mediators: Who else waits somewhere.
         """
         self.interleaver.observe = observe
         try:
             with torch.no_grad():
                 self.interleaver.run(
-                    lambda: self.module(input_ids=ids, **self.options, **more), {}, Stopping(), opened, stepwise
+                    lambda: self.module(input_ids=ids, **self.options, **more),
+                    {0: mediators},
+                    Stopping(),
+                    opened,
+                    stepwise,
                 )
         finally:
             self.interleaver.observe = None
@@ -400,6 +401,27 @@ def is_independent(leaf: Leaf, together: Tensor | None, alone: Tensor | None) ->
     if tuple(together.shape) != leaf.lengths(batch, seq) or tuple(alone.shape) != leaf.lengths(1, LENGTH):
         return False
     return is_same(Rows(_ROW, (LENGTH,), batch, seq).take(together, leaf), alone)
+
+
+def _same_later(whole: _Seen, different: _Seen, later: _Seen) -> Iterator[tuple[Location, Path]]:
+    """The tensors `[batch, seq, …]` of which a run over later tokens has the later part.
+
+    What the tokens before change in it must be there: a run after different ones says how much that is.
+    """
+    batch, seq = SHAPES[-1]
+    for place, value in later.values.items():
+        other, third = whole.values.get(place), different.values.get(place)
+        if other is None or third is None or other.shape != third.shape or value.shape[:2] != (batch, seq):
+            continue
+        if other.shape != (batch, _PAST + seq, *value.shape[2:]) or not is_same(value, other[:, _PAST:]):
+            continue
+        if value.is_floating_point():
+            error = (value - other[:, _PAST:]).double().abs().max()
+            influence = (third[:, _PAST:] - other[:, _PAST:]).double().abs().max()
+            noise = _ROUNDINGS * torch.finfo(value.dtype).eps * other.double().abs().max()
+            if error > influence / 10 + noise:
+                continue
+        yield place
 
 
 def is_same(one: Tensor, other: Tensor) -> bool:

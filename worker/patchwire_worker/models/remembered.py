@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
+from patchwire.sites import INPUT, OUTPUT, Location
+from patchwire_worker.interleaving import SiteMediator
+
+_SCAN = "mamba_selective_scan"
+"""The function that begins at a state of zero, whatever it is that is remembered."""
 ARGUMENTS = ("past_key_values", "cache_params")
 """What models call it."""
 
@@ -27,12 +34,14 @@ class Past(Cache):
         length: How many tokens it remembers.
     """
 
-    def __init__(self, layers: Sequence[Any], length: int) -> None:
+    def __init__(self, layers: Sequence[Any], length: int, scans: Mapping[str, int] = MappingProxyType({})) -> None:
         """
         Args:
             layers: What each layer remembers, of one row.
             length: Of how many tokens.
+            scans: The modules, by their paths, that scan from a state of zero, each with the number of its layer.
         """
+        self._scans = scans
         self.layers: list[Any] = list(layers)
         self.layer_class_to_replicate = None
         self.offloading = False
@@ -52,6 +61,27 @@ class Past(Cache):
                 layer.cumulative_length = length
             layers.append(layer)
         return Past(layers, length)
+
+    def mediators(self) -> list[SiteMediator]:
+        """What has to happen in a pass, so that scans go on from the state that is remembered."""
+        found = []
+        for path, layer in self._scans.items():
+            given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+            def take(call: Any, given: list[Any] = given) -> Any:
+                given.append(call)
+                return call
+
+            def add(result: Any, given: list[Any] = given, layer: int = layer) -> Any:
+                args, kwargs = given.pop()
+                more = _carried(self.layers[layer].recurrent_states[0], *args, **kwargs)
+                output, *rest = result if isinstance(result, tuple) else (result,)
+                output = output + more.to(output.dtype)
+                return (output, *rest) if isinstance(result, tuple) else output
+
+            found.append(SiteMediator(Location(path, INPUT, (f"{_SCAN}_0",)), take))
+            found.append(SiteMediator(Location(path, OUTPUT, (f"{_SCAN}_0",)), add))
+        return found
 
     def _for_all(self, tensor: Tensor) -> Tensor:
         return tensor.expand(self.rows, *tensor.shape[1:])
@@ -101,4 +131,38 @@ def remember(module: nn.Module, ids: Tensor, options: dict[str, Any]) -> Past:
     filled = getattr(made, name) if name else None
     if not isinstance(filled, Cache):
         raise ValueError(f"{type(module).__name__} remembers in a way of its own")
-    return Past(filled.layers, ids.shape[1])
+    return Past(filled.layers, ids.shape[1], _scans(module))
+
+
+def _scans(module: nn.Module) -> dict[str, int]:
+    """The modules that call the scan which begins at zero, and the numbers of their layers."""
+    return {
+        path: each.layer_idx
+        for path, each in module.named_modules()
+        if isinstance(getattr(each, "layer_idx", None), int)
+        and _SCAN in inspect.unwrap(type(each).forward).__code__.co_names
+    }
+
+
+def _carried(
+    state: Tensor,
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *_: Any,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    **__: Any,
+) -> Tensor:
+    """What a state `[1, channels, states]` before the first token adds to a scan's output `[batch, channels, seq]`.
+
+    The scan is linear in it: at each token it has decayed by `exp(A Δ)` of all tokens until then (Gu & Dao 2023, eq. 2).
+    """
+    dt = dt if delta_bias is None else dt + delta_bias.to(dt.dtype)[..., None]
+    dt = functional.softplus(dt) if delta_softplus else dt
+    decay = torch.exp(A[None, :, None, :] * dt.cumsum(dim=-1)[..., None])
+    output = torch.einsum("bdsn,bns->bds", decay * state.to(decay.dtype)[:, :, None, :], C.to(decay.dtype))
+    return output if z is None else output * functional.silu(z)
