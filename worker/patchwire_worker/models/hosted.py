@@ -12,7 +12,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -29,10 +29,13 @@ from patchwire.v1 import model_pb2
 from patchwire_worker.generating import generate
 from patchwire_worker.interleaving import PassInterleaver, SiteMediator, Stopping
 from patchwire_worker.models import operations
+from patchwire_worker.models.costs import Costs
 from patchwire_worker.models.detecting import family_of
 from patchwire_worker.models.learning import POSITIONS, Learner, pads
 from patchwire_worker.models.loading import Loaded
+from patchwire_worker.models.metering import meter
 from patchwire_worker.models.standins import prompts_of
+from patchwire_worker.models.texts import choosing_attention
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +57,7 @@ class HostedModel:
         catalogue: Its modules and sites.
         pads: Whether rows of different lengths may share a pass.
         overwritten: The tensors (a location and a path in it) that the model changes in place later.
+        costs: What passes of any size compute and hold.
         lock: Held while the model runs.
     """
 
@@ -85,6 +89,7 @@ class HostedModel:
         self.entries = learner.entries(self.catalogue)
         self.trims = self._takes(_POSITIONS) and learner.trims(_POSITIONS)
         self._memory.restore()
+        self.costs = self._metered()
         self.pads = pads(self.catalogue) and not _scales_with_length(self.config)
         log.info("%s: %d layers named (%s), %s rows of different lengths", self.name, self.catalogue.num_layers, how,
                  "packs" if self.pads else "does not pack")  # fmt: skip
@@ -156,6 +161,20 @@ class HostedModel:
                     )
             finally:
                 self._memory.restore()
+
+    def _metered(self) -> Costs:
+        """What its passes cost."""
+
+        def call(ids: Tensor, stepwise: bool) -> None:
+            with prompts_of(ids.shape[1]):
+                made = partial(self.module, input_ids=ids, **self._options)
+                self.interleaver.run(made, {}, Stopping(), stepwise=stepwise)
+
+        switches = self.interleaver.steps_are_exact and bool(choosing_attention(self.module))
+        try:
+            return meter(self.module, self.catalogue, call, self.device, stepwise=switches)
+        finally:
+            self._memory.restore()
 
     def _learn_source(self, inside: Inside) -> Source:
         """What is inside a function; learnt once, unless so much else is asked for that it has to go again."""
