@@ -88,12 +88,14 @@ class Cost:
     seconds: float = 0.0
     result_bytes: int = 0
     logged: int = 0
+    forks: int = 0
 
     def add(self, part: Cost) -> None:
         """Count what an iteration took; its seconds are in the whole, and what it sends was counted on from before."""
         self.passes += part.passes
         self.rows += part.rows
         self.modules_skipped += part.modules_skipped
+        self.forks += part.forks
         self.result_bytes, self.logged = part.result_bytes, part.logged
 
 
@@ -276,6 +278,7 @@ class Execution:
         self.cost.passes += calls
         self.cost.rows += calls * each.rows
         self.cost.modules_skipped += each.modules_skipped
+        self.cost.forks += len(each.forks)
         for work in waiting.values():
             self._never_reached(work, calls)
         if each.generation is not None and generated is not None:

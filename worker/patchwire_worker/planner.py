@@ -85,6 +85,13 @@ class Pass:
     weights: Sequence[torch.fx.Node] = ()
     """The weights that it runs with instead of the model's own."""
 
+    @property
+    def forks(self) -> list[tuple[Location, int]]:
+        """Before which modules rows become more, and how many there are from there on."""
+        rows = [(work.location, work.fork.batch) for work in self.works if work.fork is not None]
+        before = [self.ids.shape[0], *(batch for _, batch in rows)]
+        return [each for each, earlier in zip(rows, before, strict=False) if each[1] != earlier]
+
 
 @dataclass(frozen=True)
 class Generating:
