@@ -207,7 +207,7 @@ class Plan:
         alike = list(self._alike())
         left = len(alike) - _MOST_PANELS
         note = f"{_plural(left, 'more pass is', 'more passes are')} not shown" if left > 0 else ""
-        bands = [(f"pass {span}: {_label(each)}", each.rows_of_layers()) for span, each in alike[:_MOST_PANELS]]
+        bands = [(f"{span}  {_label(each)}", each.rows_of_layers()) for span, each in alike[:_MOST_PANELS]]
         return plots.bands(bands, title=title or note, axis="layer", unit="rows")
 
 
@@ -244,12 +244,15 @@ def _cells(each: PlannedPass) -> tuple[str, ...]:
 def _logits(each: PlannedPass) -> str:
     if each.layers_computed < each.layers:
         return "none"
+    if each.generates:
+        return "last"
     return "all" if each.positions is None else f"{each.positions:,} of {each.tokens:,}"
 
 
 def _label(each: PlannedPass) -> str:
     model, runs, rows, tokens, _, end, *_ = _cells(each)
-    return f"{model}, {'' if runs == '1' else f'{runs}, '}{rows} rows of {tokens} tokens, to {end}"
+    often = "" if runs == "1" else f"{runs} x "
+    return f"{model}: {often}{rows} rows of {tokens} tokens, to {end}"
 
 
 def _plural(count: int, one: str, many: str) -> str:

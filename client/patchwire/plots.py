@@ -267,9 +267,10 @@ def bands(
         PatchwireError: matplotlib is not installed.
     """
     longest = max([1, *(len(numbers) for _, numbers in series)])
-    size = (min(max(4.6, 1.6 + 0.3 * longest), 12), 0.7 + 1.1 * max(1, len(series)))
+    size = (min(max(6.4, 1.6 + 0.3 * longest), 12), 0.7 + 1.1 * max(1, len(series)))
     figure = _figure()(figsize=size, layout="constrained")
-    for axes, (name, numbers) in zip(figure.subplots(max(1, len(series)), squeeze=False)[:, 0], series, strict=False):
+    every = figure.subplots(max(1, len(series)), squeeze=False)[:, 0]
+    for axes, (name, numbers) in zip(every, series or [("", [])], strict=True):
         if numbers:
             axes.stairs(numbers, [at - 0.5 for at in range(len(numbers) + 1)], fill=True, color="#4292c6")
         axes.set_xlim(-0.5, longest - 0.5)
@@ -283,7 +284,7 @@ def bands(
         axes.tick_params(length=0)
         for spine in axes.spines.values():
             spine.set_visible(False)
-    axes.set_xlabel(axis)
+    every[-1].set_xlabel(axis)
     if title:
         figure.suptitle(_plain(title), fontsize=11)
     return figure

@@ -118,9 +118,8 @@ class Request:
         self.check_open()
         recorder = self.recorder
         if recorder.inner is not None:
-            raise GraphError(
-                "The body of a loop has no plan of its own.", hint="Write `session.plan()` after the loop.", lines=here()
-            )
+            hint = "Write `session.plan()` after the loop."
+            raise GraphError("The body of a loop has no plan of its own.", hint=hint, lines=here())
         graph = recorder.so_far(self.unsaved()) if recorder.open else recorder.request
         try:
             return Plan.from_proto(self.connection.plan(graph))

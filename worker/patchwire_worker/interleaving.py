@@ -384,7 +384,7 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
         return result
 
     def goes_stepwise(self, ways: Iterable[tuple[str, Sequence[str]]]) -> bool:
-        """Whether attention is computed step by step because of where somebody waits: a module, and operations in it."""
+        """Whether attention is computed step by step because of where somebody waits: in modules, at operations."""
         return self.steps_are_exact and any(
             needs_steps(self.module.get_submodule(path), operations) for path, operations in ways
         )

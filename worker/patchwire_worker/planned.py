@@ -7,7 +7,7 @@ nothing.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 
@@ -53,7 +53,8 @@ def _passes(admitted: Admitted, part: Pass | Looping) -> Iterator[service_pb2.Pl
 def _pass(each: Pass) -> service_pb2.PlannedPass:
     model, (rows, tokens) = each.model, each.ids.shape
     nodes = [access.node for work in each.works for access in (*work.reads, *work.writes)]
-    invokes = {(node.args[0].trace, node.args[0].invoke) for node in nodes if isinstance(node.args[0], g.Site)}
+    sites: list[g.Site] = [node.args[0] for node in nodes]  # type: ignore[misc]
+    invokes = {(site.trace, site.invoke) for site in sites}
     last = each.works[-1] if each.works else None
     message = service_pb2.PlannedPass(
         model=model.name,
@@ -77,7 +78,7 @@ def _pass(each: Pass) -> service_pb2.PlannedPass:
     message.stops_after = "" if to_the_end or last is None else _address(model.catalogue, last.location)
     message.traces.extend(sorted({trace for trace, _ in invokes}))
     message.invokes = len(invokes)
-    _add_costs(message, each, until)
+    _add_costs(message, each, until if message.calls == 1 else None)
     return message
 
 
@@ -85,17 +86,14 @@ def _add_costs(message: service_pb2.PlannedPass, each: Pass, until: int | None) 
     costs, layers = each.model.costs, {path: at for at, path in enumerate(each.model.catalogue.layers)}
     ways = {(work.location.module, work.location.operations) for work in each.works}
     stepwise = each.model.interleaver.goes_stepwise(ways)
-    starts = [(None, message.rows), *((layers.get(place.module, len(layers)), n) for place, n in each.forks)]
+    starts: list[tuple[int | None, int]] = [(None, message.rows)]
+    starts += [(layers.get(place.module, len(layers)), n) for place, n in each.forks]
     # All but the last position of a prompt are generated from without their logits.
     positions = None if each.positions is None else len(each.positions)
     positions = 1 if each.generation is not None else positions
     for (since, rows), (end, _) in pairwise([*starts, (until, 0)]):
-        if message.calls == 1 and until is not None and end is not None:
-            end = min(end, until)
         message.flops += costs.flops(rows, message.tokens, since=since, until=end, positions=positions)
-        held = costs.bytes(
-            rows, message.tokens, since=since, until=end, positions=positions, stepwise=stepwise
-        )
+        held = costs.bytes(rows, message.tokens, since=since, until=end, positions=positions, stepwise=stepwise)
         message.bytes = max(message.bytes, int(held))
     if message.calls > 1:  # the steps after the prompt have a token each, and attend to ever more
         steps, rows = message.calls - 1, message.rows
@@ -107,7 +105,8 @@ def _layers_before(model: HostedModel, order: Order) -> int | None:
     modules, head = model.catalogue.modules, model.catalogue.raw("lm_head")
     if head is not None and modules[head].side(INPUT) and modules[head].side(INPUT)[0].order <= order:
         return None
-    return bisect_right([side[0].order for path in model.catalogue.layers if (side := modules[path].side(INPUT))], order)
+    entries = [side[0].order for path in model.catalogue.layers if (side := modules[path].side(INPUT))]
+    return bisect_right(entries, order)
 
 
 def _address(catalogue: Catalogue, location: Location) -> str:
@@ -118,13 +117,8 @@ def _address(catalogue: Catalogue, location: Location) -> str:
 def _name(catalogue: Catalogue, location: Location) -> str:
     """The canonical name of a module, or that of the one around it and the way from there."""
     path, rest = location.module, list[str]()
-    names = _names(catalogue)
+    names = catalogue.canonical
     while path and path not in names:
         path, _, tail = path.rpartition(".")
         rest.insert(0, tail)
     return ".".join([*([names[path]] if path else []), *rest])
-
-
-def _names(catalogue: Catalogue) -> Mapping[str, str]:
-    """The first canonical name of each module that has one."""
-    return {each.module: each.name for each in reversed(catalogue.names.values()) if each.is_module}
