@@ -137,6 +137,14 @@ def test_a_pass_that_makes_few_logits_holds_few(models):
     assert model.costs.bytes(4, 50, positions=1) == pytest.approx(most, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("name", "row", "token"),
+    [("llama", 0, 3 * 2 * 12), ("gpt2", 0, 3 * 2 * 24), ("mamba", 3 * 48 * (4 + 8), 0), ("gemma2", 0, 3 * 2 * 16)],
+)
+def test_a_cache_has_keys_and_values_of_tokens_and_states_of_rows(models, name, row, token):
+    assert models(name).costs.cache(3, 50) == pytest.approx(3 * 4 * (row + 50 * token), rel=0.01)
+
+
 def test_scores_are_held_only_where_attention_is_computed_step_by_step(models):
     costs = models("llama").costs
     scores = 4 * 500 * 500 * 4

@@ -98,6 +98,7 @@ def _add_costs(message: service_pb2.PlannedPass, each: Pass, until: int | None) 
     if message.calls > 1:  # the steps after the prompt have a token each, and attend to ever more
         steps, rows = message.calls - 1, message.rows
         message.flops += steps * costs.flops(rows, 1, past=message.tokens + steps // 2)
+        message.bytes += int(costs.cache(rows, message.tokens + steps))
 
 
 def _layers_before(model: HostedModel, order: Order) -> int | None:

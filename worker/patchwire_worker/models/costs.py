@@ -62,6 +62,8 @@ class Costs:
     """What is held when the model computes attention as it is configured."""
     stepwise: Held
     """The same, when attention is computed step by step, so that its scores exist."""
+    cached: Polynomial
+    """Bytes of what a generation keeps of the tokens so far."""
     chunk: int
     """The tokens that an SSM computes together; 0 if there is no such thing."""
     logit_bytes: int
@@ -112,7 +114,7 @@ class Costs:
         Args:
             rows: How many rows there are.
             seq: How many tokens each has.
-            past: How many tokens before these are in a cache; what the cache holds is not counted.
+            past: How many tokens before these are in a cache, whose own bytes are `cache`.
             since: The layer that is the first to be looked at; from the embeddings on if left out.
             until: The layer that is the first not to be computed; to the end if left out.
             positions: How many positions of each row have logits; all if left out.
@@ -121,6 +123,13 @@ class Costs:
         held, chosen = self.stepwise if stepwise else self.usual, self._between(since, until)
         moments = held.moments[held.starts[chosen.start] : held.starts[chosen.stop]]
         return float((moments @ np.concatenate(self._terms(rows, seq, past, positions))).max(initial=0.0))
+
+    def cache(self, rows: int, tokens: int) -> float:
+        """The bytes of a cache of so many rows and tokens: keys and values, states. 0 if the model has none.
+
+        Of a sliding window all keys and values are counted: those of a prompt stay in memory behind the last of them.
+        """
+        return float(self.cached @ terms(rows, tokens, 0, self.chunk))
 
     def logits(self, rows: int, positions: int) -> int:
         """The bytes of the logits of so many positions of so many rows, which are a part of `bytes`."""

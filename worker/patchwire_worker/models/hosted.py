@@ -170,9 +170,15 @@ class HostedModel:
                 made = partial(self.module, input_ids=ids, **self._options)
                 self.interleaver.run(made, {}, Stopping(), stepwise=stepwise)
 
+        def remember(ids: Tensor) -> object:
+            with prompts_of(ids.shape[1]), torch.no_grad():
+                result = self.module(input_ids=ids, use_cache=True)
+            return next((result[each] for each in ("past_key_values", "cache_params") if each in result), None)
+
         switches = self.interleaver.steps_are_exact and bool(choosing_attention(self.module))
+        own = remember if self._takes("use_cache") else None
         try:
-            return meter(self.module, self.catalogue, call, self.device, stepwise=switches)
+            return meter(self.module, self.catalogue, call, self.device, stepwise=switches, remember=own)
         finally:
             self._memory.restore()
 

@@ -14,9 +14,8 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -41,11 +40,22 @@ _LONG = 16
 """The tokens of a chunk from which on a real run would take long."""
 _CHUNKS = ("chunk_size", "mamba_chunk_size")
 
+T = TypeVar("T")
 Call = Callable[[Tensor, bool], object]
 """Runs the model on token ids, with attention computed step by step or not."""
+Remember = Callable[[Tensor], object]
+"""Runs the model on token ids: the cache that it gives, or None."""
 
 
-def meter(module: nn.Module, catalogue: Catalogue, call: Call, device: torch.device, *, stepwise: bool) -> Costs:
+def meter(
+    module: nn.Module,
+    catalogue: Catalogue,
+    call: Call,
+    device: torch.device,
+    *,
+    stepwise: bool,
+    remember: Remember | None,
+) -> Costs:
     """What passes of a model cost.
 
     Args:
@@ -54,6 +64,7 @@ def meter(module: nn.Module, catalogue: Catalogue, call: Call, device: torch.dev
         call: Runs it as a pass does.
         device: Where it is.
         stepwise: Whether it can compute attention step by step, and usually does not.
+        remember: Gives its cache, if it has one.
     """
     chunk = _chunk(module)
     lengths = [count * (chunk or _SHORT) + _MORE for count in _CHUNKS_OF_RUNS]
@@ -61,20 +72,27 @@ def meter(module: nn.Module, catalogue: Catalogue, call: Call, device: torch.dev
     embeddings = module.get_input_embeddings()  # type: ignore[operator]
     vocabulary, itemsize = int(embeddings.weight.shape[0]), next(module.parameters()).element_size()
 
-    def ledger(fakes: bool, stepwise: bool) -> _Ledger:
-        tapes = []
+    polynomials = [terms(*size, chunk=chunk) for size in sizes]
+
+    def runs(fakes: bool, run: Callable[[Tensor], T]) -> list[T]:
+        found = []
         for size in sizes:
             with FakeTensorMode(allow_non_fake_inputs=True) if fakes else contextlib.nullcontext():
-                ids = torch.arange(size[0] * size[1], device=device).reshape(size) % vocabulary
-                tapes.append(_taped(module, catalogue, partial(call, ids, stepwise)))
-        return _Ledger(tapes, [terms(*size, chunk=chunk) for size in sizes], catalogue.num_layers + 3)
+                found.append(run(torch.arange(size[0] * size[1], device=device).reshape(size) % vocabulary))
+        return found
+
+    def ledger(fakes: bool, stepwise: bool) -> _Ledger:
+        tapes = runs(fakes, lambda ids: _taped(module, catalogue, lambda: call(ids, stepwise)))
+        return _Ledger(tapes, polynomials, catalogue.num_layers + 3)
 
     # Fakes have no numbers, and some models look at theirs.
     for learnt, fakes in (("fakes", True), ("run", False)) if chunk > _LONG else (("run", False),):
         try:
             usual = ledger(fakes, False)
             steps = ledger(fakes, True) if stepwise else usual
-            return Costs(usual.operations, usual.held, steps.held, chunk, vocabulary * itemsize, learnt)
+            cache = runs(fakes, lambda ids: _cache_bytes(remember(ids))) if remember else [0, 0]
+            cached = _fit(polynomials, *cache)
+            return Costs(usual.operations, usual.held, steps.held, cached, chunk, vocabulary * itemsize, learnt)
         except Exception as error:  # a model fails in whatever way it likes
             log.info("%s: what its passes cost is not seen in a run (%s)", catalogue.model, first_line(error))
     return _guessed(module, catalogue, vocabulary * itemsize)
@@ -90,7 +108,14 @@ def _guessed(module: nn.Module, catalogue: Catalogue, logit_bytes: int) -> Costs
         made = TOKEN * sum(each.element_size() * each.shape[0] for each in weights)
         moments[at] = np.concatenate([0 * made, made] if at == len(parts) - 1 else [made, 0 * made])
     held = Held(moments, range(len(parts) + 1))
-    return Costs(operations, held, held, 0, logit_bytes, "parameters")
+    return Costs(operations, held, held, 0 * ONCE, 0, logit_bytes, "parameters")
+
+
+def _cache_bytes(cache: object) -> int:
+    """The bytes of a cache: its layers have tensors, or tables of them."""
+    kept = tree_leaves([list(vars(layer).values()) for layer in getattr(cache, "layers", ())])
+    storages = {id(each.untyped_storage()): each for each in kept if isinstance(each, Tensor)}
+    return sum(each.untyped_storage().nbytes() for each in storages.values())
 
 
 def _chunk(module: nn.Module) -> int:
@@ -254,23 +279,23 @@ class _Ledger:
         """Operations that correspond."""
         for first, second in zip(one.steps, other.steps, strict=True):
             self._free(first.freed)
-            self.operations[one.part] += self._fit(first.flops, second.flops)
+            self.operations[one.part] += _fit(self._sizes, first.flops, second.flops)
             for (number, bytes_), (_, others) in zip(first.made, second.made, strict=True):
-                self._make(number, self._fit(bytes_, others), one.part)
+                self._make(number, _fit(self._sizes, bytes_, others), one.part)
             self._moment(one.part)
 
     def _whole(self, one: _Segment, other: _Segment) -> None:
         """Operations that do not: what they hold at most, and what remains of it."""
         flops, most, left = zip(*map(_summed, (one, other)), strict=True)
-        self.operations[one.part] += self._fit(*flops)
-        self._make(-1, self._fit(*most), one.part)
+        self.operations[one.part] += _fit(self._sizes, *flops)
+        self._make(-1, _fit(self._sizes, *most), one.part)
         self._moment(one.part)
         self._free([-1])
         total = [sum(each.values()) for each in left]
-        remains = self._fit(*total)
+        remains = _fit(self._sizes, *total)
         if len(left[0]) == len(left[1]):
             for (number, bytes_), others in zip(left[0].items(), left[1].values(), strict=True):
-                self._make(number, self._fit(bytes_, others), one.part)
+                self._make(number, _fit(self._sizes, bytes_, others), one.part)
         else:
             for number, bytes_ in left[0].items():
                 self._make(number, remains * (bytes_ / max(total[0], 1)), one.part)
@@ -289,23 +314,24 @@ class _Ledger:
     def _moment(self, part: int) -> None:
         self._moments[part].append(self._now)
 
-    def _fit(self, one: float, other: float) -> Polynomial:
-        """The term that grows from one run to the other as a number did; if none does, so much for each row and so
-        much for each of its tokens."""
-        first, second = self._sizes
-        for term, (before, after) in enumerate(zip(first, second, strict=True)):
-            if before and one * after == other * before:
-                found: Polynomial = np.eye(len(first))[term] * (one / before)
-                return found
-        rows, tokens = [ROW @ each for each in self._sizes], [TOKEN @ each for each in self._sizes]
-        shares = one / rows[0], other / rows[1]
-        lengths = tokens[0] / rows[0], tokens[1] / rows[1]
-        each = (shares[1] - shares[0]) / (lengths[1] - lengths[0])
-        rest = shares[0] - each * lengths[0]
-        if each < 0 or rest < 0:
-            each, rest = max(one / tokens[0], other / tokens[1]), 0
-        affine: Polynomial = TOKEN * each + ROW * rest
-        return affine
+
+def _fit(sizes: Sequence[Polynomial], one: float, other: float) -> Polynomial:
+    """The term that grows from one run to the other as a number did; if none does, so much for each row and so
+    much for each of its tokens."""
+    first, second = sizes
+    for term, (before, after) in enumerate(zip(first, second, strict=True)):
+        if before and one * after == other * before:
+            found: Polynomial = np.eye(len(first))[term] * (one / before)
+            return found
+    rows, tokens = [ROW @ each for each in sizes], [TOKEN @ each for each in sizes]
+    shares = one / rows[0], other / rows[1]
+    lengths = tokens[0] / rows[0], tokens[1] / rows[1]
+    each = (shares[1] - shares[0]) / (lengths[1] - lengths[0])
+    rest = shares[0] - each * lengths[0]
+    if each < 0 or rest < 0:
+        each, rest = max(one / tokens[0], other / tokens[1]), 0
+    affine: Polynomial = TOKEN * each + ROW * rest
+    return affine
 
 
 def _summed(segment: _Segment) -> tuple[int, int, dict[int, int]]:
