@@ -31,8 +31,10 @@ from patchwire_worker.models.costs import ONCE, ROW, TOKEN, Costs, Held, Polynom
 
 log = logging.getLogger(__name__)
 
-_ROWS = (2, 5)
-"""The rows of the two runs."""
+_ROWS = (2, 3)
+"""The rows of the two runs; not one, for which some operations are left out."""
+_ROWS_OF_CHUNKS = (2, 5)
+"""The same, of a model that computes tokens in chunks."""
 _CHUNKS_OF_RUNS = (1, 2)
 """How many whole chunks their rows have, and three tokens more: so no two of the terms grow alike."""
 _MORE, _SHORT = 3, 4
@@ -68,7 +70,7 @@ def meter(
     """
     chunk = _chunk(module)
     lengths = [count * (chunk or _SHORT) + _MORE for count in _CHUNKS_OF_RUNS]
-    sizes = list(zip(_ROWS, lengths, strict=True))
+    sizes = list(zip(_ROWS_OF_CHUNKS if chunk else _ROWS, lengths, strict=True))
     embeddings = module.get_input_embeddings()  # type: ignore[operator]
     vocabulary, itemsize = int(embeddings.weight.shape[0]), next(module.parameters()).element_size()
 
@@ -164,14 +166,12 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for each in tree_leaves((args, kwargs)):
-            if isinstance(each, Tensor):
-                self._note(each)
         result = func(*args, **kwargs)
         made = []
-        for each in () if func.is_view else tree_leaves(result):
-            if isinstance(each, Tensor) and (number := self._note(each)) is not None:
-                made.append((number, each.untyped_storage().nbytes()))
+        if not (func.is_view or func._schema.is_mutable):  # these return what there was before
+            for each in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(each, Tensor) and (number := self._note(each)) is not None:
+                    made.append((number, each.untyped_storage().nbytes()))
         self.segments[-1].steps.append(_Step(_flops(func, args, kwargs, result), made, self._freed))
         self._freed = []
         return result
@@ -321,7 +321,8 @@ def _fit(sizes: Sequence[Polynomial], one: float, other: float) -> Polynomial:
     first, second = sizes
     for term, (before, after) in enumerate(zip(first, second, strict=True)):
         if before and one * after == other * before:
-            found: Polynomial = np.eye(len(first))[term] * (one / before)
+            found: Polynomial = 0 * ONCE
+            found[term] = one / before
             return found
     rows, tokens = [ROW @ each for each in sizes], [TOKEN @ each for each in sizes]
     shares = one / rows[0], other / rows[1]
