@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from patchwire.kept import Kept
     from patchwire.loops import Batches, Loop
     from patchwire.model import Model, Module
+    from patchwire.plans import Plan
     from patchwire.proxy import Structure, Value, grad
     from patchwire.results import Stats
     from patchwire.scanning import Scan
@@ -72,6 +73,7 @@ _HOMES = {
     "Loop": "loops",
     "Model": "model",
     "Module": "model",
+    "Plan": "plans",
     "Scan": "scanning",
     "Session": "session",
     "Stats": "results",
@@ -149,6 +151,7 @@ __all__ = [
     "OrderError",
     "PatchwireError",
     "PatchwireWarning",
+    "Plan",
     "Scan",
     "Session",
     "ShapeError",

@@ -31,6 +31,10 @@ class Cache(Mapping[str, Value]):
         for read in sites.values():
             read()  # so that what is wrong with it is found at this line
 
+    def now(self) -> list[Value]:
+        """What the sites hold now, in the block."""
+        return [read() for read in self._sites.values()]
+
     def close(self) -> None:
         """Save what the sites hold now: the block has ended."""
         for name, read in self._sites.items():

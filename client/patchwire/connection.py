@@ -382,6 +382,14 @@ class Connection:
 
         return list(self._with_uploads(graph, ask, Cancellation()).saved)
 
+    def plan(self, graph: g.Graph) -> service_pb2.PlanResponse:
+        """Have the server plan a graph without running it."""
+
+        def ask(message: graph_pb2.Graph) -> service_pb2.PlanResponse:
+            return self._call(self._stub.Plan, service_pb2.PlanRequest(graph=message))
+
+        return self._with_uploads(graph, ask, Cancellation())
+
     def _with_uploads(self, graph: g.Graph, ask: Callable[[graph_pb2.Graph], T], cancellation: Cancellation) -> T:
         """What `ask` gets for a graph's message, with its large constants sent again if the server has dropped some."""
         try:

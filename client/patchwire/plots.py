@@ -252,6 +252,44 @@ def panels(
     return figure
 
 
+def bands(
+    series: Sequence[tuple[str, Sequence[float]]], *, title: str = "", axis: str = "layer", unit: str = "rows"
+) -> Figure:
+    """A figure of numbers that change from layer to layer, as steps: a panel for each series, one above the other.
+
+    Args:
+        series: A title and the numbers of each; where one is 0 there is nothing.
+        title: Written above all of them.
+        axis: What the numbers are of.
+        unit: What the numbers are.
+
+    Raises:
+        PatchwireError: matplotlib is not installed.
+    """
+    longest = max([1, *(len(numbers) for _, numbers in series)])
+    size = (min(max(6.4, 1.6 + 0.3 * longest), 12), 0.7 + 1.1 * max(1, len(series)))
+    figure = _figure()(figsize=size, layout="constrained")
+    every = figure.subplots(max(1, len(series)), squeeze=False)[:, 0]
+    for axes, (name, numbers) in zip(every, series or [("", [])], strict=True):
+        if numbers:
+            axes.stairs(numbers, [at - 0.5 for at in range(len(numbers) + 1)], fill=True, color="#4292c6")
+        axes.set_xlim(-0.5, longest - 0.5)
+        axes.set_ylim(0, 1.1 * max([1, *numbers]))
+        step = max(1, math.ceil(longest / 24))
+        axes.set_xticks(range(0, longest, step), [str(each) for each in range(0, longest, step)], fontsize=8)
+        axes.yaxis.get_major_locator().set_params(integer=True, nbins=4)
+        axes.tick_params("y", labelsize=8)
+        axes.set_ylabel(unit, fontsize=8)
+        axes.set_title(_plain(name), fontsize=9, loc="left")
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    every[-1].set_xlabel(axis)
+    if title:
+        figure.suptitle(_plain(title), fontsize=11)
+    return figure
+
+
 def _label(axes: Any, rows: Labels, columns: Labels, title: str, row_axis: str, column_axis: str) -> None:
     step = max(1, math.ceil(len(rows) / 64))
     axes.set_yticks(range(0, len(rows), step), [_plain(each) for each in rows[::step]], fontsize=8)

@@ -936,8 +936,26 @@ class Recorder(TracerBase):
         finally:
             self.open = False
         self.graph.eliminate_dead_code()
-        self._drop_unused_constants()
+        _drop_unused_constants(self.request)
         return self.request
+
+    def so_far(self, more: Iterable[Value] = ()) -> Graph:
+        """The graph of what has been recorded until now, as it would be if the recording ended here; it goes on.
+
+        Args:
+            more: Values that are going to be saved when it ends.
+        """
+        graph, copies = Graph(list(self.request.traces), constants=self.request.constants), dict[Any, Any]()
+        saves = [(value.node, dtype, line) for value, dtype, _, line in self.saved]
+        saves += [(value.node, None, user_line()) for value in more]
+        keeps = [(self._value(kept.source), seconds, line) for kept, seconds, _, line in self.kept]
+        graph.fx.graph_copy(self.graph, copies)
+        for target, asked in ((g.save, saves), (g.keep, keeps)):
+            for node, option, line in asked:
+                graph.fx.call_function(target, (copies[node], option)).meta["line"] = line
+        graph.fx.eliminate_dead_code()
+        _drop_unused_constants(graph)
+        return graph
 
     @property
     def asked_for(self) -> bool:
@@ -1004,12 +1022,13 @@ class Recorder(TracerBase):
                 )
                 return
 
-    def _drop_unused_constants(self) -> None:
-        kept: list[Tensor | bytes | g.KeptTensor] = []
-        for node in self.graph.find_nodes(op="call_function", target=g.constant):
-            kept.append(self.request.constants[node.args[0]])
-            node.args = (len(kept) - 1,)
-        self.request.constants = kept
+
+def _drop_unused_constants(graph: Graph) -> None:
+    kept: list[Tensor | bytes | g.KeptTensor] = []
+    for node in graph.fx.find_nodes(op="call_function", target=g.constant):
+        kept.append(graph.constants[node.args[0]])
+        node.args = (len(kept) - 1,)
+    graph.constants = kept
 
 
 def _meets(site: Site, trace: int, invoke: int, step: int) -> bool:

@@ -36,6 +36,8 @@ class Stats:
     """How long it ran."""
     result_bytes: int = 0
     """Bytes of the saved values."""
+    forks: int = 0
+    """How often rows that were shared forked, to be computed apart from there on."""
 
     @classmethod
     def from_proto(cls, message: service_pb2.Done) -> Stats:
@@ -47,6 +49,7 @@ class Stats:
             message.seconds_queued,
             message.seconds_running,
             message.result_bytes,
+            message.forks,
         )
 
     @classmethod

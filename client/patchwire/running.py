@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ from patchwire.background import Cancellation, in_thread
 from patchwire.connection import Connection
 from patchwire.errors import GraphError, PatchwireError, PatchwireWarning, here, trim, user_frame
 from patchwire.jobs import Job, submit
+from patchwire.plans import Plan
+from patchwire.proxy import Value
 from patchwire.recording import Recorder
 from patchwire.results import Progress, Results, Stats
 from patchwire.sites import Catalogue
@@ -44,6 +46,8 @@ class Request:
         self.failed = False
         self.in_trace = False
         """Whether user code is inside a trace."""
+        self.unsaved: Callable[[], Iterable[Value]] = tuple
+        """The values that the trace which user code is in saves when it ends."""
         self.home = ""
         """The name of a model that it is of."""
         self._models: dict[str, Model] = {}
@@ -105,6 +109,23 @@ class Request:
             )
         return graph
 
+    def plan(self) -> Plan:
+        """How what has been recorded so far would run.
+
+        Raises:
+            GraphError: the block raised, or this is in the body of a loop.
+        """
+        self.check_open()
+        recorder = self.recorder
+        if recorder.inner is not None:
+            hint = "Write `session.plan()` after the loop."
+            raise GraphError("The body of a loop has no plan of its own.", hint=hint, lines=here())
+        graph = recorder.so_far(self.unsaved()) if recorder.open else recorder.request
+        try:
+            return Plan.from_proto(self.connection.plan(graph))
+        except PatchwireError as found:
+            raise found.with_traceback(None) from None
+
     def run(self, graph: g.Graph, cancellation: Cancellation) -> Results:
         """Send it and wait: what came back."""
         return self.connection.run(graph, Progress(self.progress, self._tell_tokens), cancellation)
@@ -152,6 +173,21 @@ class Block(ABC):
     @abstractmethod
     def __enter__(self) -> Any:
         """Begin to record."""
+
+    def plan(self) -> Plan:
+        """How the server would run what has been recorded so far: in which passes, and what they would cost.
+
+        Nothing runs, and the recording goes on. After the block it is the plan of all of it; `model.scan(…)` is a block
+        that is planned and not run. In a session the plan is that of all its traces.
+
+        Raises:
+            GraphError: the block has not begun, has raised, or this is in the body of a loop.
+            PatchwireError: what a run would be refused with.
+        """
+        if not hasattr(self, "_request"):
+            hint = "Write `with` before it, and `plan()` in the block or after it."
+            raise GraphError("There is nothing to plan yet.", hint=hint, lines=here())
+        return self._request.plan()
 
     @abstractmethod
     def _end(self, error: BaseException | None) -> g.Graph | None:

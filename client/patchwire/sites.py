@@ -600,6 +600,11 @@ class Catalogue:
         """How many layers have canonical names."""
         return len(self.prefixes.get("layers", []))
 
+    @cached_property
+    def canonical(self) -> dict[str, str]:
+        """The first canonical name of each module that has one, by raw path."""
+        return {each.module: each.name for each in reversed(self.names.values()) if each.is_module}
+
     def named(self, name: str) -> Name | None:
         """The canonical name, if it is one. What is in a layer's `attn` or `ssm` is also in its `mixer`."""
         found = self.names.get(name)

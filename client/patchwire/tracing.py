@@ -175,7 +175,7 @@ class Trace(Block):
             raise
         self._token = _CURRENT.set(Scope(self._model, self._recorder, self._index, invoke))
         self._recorder_token = RECORDER.set(request.recorder)
-        request.in_trace = True
+        request.in_trace, request.unsaved = True, self._unsaved
         return self
 
     def _request_alone(self) -> Request:
@@ -378,7 +378,7 @@ class Trace(Block):
         assert self._token is not None
         _CURRENT.reset(self._token)
         RECORDER.reset(self._recorder_token)
-        self._request.in_trace = False
+        self._request.in_trace, self._request.unsaved = False, tuple
         if error is not None:
             # In a session too: half of a trace is not what was asked for, and cannot be told from the whole.
             self._request.give_up(error)
@@ -401,6 +401,10 @@ class Trace(Block):
 
     def _finish(self) -> None:
         """The block has ended, and the graph has not been sent."""
+
+    def _unsaved(self) -> list[Value]:
+        """What is saved when the block ends, besides what the program saves itself."""
+        return [value for cache in self._caches for value in cache.now()]
 
 
 class Generation(Trace):
@@ -442,19 +446,24 @@ class Generation(Trace):
         scope = current("output", self._model)
         if scope.invoke is None or scope.invoke < 0:
             raise GraphError("The output is that of an invoke.", hint="Read it inside `gen.invoke(…)`.", lines=here())
-        if scope.invoke not in self._outputs:
-            self._outputs[scope.invoke] = self._recorder.generated(self._index, scope.invoke)
-        return self._outputs[scope.invoke]
+        return self._generated(scope.invoke)
+
+    def _generated(self, invoke: int) -> Value:
+        if invoke not in self._outputs:
+            self._outputs[invoke] = self._recorder.generated(self._index, invoke)
+        return self._outputs[invoke]
 
     def _finish(self) -> None:
         if not self._stream:
             return
         for invoke in range(len(self._trace.invokes)):
-            if invoke not in self._outputs:
-                self._outputs[invoke] = self._recorder.generated(self._index, invoke)
-            self._recorder.save(self._outputs[invoke], None)
+            self._recorder.save(self._generated(invoke), None)
         tell = self._stream if callable(self._stream) else self._print
         self._request.on_tokens(self._index, lambda _, ids: tell(ids))
+
+    def _unsaved(self) -> list[Value]:
+        made = [] if not self._stream else [self._generated(each) for each in range(len(self._trace.invokes))]
+        return [*super()._unsaved(), *made]
 
     def _print(self, ids: list[int]) -> None:
         print(self._model.tokenizer.decode(ids[:1]), end="", flush=True)

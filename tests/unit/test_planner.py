@@ -56,7 +56,8 @@ class Request:
             entries=[],
             entries_after_past=[],
             seconds_like=lambda rows, seq, end: rows * seq * end,
-            fits=lambda rows, seq: True,
+            fits=lambda size: True,
+            interleaver=SimpleNamespace(goes_stepwise=lambda ways: False),
         )
         positions = {node: index for index, node in enumerate(nodes)}
         return plan(Admitted(self.graph, [model], self.checker, leaves, positions))

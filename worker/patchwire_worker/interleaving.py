@@ -366,9 +366,7 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
         inside = {(each.module, each.operations[:-1]) for each in places if each.operations} | set(opened)
         self._opened = {base(path, way[: end + 1]): None for path, way in inside for end in range(len(way))}
         ways = {(each.module, each.operations) for each in places} | {(path, (*way, "")) for path, way in opened}
-        stepwise |= self.steps_are_exact and any(
-            needs_steps(self.module.get_submodule(path), way) for path, way in ways
-        )
+        stepwise |= self.goes_stepwise(ways)
         try:
             modules = {"", *self.boundaries, *(each.module for each in places)}
             if self.observe is not None:
@@ -384,6 +382,12 @@ class PassInterleaver(Interleaver):  # type: ignore[misc]
             self.parked = set()
             self.stopping = Stopping()
         return result
+
+    def goes_stepwise(self, ways: Iterable[tuple[str, Sequence[str]]]) -> bool:
+        """Whether attention is computed step by step because of where somebody waits: in modules, at operations."""
+        return self.steps_are_exact and any(
+            needs_steps(self.module.get_submodule(path), operations) for path, operations in ways
+        )
 
     def switches(self, path: str) -> bool:
         """Whether a module's forward has operations for the sake of which attention is computed step by step."""

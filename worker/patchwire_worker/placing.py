@@ -18,9 +18,11 @@ import torch.fx
 from torch import Tensor
 
 from patchwire import graph as g
+from patchwire.checking import fake_of
 from patchwire.sites import INPUT, Leaf, Location, Order
 from patchwire_worker.admission import Admitted
 from patchwire_worker.forking import Fork, Forks, Ids, forked, together
+from patchwire_worker.models.costs import Size
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.positions import Positions, taken
 from patchwire_worker.rows import LaterPositions, Rows, SomePositions
@@ -115,6 +117,22 @@ class Group:
         """How many rows it has."""
         return sum(len(self.admitted.graph.traces[trace].invokes[invoke].rows) for trace, invoke in self.invokes)
 
+    @cached_property
+    def size(self) -> Size:
+        """How large its pass is."""
+        lengths = [len(row) for invoke in self.invokes for row in self.rows(invoke)]
+        fakes = [fake_of(node) for node in self.nodes if node.target is g.read]
+        held = sum(fake.numel() * fake.element_size() for fake in fakes if isinstance(fake, Tensor))
+        ways = {(leaf.module, leaf.operations) for leaf in map(self.leaf, self.nodes)}
+        stepwise = self.model.interleaver.goes_stepwise(ways)
+        return Size(len(lengths), max(lengths), self.end, self.logits, held, stepwise)
+
+    @cached_property
+    def logits(self) -> Positions | None:
+        """The positions whose logits its invokes look at; None if that is not known."""
+        looked_at = _looked_at([self], self.model) if self.alike else None
+        return None if looked_at is None else frozenset().union(*looked_at.values())
+
     def of(self, invokes: Sequence[Invoke], past: int = 0) -> Group:
         """The same for some of its invokes."""
         return replace(self, invokes=invokes, past=past)
@@ -150,8 +168,6 @@ class Pass:
     """How many modules come after that."""
     rows: int
     """How many rows it ends with."""
-    forks: int = 0
-    """How many times rows fork."""
     positions: tuple[int, ...] | None = None
     """The positions whose logits are computed; None for all."""
     generation: Generating | None = None
@@ -160,6 +176,16 @@ class Pass:
     """The weights that it runs with instead of the model's own."""
     past: tuple[int, ...] = ()
     """The tokens before those of `ids`, the same in all rows; what the model remembers of them is used."""
+
+    @property
+    def forks(self) -> list[tuple[Location, int]]:
+        """Where rows fork, and how many there are from there on."""
+        found, rows = [], self.ids.shape[0]
+        for work in self.works:
+            if work.fork is not None and work.fork.batch != rows:
+                rows = work.fork.batch
+                found.append((work.location, rows))
+        return found
 
 
 def placed(groups: Sequence[Group]) -> Pass:
@@ -177,7 +203,9 @@ def placed(groups: Sequence[Group]) -> Pass:
             ids[row, : len(tokens) - past] = torch.tensor(tokens[past:])
     works: dict[tuple[int, Location], Work] = {}
     results: list[torch.fx.Node] = []
-    looked_at = _looked_at(groups, model) if alike else {}
+    looked_at = (_looked_at(groups, model) if alike else None) or {}
+    if 2 * len(set().union(*looked_at.values())) > rows.seq + past:
+        looked_at = {}  # all are hardly more, and need no copy
     positions = tuple(sorted(set().union(*looked_at.values())))
     for key in keys:
         group = groups[key[0]]
@@ -213,30 +241,27 @@ def placed(groups: Sequence[Group]) -> Pass:
     skipped = len(model.catalogue.entries) - bisect_right(model.catalogue.entries, ordered[-1].order) if ordered else 0
     computed = tuple(position - past for position in positions) or None
     before = first.rows(first.invokes[0])[0][:past]
-    forks = len(rows.stages) - 1
-    return Pass(groups, model, ids, ordered, skipped, batch, forks, computed, weights=weights, past=before)
+    return Pass(groups, model, ids, ordered, skipped, batch, computed, weights=weights, past=before)
 
 
-def _looked_at(groups: Sequence[Group], model: HostedModel) -> dict[torch.fx.Node, Positions]:
-    """The positions that each read of the logits is for; none if that is not known of all of them, or it is most."""
+def _looked_at(groups: Sequence[Group], model: HostedModel) -> dict[torch.fx.Node, Positions] | None:
+    """The positions that each read of the logits is for; None if that is not known of all of them."""
     head = model.catalogue.raw("lm_head")
     found: dict[torch.fx.Node, Positions] = {}
-    longest = 0
     for group in groups:
         for invoke in group.invokes:
             lengths = {len(row) for row in group.rows(invoke)}
-            longest = max(longest, *lengths)
             for node in group.accesses.get(invoke, ()):
                 leaf = group.leaf(node)
                 if leaf.module not in ("", head) or (leaf.module == "" and leaf.side == INPUT):
                     continue
                 if node.target is not g.read or leaf.path != _LOGITS or len(lengths) > 1 or not model.trims:
-                    return {}
+                    return None
                 positions = taken(node, min(lengths), group.needed)
                 if positions is None:
-                    return {}
+                    return None
                 found[node] = positions
-    return found if len(set().union(*found.values())) * 2 <= longest else {}
+    return found
 
 
 def _rows(groups: Sequence[Group], keys: Sequence[_Key], model: HostedModel) -> Forks:

@@ -26,6 +26,7 @@ from patchwire import graph as g
 from patchwire.errors import LimitError, OperationError, OrderError
 from patchwire.sites import Axis, Leaf, Order
 from patchwire_worker.admission import Admitted, at
+from patchwire_worker.models.costs import Size
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.placing import Group, Invoke, Pass, placed
 from patchwire_worker.reuse import parts_after_past
@@ -85,11 +86,11 @@ def plan(admitted: Admitted) -> Plan:
     for node in differentiated:
         _check_stays(admitted, node)  # type: ignore[arg-type]
     behind = cache(lambda: _invokes_behind(admitted, needed))
-    passes: list[Group | Looping] = []
+    steps: list[Gathering | Looping] = []
     gathering = Gathering()
     for index, trace in enumerate(admitted.graph.traces):
         if trace.loop is not None:
-            passes += [Looping(index, loops[index])] if index in loops else []
+            steps += [Looping(index, loops[index])] if index in loops else []
             gathering = Gathering()
             continue
         changed, invokes = weights.get(index, []), [(index, invoke) for invoke in range(len(trace.invokes))]
@@ -97,13 +98,17 @@ def plan(admitted: Admitted) -> Plan:
         whole = Group(admitted, invokes, accesses, needed, changed, bool(differentiated), shares)
         groups = _groups(whole, differentiated, behind)  # type: ignore[arg-type]
         if len(groups) == 1 and gathering.takes(groups[0]):
-            passes[-1] = gathering.group
             continue
-        passes += groups
-        gathering = Gathering(groups[-1])
-    passes = [part for each in passes for part in (parts_after_past(each) if isinstance(each, Group) else [each])]
-    planned = [placed([each]) if isinstance(each, Group) else each for each in passes]
-    return Plan([each for each in planned if _matters(each)], needed, differentiated)  # type: ignore[arg-type]
+        gatherings = [Gathering(each) for each in groups]
+        steps += gatherings
+        gathering = gatherings[-1]
+    passes: list[Pass | Looping] = []
+    for step in steps:
+        if isinstance(step, Looping):
+            passes.append(step)
+        else:
+            passes += [placed([group]) for group in parts_after_past(step.group)]
+    return Plan([each for each in passes if _matters(each)], needed, differentiated)  # type: ignore[arg-type]
 
 
 def _matters(each: Pass | Looping) -> bool:
@@ -119,45 +124,37 @@ class Gathering:
 
     def __init__(self, *groups: Group) -> None:
         self.groups: list[Group] = []
-        self._sites: set[tuple[int, Leaf]] = set()
-        self._lengths: set[int] = set()
-        self._rows = 0
-        self._cost = 0.0
-        self._end = 0
+        self._size: Size | None = None
+        self._alike = True
         self._traces: set[tuple[int, int]] = set()
         self._when: dict[torch.fx.Node, Order] = {}
         for each in groups:
-            self._add(each)
+            self._add(each, each.size)
 
     @property
     def group(self) -> Group:
         """All of them as one; they are of one request."""
         first, *others = self.groups
-        return first.of([*first.invokes, *(invoke for each in others for invoke in each.invokes)])
+        return first.of([*first.invokes, *(invoke for each in others for invoke in each.invokes)]) if others else first
 
     def takes(self, group: Group) -> bool:
         """Whether a group joins; it has joined then."""
-        first = self.groups[0] if self.groups else None
-        if first is None or not (group.shares and first.shares) or group.model is not first.model:
+        if self._size is None or not (group.shares and self.groups[0].shares and group.model is self.groups[0].model):
             return False
-        model, lengths, rows = group.model, self._lengths | _lengths(group), self._rows + group.count
-        end = max(self._end, _end(group))
-        together = model.seconds_like(rows, max(lengths), end)
-        if together > self._cost + model.seconds_like(group.count, max(_lengths(group)), _end(group)):
+        model, size = group.model, self._size + group.size
+        if _cost(model, size) > _cost(model, self._size) + _cost(model, group.size) or not model.fits(size):
             return False
-        if not model.fits(rows, max(lengths)) or (len(lengths) > 1 and not model.pads):
+        if not model.pads and not (self._alike and len(_lengths(group)) == 1 and group.size.seq == self._size.seq):
             return False
-        if not all(_may_share(each, ()) for each in (group, first)) or not self._in_time(group):
+        if not _may_share(self.groups[0], ()) or not _may_share(group, ()) or not self._in_time(group):
             return False
-        self._add(group)
+        self._add(group, size)
         return True
 
-    def _add(self, group: Group) -> None:
+    def _add(self, group: Group, size: Size) -> None:
         self.groups.append(group)
-        self._lengths |= _lengths(group)
-        self._rows += group.count
-        self._end = max(self._end, _end(group))
-        self._cost = group.model.seconds_like(self._rows, max(self._lengths), self._end)
+        self._size = size
+        self._alike &= len(_lengths(group)) == 1
         self._traces |= {(id(group.admitted), trace) for trace, _ in group.invokes}
 
     def _in_time(self, group: Group) -> bool:
@@ -278,7 +275,7 @@ def _groups(
         return [whole]
     if whole.trace.generation is not None or whole.trace.exact or not _may_share(whole, differentiated):
         return [whole.of([invoke]) for invoke in _ordered(whole, behind())]
-    if whole.differentiated or whole.model.fits(whole.count, max(_lengths(whole))):
+    if whole.differentiated or whole.model.fits(whole.size):
         return [whole]
     try:
         ordered = _ordered(whole, behind())
@@ -290,13 +287,13 @@ def _groups(
 def _fitting(group: Group, invokes: Sequence[Invoke]) -> list[list[Invoke]]:
     """Invokes, in their order, in parts that fit."""
     parts: list[list[Invoke]] = []
-    rows = longest = 0
+    size: Size | None = None
     for invoke in invokes:
-        own = group.rows(invoke)
-        rows, longest = rows + len(own), max(longest, *map(len, own))
-        if not parts or not group.model.fits(rows, longest):
+        own = group.of([invoke]).size
+        size = own if size is None else size + own
+        if not parts or not group.model.fits(size):
             parts.append([])
-            rows, longest = len(own), max(map(len, own))
+            size = own
         parts[-1].append(invoke)
     return parts
 
@@ -327,9 +324,9 @@ def _invoke(group: Group, trace: int, invoke: int) -> g.Invoke:
     return group.admitted.graph.traces[trace].invokes[invoke]
 
 
-def _end(group: Group) -> int:
-    """How many modules are entered until a group needs nothing more."""
-    return bisect_right(group.model.catalogue.entries, group.end)
+def _cost(model: HostedModel, size: Size) -> float:
+    """What a pass takes, in a unit of its own."""
+    return model.seconds_like(size.rows, size.seq, bisect_right(model.catalogue.entries, size.end))
 
 
 def _may_share(group: Group, differentiated: Collection[torch.fx.Node]) -> bool:

@@ -201,7 +201,7 @@ def _attempt(each: Pass, executions: Sequence[Execution]) -> None:
                 continue
             cost = execution.cost
             rows = each.rows if len(executions) == 1 else each.groups[index].count
-            cost.add(Cost(calls, calls * rows, each.modules_skipped, each.forks, len(executions) - 1))
+            cost.add(Cost(calls, calls * rows, each.modules_skipped, len(each.forks), len(executions) - 1))
             left = [access for work in waiting.values() for access in (*work.reads, *work.writes)]
             execution.never_reached([access for access in left if access.group == index], calls)
             if each.generation is not None and generated is not None:

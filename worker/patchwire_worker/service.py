@@ -54,6 +54,7 @@ from patchwire_worker.interleaving import Stopping
 from patchwire_worker.jobs import Jobs, stopped
 from patchwire_worker.kept import KeptStore
 from patchwire_worker.models.hosted import HostedModel
+from patchwire_worker.planned import planned_to_proto
 from patchwire_worker.planner import plan
 from patchwire_worker.scheduler import InternalError, Scheduler
 from patchwire_worker.store import TensorStore
@@ -291,6 +292,10 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
                 header.dtype = tensors.dtype_to_proto(node.args[1] or fake.dtype)
                 header.shape.extend(fake.shape)
         return response
+
+    @_answering
+    async def Plan(self, request: service_pb2.PlanRequest, context: Context) -> service_pb2.PlanResponse:
+        return await self._apart(partial(planned_to_proto, *await self._admit(request.graph)))
 
     async def _admit(self, message: graph_pb2.Graph) -> Any:
         def work(until: float = math.inf) -> Any:
@@ -565,5 +570,6 @@ def _parts(event: scheduler.Event, compression: tensor_pb2.Compression) -> Itera
                     seconds_queued=event.seconds_queued,
                     seconds_running=cost.seconds,
                     result_bytes=cost.result_bytes,
+                    forks=cost.forks,
                 )
             )

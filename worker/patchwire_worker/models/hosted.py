@@ -10,10 +10,11 @@ import logging
 import math
 import re
 import threading
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -24,24 +25,31 @@ from transformers.cache_utils import DynamicCache
 
 from patchwire.errors import GraphError, InputError
 from patchwire.graph import Generation, same_storage
-from patchwire.sites import Axis, Inside, Source
+from patchwire.sites import INPUT, Axis, Inside, Order, Source
 from patchwire.tensors import dtype_to_proto
 from patchwire.v1 import model_pb2
 from patchwire_worker.generating import generate
 from patchwire_worker.interleaving import PassInterleaver, SiteMediator, Stopping
 from patchwire_worker.models import operations
+from patchwire_worker.models.costs import Costs, Size
 from patchwire_worker.models.detecting import family_of
 from patchwire_worker.models.learning import POSITIONS, Learner, pads
 from patchwire_worker.models.loading import Loaded
+from patchwire_worker.models.metering import meter
 from patchwire_worker.models.remembered import Past, argument, remember
 from patchwire_worker.models.standins import prompts_of
+from patchwire_worker.models.texts import choosing_attention
 
 log = logging.getLogger(__name__)
 
 _MAX_SOURCES = 1 << 11
 _TOGETHER = 31
 """How many functions are learnt in the same runs as one that is asked for."""
-_PACKED_BYTES = 1 << 30
+_PASS_BYTES = 1 << 28
+"""What a pass may hold on a CPU, where more at once is no faster."""
+_OF_FREE = 0.8
+"""How much of the memory that a device has left for passes one of them may take."""
+_MOST_TOKENS = 1 << 24
 _OVERHEAD_TOKENS = {True: 48, False: 256}
 """How many tokens the weights are multiplied with in the time that it takes to read them, on a CPU and elsewhere."""
 _LOGITS_TO_KEEP = "num_logits_to_keep"
@@ -58,7 +66,9 @@ class HostedModel:
         catalogue: Its modules and sites.
         pads: Whether rows of different lengths may share a pass.
         overwritten: The tensors (a location and a path in it) that the model changes in place later.
+        costs: What passes of any size compute and hold.
         lock: Held while the model runs.
+        pass_bytes: How many bytes of activations a pass may hold, before it is split.
     """
 
     def __init__(self, loaded: Loaded) -> None:
@@ -90,6 +100,8 @@ class HostedModel:
         self.trims = self._takes(_POSITIONS) and learner.trims(_POSITIONS)
         self.entries_after_past, self.same_after_past = learner.after_past(self.catalogue, self.entries)
         self._memory.restore()
+        self.costs = self._metered()
+        self.pass_bytes = _pass_bytes(self.device)
         self.pads = pads(self.catalogue) and not _scales_with_length(self.config)
         log.info("%s: %d layers named (%s), %s rows of different lengths", self.name, self.catalogue.num_layers, how,
                  "packs" if self.pads else "does not pack")  # fmt: skip
@@ -138,9 +150,34 @@ class HostedModel:
         windows = [getattr(each, "sliding_window", 0) for each in DynamicCache(config=self.config).layers]
         return min((each for each in windows if each >= POSITIONS), default=math.inf)
 
-    def fits(self, rows: int, seq: int) -> bool:
-        """Whether a pass over so many rows of so many tokens fits into memory."""
-        return rows * seq * self.vocabulary * torch.float32.itemsize <= _PACKED_BYTES
+    def layers_before(self, order: Order) -> int | None:
+        """How many layers are entered by a moment; None if the head is, too."""
+        modules, head = self.catalogue.modules, self.catalogue.raw("lm_head")
+        if head is not None and modules[head].side(INPUT) and modules[head].side(INPUT)[0].order <= order:
+            return None
+        entries = [side[0].order for path in self.catalogue.layers if (side := modules[path].side(INPUT))]
+        return bisect_right(entries, order)
+
+    def fits(self, size: Size) -> bool:
+        """Whether a pass fits into the memory that it may take."""
+        positions = None if size.positions is None or 2 * len(size.positions) > size.seq else len(size.positions)
+        left = self.pass_bytes - size.held
+        half = self._rows_that_fit(size.seq, size.end, positions, size.stepwise, self.pass_bytes // 2)
+        if size.rows <= half and size.held <= self.pass_bytes // 2:
+            return True
+        return self._bytes(size.rows, size.seq, size.end, positions, size.stepwise) <= left
+
+    def _bytes(self, rows: int, seq: int, end: Order, positions: int | None, stepwise: bool) -> float:
+        until = self.layers_before(end)
+        return self.costs.bytes(rows, seq, until=until, positions=positions, stepwise=stepwise)
+
+    @lru_cache(maxsize=1 << 12)  # noqa: B019  models stay for as long as their server
+    def _rows_that_fit(self, seq: int, end: Order, positions: int | None, stepwise: bool, into: int) -> int:
+        """How many rows of so many tokens fit into so many bytes, to a power of two."""
+        rows = 1
+        while self._bytes(2 * rows, seq, end, positions, stepwise) <= into and rows * seq < _MOST_TOKENS:
+            rows *= 2
+        return rows
 
     @property
     def overhead_tokens(self) -> int:
@@ -195,6 +232,26 @@ class HostedModel:
                     )
             finally:
                 self._memory.restore()
+
+    def _metered(self) -> Costs:
+        """What its passes cost."""
+
+        def call(ids: Tensor, stepwise: bool) -> None:
+            with prompts_of(ids.shape[1]):
+                made = partial(self.module, input_ids=ids, **self._options)
+                self.interleaver.run(made, {}, Stopping(), stepwise=stepwise)
+
+        def remember(ids: Tensor) -> object:
+            with prompts_of(ids.shape[1]), torch.no_grad():
+                result = self.module(input_ids=ids, use_cache=True)
+            return next((result[each] for each in ("past_key_values", "cache_params") if each in result), None)
+
+        switches = self.interleaver.steps_are_exact and bool(choosing_attention(self.module))
+        own = remember if self._takes("use_cache") else None
+        try:
+            return meter(self.module, self.catalogue, call, self.device, stepwise=switches, remember=own)
+        finally:
+            self._memory.restore()
 
     def _learn_source(self, inside: Inside) -> Source:
         """What is inside a function; learnt once, unless so much else is asked for that it has to go again."""
@@ -478,6 +535,11 @@ class _Memory:
                 self._versions[index] = buffer._version
         for (module, name), value in zip(self._places, self._attributes, strict=True):
             module.__dict__[name] = value
+
+
+def _pass_bytes(device: torch.device) -> int:
+    """How many bytes of activations a pass may hold at once."""
+    return int(torch.cuda.mem_get_info(device)[0] * _OF_FREE) if device.type == "cuda" else _PASS_BYTES
 
 
 def _scales_with_length(config: Any) -> bool:

@@ -159,7 +159,7 @@ def _carried(
 ) -> Tensor:
     """What a state `[1, channels, states]` before the first token adds to a scan's output `[batch, channels, seq]`.
 
-    The scan is linear in it: at each token it has decayed by `exp(A Δ)` of all tokens until then (Gu & Dao 2023, eq. 2).
+    The scan is linear in it: at each token it has decayed by `exp(A Δ)` of those until then (Gu & Dao 2023, eq. 2).
     """
     dt = dt if delta_bias is None else dt + delta_bias.to(dt.dtype)[..., None]
     dt = functional.softplus(dt) if delta_softplus else dt
