@@ -1,10 +1,10 @@
 """Forks: rows with equal input run once, until their interventions differ.
 
 Invokes of a pass that have the same token ids share rows. Before the layer in which one of them is changed for the
-first time, its rows become its own: everything with rows that the layer is given is copied for them, and so is, in
-every later layer, what was made before and still has fewer rows (masks, rotations). What is read before is read from
-the rows that are shared. So a sweep over all layers computes half of what its rows would cost, and an unchanged run
-costs one row however often it is asked for.
+first time, or at its end if it is the output that is changed, its rows become its own: everything with rows that is
+handed over there is copied for them, and so is, at every later layer, what was made before and still has fewer rows
+(masks, rotations). What is read before is read from the rows that are shared. So a sweep over all layers computes half
+of what its rows would cost, and an unchanged run costs one row however often it is asked for.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from patchwire.errors import ExecutionError
-from patchwire.sites import INPUT, Axis, Catalogue, Leaf, Location, Order, Path
+from patchwire.sites import INPUT, OUTPUT, Axis, Catalogue, Leaf, Location, Order, Path
 from patchwire_worker import containers
 from patchwire_worker.models.remembered import Past
 from patchwire_worker.rows import Rows
@@ -31,34 +31,34 @@ Key = Any
 
 @dataclass(frozen=True)
 class Entry:
-    """A module before which rows can fork, and what it is given."""
+    """A side of a module at which rows can fork, and what is handed over there."""
 
     location: Location
     order: Order
     leaves: Mapping[Path, Leaf] = field(compare=False)
 
     def also(self, leaves: Iterable[Leaf]) -> Entry:
-        """The same, given more in some passes.
+        """The same, with more that is handed over in some passes.
 
         Raises:
-            ValueError: what it is given has another shape in these.
+            ValueError: what is handed over has another shape in these.
         """
-        more = {leaf.path: leaf for leaf in leaves if leaf.side == INPUT}
+        more = {leaf.path: leaf for leaf in leaves if leaf.side == self.location.side}
         if any(self.leaves[path].shape != leaf.shape for path, leaf in more.items() if path in self.leaves):
             raise ValueError(f"what {self.location.module} is given has other shapes in other passes")
         return replace(self, leaves={**more, **self.leaves})
 
 
 def entries(catalogue: Catalogue) -> list[Entry]:
-    """Where rows can fork, in order: before every layer, and before the last norm."""
-    names = [f"layers.{index}" for index in range(catalogue.num_layers)] + ["norm"]
+    """Where rows can fork, in order: before and after every layer, and before the last norm."""
+    sides = [(f"layers.{index}", side) for index in range(catalogue.num_layers) for side in (INPUT, OUTPUT)]
     found = []
-    for name in names:
+    for name, side in [*sides, ("norm", INPUT)]:
         module = catalogue.modules[catalogue.names[name].module] if name in catalogue.names else None
-        given = module.side(INPUT) if module is not None else []
-        if module is None or not given or module.calls != 1:
+        leaves = module.side(side) if module is not None else []
+        if module is None or not leaves or module.calls != 1:
             continue
-        found.append(Entry(Location(module.path, INPUT), given[0].order, {leaf.path: leaf for leaf in given}))
+        found.append(Entry(Location(module.path, side), leaves[0].order, {leaf.path: leaf for leaf in leaves}))
     return sorted(found, key=lambda entry: entry.order)
 
 
@@ -76,10 +76,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Fork:
-    """What happens to the rows where a module is entered."""
+    """What happens to the rows where something is handed over."""
 
+    side: str
+    """Which side of a module that is."""
     leaves: Mapping[Path, Leaf]
-    """What it is given."""
+    """What is handed over."""
     batch: int
     """How many rows there are from now on."""
     sources: Mapping[int, Tensor]
@@ -88,18 +90,18 @@ class Fork:
     """How many tokens a row has."""
 
     def __call__(self, value: Any, past: Past | None = None) -> Any:
-        """What a module is given, for the rows of now.
+        """What is handed over, for the rows of now.
 
         Args:
-            value: What it is given.
+            value: What is handed over.
             past: What is remembered of the tokens before; it is told how many rows there are.
 
         Raises:
-            ExecutionError: something that it is given was not there when the model was learnt.
+            ExecutionError: something of it was not there when the model was learnt.
         """
         if past is not None:
             past.rows = self.batch
-        for path, tensor in list(containers.tensors(value, INPUT)):
+        for path, tensor in list(containers.tensors(value, self.side)):
             leaf = self.leaves.get(path)
             copied = None if leaf is None else self._copied(tensor, leaf)
             if copied is None:
@@ -107,7 +109,7 @@ class Fork:
                     "With this prompt the model hands something to its layers that it does not with others.",
                     hint="Have every prompt run alone: `exact=True`.",
                 )
-            value = containers.replaced(value, INPUT, path, copied)
+            value = containers.replaced(value, self.side, path, copied)
         return value
 
     def _copied(self, tensor: Tensor, leaf: Leaf) -> Tensor | None:
@@ -182,7 +184,8 @@ def _forks(ids: Mapping[Key, Ids], depth: Mapping[Key, int], places: Sequence[En
     sources: dict[int, list[int]] = {}
     for index, place in enumerate(places):
         split = [_groups(ids, group, depth, index) for group in groups]
-        if any(len(each) > 1 for each in split):
+        apart = any(len(each) > 1 for each in split)
+        if apart:
             before = stages[-1]
             groups = [each[0] for each in split] + [group for each in split for group in each[1:]]
             starts, batch = _placed(groups, lengths)
@@ -190,9 +193,9 @@ def _forks(ids: Mapping[Key, Ids], depth: Mapping[Key, int], places: Sequence[En
             sources = {rows: [earlier[row] for row in copied] for rows, earlier in sources.items()}
             sources[before.batch] = copied
             stages.append(Stage(place.order, batch, starts))
-        if sources:
+        if sources and (apart or place.location.side == INPUT):  # what a layer returns has all rows already
             maps = {rows: torch.tensor(each) for rows, each in sources.items()}
-            at.append((place, Fork(place.leaves, batch, maps, seq)))
+            at.append((place, Fork(place.location.side, place.leaves, batch, maps, seq)))
     return Forks(stages, seq, lengths, at)
 
 

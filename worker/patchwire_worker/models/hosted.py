@@ -145,10 +145,20 @@ class HostedModel:
     @cached_property
     def forked_tokens(self) -> float:
         """How long rows may be that fork: for longer ones a sliding window makes masks that were not learnt from."""
+        return min((each for each in self._windows if each >= POSITIONS), default=math.inf)
+
+    @cached_property
+    def reused_tokens(self) -> float:
+        """How long rows may be that go on from what is remembered: of a sliding window not all is."""
+        return min(self._windows, default=math.inf)
+
+    @cached_property
+    def _windows(self) -> list[int]:
+        """The sliding windows of its attention."""
         if self.config is None or not hasattr(self.config.get_text_config(), "num_hidden_layers"):  # nothing is cached
-            return math.inf
-        windows = [getattr(each, "sliding_window", 0) for each in DynamicCache(config=self.config).layers]
-        return min((each for each in windows if each >= POSITIONS), default=math.inf)
+            return []
+        windows = [getattr(each, "sliding_window", None) for each in DynamicCache(config=self.config).layers]
+        return [each for each in windows if each]
 
     def layers_before(self, order: Order) -> int | None:
         """How many layers are entered by a moment; None if the head is, too."""

@@ -173,25 +173,30 @@ class Learner:
     def entries(self, catalogue: Catalogue) -> list[Entry]:
         """Where rows can fork: nowhere, if those that have forked are not what they are in a pass of their own.
 
-        It is tried with three invokes of the same two rows: one that forks before the second layer, one before the last
-        norm, one that goes on; and again with attention computed step by step, if that is not what the model does
-        anyway: then layers are given masks that they do without otherwise.
+        It is tried with four invokes of the same two rows: one that forks after the first layer, one before the second,
+        one before the last norm, one that goes on; and again with attention computed step by step, if that is not what
+        the model does anyway: then layers are given masks that they do without otherwise. Where what layers return
+        cannot fork, what they are given may.
         """
         places = entries(catalogue)
+        given = [place for place in places if place.location.side == INPUT]
+        return self._entries(catalogue, places) or self._entries(catalogue, given)
+
+    def _entries(self, catalogue: Catalogue, places: list[Entry]) -> list[Entry]:
         if not places:
             return []
         switches = self.interleaver.steps_are_exact and bool(choosing_attention(self.module))
         try:
             if switches:
                 *runs, alone = (self._run(ids, stepwise=True) for ids in self.prompts())
-                given = [_leaves(place.location.module, runs, alone) for place in places]
-                places = [place.also(each) for place, each in zip(places, given, strict=True)]
+                more = [_leaves(place.location.module, runs, alone) for place in places]
+                places = [place.also(each) for place, each in zip(places, more, strict=True)]
             same = self._forks(places) and (not switches or self._forks(places, stepwise=True))
         except Exception as error:  # a model fails in whatever way it likes
-            log.info("%s: rows do not fork (%s)", catalogue.model, first_line(error))
+            log.info("%s: rows do not fork at %d places (%s)", catalogue.model, len(places), first_line(error))
             return []
         if not same:
-            log.info("%s: rows do not fork: they would have other numbers", catalogue.model)
+            log.info("%s: rows do not fork at %d places: numbers would be others", catalogue.model, len(places))
         return places if same else []
 
     def after_past(
@@ -216,7 +221,9 @@ class Learner:
             places = []
             for place in usual:
                 given = _leaves(place.location.module, runs, runs[-1])
-                places.append(replace(place, leaves={leaf.path: leaf for leaf in given if leaf.side == INPUT}))
+                places.append(
+                    replace(place, leaves={leaf.path: leaf for leaf in given if leaf.side == place.location.side})
+                )
             if not self._forks(places, past=past):
                 raise ValueError("rows would have other numbers")
         except Exception as error:  # a model fails in whatever way it likes
@@ -247,8 +254,8 @@ class Learner:
         ids, found = self.prompts()[len(SHAPES) - 1][:2], list[Any]()
         more = {} if past is None else {str(argument(self.module)): past}
         rows = tuple(map(tuple, ids.tolist()))
-        when = {0: places[min(1, len(places) - 1)].order, 1: places[-1].order}
-        forks = forked(dict.fromkeys(range(3), rows), when, places)
+        when = {0: places[min(1, len(places) - 1)].order, 1: places[-1].order, 2: places[min(2, len(places) - 1)].order}
+        forks = forked(dict.fromkeys(range(4), rows), when, places)
 
         def look(value: Any) -> Any:
             found.append(value)
@@ -268,7 +275,7 @@ class Learner:
             expected = dict(containers.tensors(usual, OUTPUT))
             self.interleaver.run(call, {0: mediators}, Stopping(), stepwise=stepwise)
         together = dict(containers.tensors(found[0], OUTPUT))
-        return all(is_same(together[path], torch.cat([value] * 3)) for path, value in expected.items())
+        return all(is_same(together[path], torch.cat([value] * 4)) for path, value in expected.items())
 
     def prompts(self) -> list[Tensor]:
         """The token ids of each run; those of the last are part of one row of the one before."""

@@ -86,6 +86,10 @@ class Past(Cache):
     def _for_all(self, tensor: Tensor) -> Tensor:
         return tensor.expand(self.rows, *tensor.shape[1:])
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """How many tokens it remembers."""
+        return self.length
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
