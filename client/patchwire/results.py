@@ -38,6 +38,8 @@ class Stats:
     """Bytes of the saved values."""
     forks: int = 0
     """How often rows that were shared forked, to be computed apart from there on."""
+    companions: int = 0
+    """Requests of others that ran in the same passes."""
 
     @classmethod
     def from_proto(cls, message: service_pb2.Done) -> Stats:
@@ -50,6 +52,7 @@ class Stats:
             message.seconds_running,
             message.result_bytes,
             message.forks,
+            message.companions,
         )
 
     @classmethod

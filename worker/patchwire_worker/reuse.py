@@ -32,15 +32,11 @@ def parts_after_past(group: Group) -> list[Group]:
     whole = len(group.invokes) == 1 or not group.shares or not group.alike or not model.entries_after_past
     if whole:
         return [group]
-    needed_by = _needed_by(group)
+    needed_by, longest = _needed_by(group), min(model.forked_tokens, model.reused_tokens)
     candidates: dict[tuple[int, ...], dict[Invoke, tuple[int, float]]] = defaultdict(dict)
     for invoke in group.invokes:
         rows = group.rows(invoke)
-        if (
-            len(rows) == 1
-            and 1 < len(rows[0]) <= min(model.forked_tokens, model.reused_tokens)
-            and invoke not in needed_by
-        ):
+        if len(rows) == 1 and 1 < len(rows[0]) <= longest and invoke not in needed_by:
             first = _first(group, invoke, len(rows[0]))
             if first:
                 candidates[rows[0]][invoke] = first, _share(group, invoke)

@@ -571,5 +571,6 @@ def _parts(event: scheduler.Event, compression: tensor_pb2.Compression) -> Itera
                     seconds_running=cost.seconds,
                     result_bytes=cost.result_bytes,
                     forks=cost.forks,
+                    companions=cost.companions,
                 )
             )
