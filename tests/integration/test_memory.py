@@ -105,7 +105,7 @@ def test_a_plan_that_would_not_fit_is_split_before_it_runs() -> None:
         found = []
         for prompt in prompts:
             with trace.invoke(prompt):
-                found.append(wide.logits.save())
+                found.append(wide.logits[:, ::2].mean(dim=1).save())
         plan = trace.plan()
     assert len(plan.passes) > 1
     assert max(each.bytes for each in plan.passes) < 1 << 28
