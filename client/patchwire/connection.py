@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 
 import grpc
 import torch
+from google.protobuf.message import Message
 from torch import Tensor
 
+from patchwire import framing, ops, tensors
 from patchwire import graph as g
-from patchwire import ops, tensors
 from patchwire.background import Cancellation
 from patchwire.errors import (
     ConnectionFailedError,
@@ -38,6 +39,8 @@ from patchwire.version import PROTOCOL_VERSION, VERSION
 
 T = TypeVar("T")
 
+_SERVICE = service_pb2.DESCRIPTOR.services_by_name["PatchwireService"].full_name
+_JOBS = job_pb2.DESCRIPTOR.services_by_name["JobService"].full_name
 _CONNECT_SECONDS = 10.0
 _REMEMBERED_UPLOADS = 65536
 _LARGEST_RESULT = 1 << 36
@@ -104,6 +107,9 @@ class Connection:
             # A server that comes back is found again within a second.
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.max_reconnect_backoff_ms", 1000),
+            # Large results: longer frames, and more of them on the way.
+            ("grpc.http2.max_frame_size", tensors.MIB),
+            ("grpc.http2.lookahead_bytes", 16 * tensors.MIB),
         ]
         if tls:
             credentials = (TLS() if tls is True else tls).credentials()
@@ -113,6 +119,8 @@ class Connection:
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._stub = service_pb2_grpc.PatchwireServiceStub(self._channel)
         self._jobs = job_pb2_grpc.JobServiceStub(self._channel)
+        self._run = self._streams(_SERVICE, "Run", service_pb2.RunResponse)
+        self._fetch = self._streams(_JOBS, "FetchJob", job_pb2.FetchJobResponse)
         self._uploaded: set[bytes] = set()
         self._lock = threading.Lock()
         weakref.finalize(self, self._channel.close)
@@ -128,6 +136,15 @@ class Connection:
         """End the connection."""
         self._closed = True
         self._channel.close()
+
+    def _streams(self, service: str, method: str, response: type[Message]) -> Callable[..., Any]:
+        """A method that streams responses; those that are chunks come as the bytes of the chunk."""
+        call: Callable[..., Any] = self._channel.unary_stream(
+            f"/{service}/{method}",
+            request_serializer=framing.serialize,
+            response_deserializer=framing.parser(response),
+        )
+        return call
 
     def _check_not_closed(self) -> None:
         if self._closed:
@@ -257,7 +274,7 @@ class Connection:
             name = secrets.token_bytes(16) if arriving.loops else b""
             request = service_pb2.RunRequest(graph=message, compression=self.compression, id=name)
             with self._interruptible(name, progress):
-                return self._receive(self._stub.Run, request, arriving, progress, wanted)
+                return self._receive(self._run, request, arriving, progress, wanted)
 
         return self._with_uploads(graph, ask, wanted)
 
@@ -354,7 +371,7 @@ class Connection:
         request = job_pb2.FetchJobRequest(id=id)
         try:
             arriving = _Arriving(expected)
-            return self._receive(self._jobs.FetchJob, request, arriving, progress, cancellation or Cancellation())
+            return self._receive(self._fetch, request, arriving, progress, cancellation or Cancellation())
         except ConnectionLostError as error:
             raise ConnectionLostError(error.message, hint="The job is kept by the server: fetch it again.") from None
 
@@ -437,35 +454,35 @@ class Connection:
         try:
             for event in _events(call):
                 answers = self._answers = True
-                match event.WhichOneof("kind"):
-                    case "queued":
-                        progress.queued(event.queued.position)
-                    case "running":
-                        progress.running(event.running.number, event.running.passes)
-                    case "saved":
-                        current = arriving.key(event.saved)
-                        _check_header(event.saved.header, arriving.expected(current))
-                        assembly = tensors.Assembly(event.saved.header, _LARGEST_RESULT)
-                        progress.bytes(0, assembly.total)
-                    case "chunk":
-                        if assembly is None:
-                            raise GraphError("The server sent bytes of no value.", hint=_STRANGE)
-                        assembly.add(event.chunk)
-                        progress.bytes(len(event.chunk), 0)
-                    case "absent":
-                        arriving.found[arriving.key(event.absent)] = None
-                    case "kept":
-                        arriving.keep(event.kept)
-                    case "iterated":
-                        arriving.iterated(event.iterated)
-                        progress.iterated(event.iterated.done, event.iterated.count)
-                    case "tokens":
-                        progress.tokens(event.tokens.trace, event.tokens.invoke, list(event.tokens.ids))
-                    case "logged":
-                        progress.logged(event.logged.text, arriving.log(event.logged))
-                    case "done":
-                        stats = Stats.from_proto(event.done)
-                        break  # the status that follows says nothing new, and waiting for it takes a while
+                if isinstance(event, memoryview):
+                    _add(assembly, event, progress)
+                else:
+                    match event.WhichOneof("kind"):
+                        case "queued":
+                            progress.queued(event.queued.position)
+                        case "running":
+                            progress.running(event.running.number, event.running.passes)
+                        case "saved":
+                            current = arriving.key(event.saved)
+                            _check_header(event.saved.header, arriving.expected(current))
+                            assembly = tensors.Assembly(event.saved.header, _LARGEST_RESULT)
+                            progress.bytes(0, assembly.total)
+                        case "chunk":
+                            _add(assembly, event.chunk, progress)
+                        case "absent":
+                            arriving.found[arriving.key(event.absent)] = None
+                        case "kept":
+                            arriving.keep(event.kept)
+                        case "iterated":
+                            arriving.iterated(event.iterated)
+                            progress.iterated(event.iterated.done, event.iterated.count)
+                        case "tokens":
+                            progress.tokens(event.tokens.trace, event.tokens.invoke, list(event.tokens.ids))
+                        case "logged":
+                            progress.logged(event.logged.text, arriving.log(event.logged))
+                        case "done":
+                            stats = Stats.from_proto(event.done)
+                            break  # the status that follows says nothing new, and waiting for it takes a while
                 if assembly is not None and assembly.complete:
                     assert current is not None
                     arriving.found[current] = assembly.tensor()
@@ -484,9 +501,27 @@ class Connection:
         return arriving.results(stats)
 
 
-def _events(call: Iterable[service_pb2.RunResponse | job_pb2.FetchJobResponse]) -> Iterator[service_pb2.Event]:
+def _events(
+    call: Iterable[service_pb2.RunResponse | job_pb2.FetchJobResponse | memoryview],
+) -> Iterator[service_pb2.Event | memoryview]:
+    """What responses tell, one after the other; a chunk that came alone as its bytes."""
     for response in call:
-        yield from response.events
+        if isinstance(response, memoryview):
+            yield response
+        else:
+            yield from response.events
+
+
+def _add(assembly: tensors.Assembly | None, chunk: bytes | memoryview, progress: Progress) -> None:
+    """Put a chunk into the value that was announced last.
+
+    Raises:
+        GraphError: there is none, or it has no room for it.
+    """
+    if assembly is None:
+        raise GraphError("The server sent bytes of no value.", hint=_STRANGE)
+    assembly.add(chunk)
+    progress.bytes(len(chunk), 0)
 
 
 def _line(message: graph_pb2.Graph, node: int) -> SourceLine | None:
