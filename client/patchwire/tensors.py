@@ -17,6 +17,7 @@ import torch
 import zstandard
 from torch import Tensor
 
+from patchwire import recycling
 from patchwire.errors import GraphError, LimitError
 from patchwire.v1 import tensor_pb2 as pb
 
@@ -153,7 +154,7 @@ class Assembly:
     def __init__(self, head: pb.TensorHeader, limit: int | None = None) -> None:
         self.total = size(head, limit)
         self.filled = 0
-        self._tensor = torch.empty(tuple(head.shape), dtype=dtype_from_proto(head.dtype))
+        self._tensor = recycling.empty(head.shape, dtype_from_proto(head.dtype))
         self._bytes = np.frombuffer(data(self._tensor), np.uint8)
         if head.compression not in COMPRESSIONS:
             raise GraphError(f"compression {head.compression} is not known to this version.")
