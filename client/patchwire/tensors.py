@@ -151,10 +151,23 @@ def chunks(
 class Assembly:
     """A tensor that is being received: memory of the right size, filled chunk by chunk."""
 
-    def __init__(self, head: pb.TensorHeader, limit: int | None = None) -> None:
+    def __init__(self, head: pb.TensorHeader, limit: int | None = None, into: Tensor | None = None) -> None:
+        """
+        Args:
+            head: What is to come.
+            limit: The most bytes that it may have.
+            into: A contiguous tensor on the CPU to receive it in; None takes new memory.
+
+        Raises:
+            GraphError: it is no tensor, or not one of the shape and dtype of `into`.
+            LimitError: there are more than `limit` bytes.
+        """
         self.total = size(head, limit)
         self.filled = 0
-        self._tensor = recycling.empty(head.shape, dtype_from_proto(head.dtype))
+        shape, dtype = torch.Size(head.shape), dtype_from_proto(head.dtype)
+        if into is not None and (into.shape, into.dtype) != (shape, dtype):
+            raise GraphError(f"A value of shape {list(shape)} and {dtype} does not fit into one of {_told(into)}.")
+        self._tensor = recycling.empty(shape, dtype) if into is None else into.detach()
         self._bytes = np.frombuffer(data(self._tensor), np.uint8)
         if head.compression not in COMPRESSIONS:
             raise GraphError(f"compression {head.compression} is not known to this version.")
@@ -201,6 +214,10 @@ class Assembly:
         if self._tensor.dtype == torch.bool and self._tensor.view(torch.uint8).gt(1).any():
             raise GraphError("A bool tensor has bytes other than 0 and 1.")
         return self._tensor
+
+
+def _told(tensor: Tensor) -> str:
+    return f"shape {list(tensor.shape)} and {tensor.dtype}"
 
 
 def to_proto(tensor: Tensor) -> pb.Tensor:

@@ -131,10 +131,13 @@ def stream(directory: Path) -> None:
             arrived += tensor.nbytes
 
         def run(rows: torch.Tensor) -> None:
-            with model.session() as session, session.over(rows, batch_size=ROWS) as batches:
-                with model.trace(batches.prompt):
-                    for layer in model.layers:
-                        layer.output.save(to=take)
+            with (
+                model.session() as session,
+                session.over(rows, batch_size=ROWS) as batches,
+                model.trace(batches.prompt),
+            ):
+                for layer in model.layers:
+                    layer.output.save(to=take)
 
         run(prompts[:ROWS])
         arrived = 0
@@ -147,7 +150,11 @@ def stream(directory: Path) -> None:
         seconds = time.perf_counter() - start
         more = {f"{name}_more_mib": (memory(pid, "VmHWM") - before[name]) // MIB for name, pid in processes.items()}
     report(
-        "stream", gib=round(arrived / 2**30, 2), seconds=round(seconds, 1), gb_s=round(arrived / seconds / 1e9, 2), **more
+        "stream",
+        gib=round(arrived / 2**30, 2),
+        seconds=round(seconds, 1),
+        gb_s=round(arrived / seconds / 1e9, 2),
+        **more,
     )
 
 

@@ -520,6 +520,8 @@ def _check_compression(compression: tensor_pb2.Compression) -> None:
 
 _RESPONSE_BYTES = tensors.MIB
 _APART_BYTES = 256 * 1024
+# Of such chunks gRPC's Python moves the most: of longer ones it asks the system for memory again and again.
+_CHUNK_BYTES = 512 * 1024
 
 Message = TypeVar("Message", service_pb2.RunResponse, job_pb2.FetchJobResponse)
 
@@ -555,7 +557,7 @@ def _ends(message: service_pb2.RunResponse | bytes) -> bool:
 
 
 def _pieces(tensor: Tensor | OnDisk) -> Iterator[bytes | memoryview]:
-    return tensor.pieces() if isinstance(tensor, OnDisk) else tensors.pieces(tensor)
+    return tensor.pieces(_CHUNK_BYTES) if isinstance(tensor, OnDisk) else tensors.pieces(tensor, _CHUNK_BYTES)
 
 
 def _iteration(iteration: Iteration | None) -> service_pb2.Iteration | None:

@@ -75,14 +75,14 @@ class OnDisk:
         self.shape: torch.Size = tensor.shape
         self.nbytes: int = tensor.nbytes
 
-    def pieces(self) -> Iterator[bytes]:
-        """Its bytes in C order, a MiB at a time; to be read once.
+    def pieces(self, length: int) -> Iterator[bytes]:
+        """Its bytes in C order, `length` at a time; to be read once.
 
         Raises:
             ExecutionError: they cannot be read.
         """
-        for start in range(0, self.nbytes, tensors.MIB):
-            yield self._file.read(self._start + start, min(tensors.MIB, self.nbytes - start))
+        for start in range(0, self.nbytes, length):
+            yield self._file.read(self._start + start, min(length, self.nbytes - start))
         self._file.has_been_read()
 
 
