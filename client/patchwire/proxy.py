@@ -22,7 +22,7 @@ import torch.fx
 from torch import Tensor
 
 from patchwire import ops
-from patchwire.checking import describe
+from patchwire.checking import describe, fake_of
 from patchwire.errors import (
     BranchError,
     GraphError,
@@ -142,6 +142,7 @@ class Value(torch.fx.Proxy):
 
         Raises:
             GraphError: `dtype` is no dtype, or `to` neither a function nor such a tensor.
+            ShapeError: the value does not fit into the tensor.
         """
         if self._tensor is not None:
             return self
@@ -153,7 +154,9 @@ class Value(torch.fx.Proxy):
             value = self
         else:
             value = Value(self.recorder, self.node, self.memory, self.views, self)
-            value._to = _checked(to)
+            if to is not None:
+                _check_to(self, to, dtype)
+                value._to = to
         self.recorder.save(value, dtype)
         return value
 
@@ -547,18 +550,32 @@ def grad(loss: Value, values: Any, weights: Any = None) -> Any:
     return type(values)(found) if several else found[0]
 
 
-def _checked(to: Any) -> To | None:
-    """What `save` was given as `to`."""
+def _check_to(value: Value, to: Any, dtype: torch.dtype | None) -> None:
+    """Check what `save` was given as `to`.
+
+    Raises:
+        GraphError: it is neither a function nor a contiguous tensor on the CPU.
+        ShapeError: it is a tensor of another shape or dtype than what comes.
+    """
     is_tensor = isinstance(to, Tensor) and not isinstance(to, Value)
     if is_tensor and to.device.type == "cpu" and to.is_contiguous():
-        return to
-    if to is None or (callable(to) and not is_tensor and not isinstance(to, Value)):
-        return to
-    raise GraphError(
-        f"A value cannot be saved to a {type(to).__name__}{' like this' if is_tensor else ''}.",
-        hint="Give a function that takes the tensor, or a contiguous tensor on the CPU to receive it in.",
-        lines=here(),
-    )
+        fake = fake_of(value.node)
+        if isinstance(fake, Tensor):
+            in_loop = value.recorder.parent is not None
+            comes = [str(each) for each in value.recorder.shape(value)], dtype or fake.dtype
+            fits = [str(each) for each in to.shape[1 if in_loop else 0 :]], to.dtype
+            if comes != fits:
+                raise ShapeError(
+                    f"{describe(fake)} does not fit into {describe(to)}.",
+                    hint="In a loop, the tensor has a dimension for the iterations in front." if in_loop else "",
+                    lines=here(),
+                )
+    elif is_tensor or isinstance(to, Value) or not callable(to):
+        raise GraphError(
+            f"A value cannot be saved to a {type(to).__name__}{' like this' if is_tensor else ''}.",
+            hint="Give a function that takes the tensor, or a contiguous tensor on the CPU to receive it in.",
+            lines=here(),
+        )
 
 
 def save_all(values: Any) -> Any:

@@ -106,8 +106,12 @@ class TestATensor:
 
     def test_of_another_shape_or_dtype_is_refused(self, served):
         for into in (torch.empty(1, 4, tiny.WIDTH), torch.empty(1, 5, tiny.WIDTH, dtype=torch.float64)):
-            with pytest.raises(patchwire.GraphError, match="does not fit into one of"), served["gpt2"].trace(DATA[0]):
+            with (
+                pytest.raises(patchwire.ShapeError, match="does not fit into") as caught,
+                served["gpt2"].trace(DATA[0]),
+            ):
                 served["gpt2"].layers[1].output.save(to=into)
+            assert "save(to=into)" in caught.value.lines[0].code
 
     def test_without_room_for_all_iterations_is_refused(self, served):
         with pytest.raises(patchwire.GraphError, match="no room for iteration 2"):

@@ -27,7 +27,7 @@ from patchwire_worker.config import Limits
 from patchwire_worker.executor import Cost
 from patchwire_worker.planner import Plan
 from patchwire_worker.scheduler import Done, InternalError, Queued, Saved, Scheduler
-from patchwire_worker.waiting import Disk, OnDisk
+from patchwire_worker.waiting import Disk, OnDisk, WaitingFile
 
 
 class Value:
@@ -67,6 +67,12 @@ def within(coroutine) -> Any:
 
 async def events(queue: Scheduler, admitted: Any = None) -> list[Any]:
     return [event async for news in queue.run(admitted, Plan([], set())) for event in news]
+
+
+async def slowly(queue: Scheduler) -> None:
+    """Take what a run tells, one after the other, with time between them."""
+    async for _ in queue.run(None, Plan([], set())):
+        await asyncio.sleep(0.1)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -291,9 +297,7 @@ class TestARunWhoseValuesAreTakenSlowly:
         async def run() -> None:
             disk = Disk(10 * self.SIZE)
             with pytest.raises(LimitError, match="that nobody has taken yet"):
-                async for _ in Scheduler("tiny", Limits(), disk=disk).run(None, Plan([], set())):
-                    await until(lambda: disk.taken == disk.limit)
-                    await asyncio.sleep(0.05)
+                await slowly(Scheduler("tiny", Limits(), disk=disk))
             assert disk.taken == 0
 
         within(run())
@@ -302,10 +306,18 @@ class TestARunWhoseValuesAreTakenSlowly:
         async def run() -> None:
             disk = Disk(1 << 30, tmp_path / "missing")
             with pytest.raises(ExecutionError, match="could not write a saved value to its disk"):
-                async for _ in Scheduler("tiny", Limits(), disk=disk).run(None, Plan([], set())):
-                    await asyncio.sleep(0.1)
+                await slowly(Scheduler("tiny", Limits(), disk=disk))
 
         within(run())
+
+    def test_says_so_when_they_cannot_be_read_back(self):
+        file = WaitingFile(Disk(1 << 30))
+        value = file.put(torch.zeros(self.SIZE))
+        file.close()
+
+        with pytest.raises(ExecutionError, match="cannot be read back"):
+            next(value.pieces(1000))
+        assert file.put(torch.zeros(self.SIZE)) is None
 
 
 class TestClosing:
