@@ -33,9 +33,9 @@ from serving import Server
 MIB = 1 << 20
 BYTES = 512 * MIB
 PARTS = 32
-ROUNDS = int(os.environ.get("ROUNDS", "7"))
+ROUNDS = int(os.environ.get("ROUNDS", "5"))
 
-WIDTH, LAYERS, ROWS, LENGTH = 64, 8, 16, 512
+WIDTH, LAYERS, ROWS, LENGTH = 64, 8, 64, 128
 BATCHES = int(os.environ.get("BATCHES", "128"))
 
 
@@ -49,7 +49,14 @@ def large(directory: Path) -> Path:
 def narrow(directory: Path) -> Path:
     """A model that computes little for each byte of its residual stream."""
     config = GPT2Config(
-        n_layer=LAYERS, n_embd=WIDTH, n_head=1, n_positions=LENGTH, vocab_size=256, bos_token_id=0, eos_token_id=0
+        n_layer=LAYERS,
+        n_embd=WIDTH,
+        n_inner=WIDTH,
+        n_head=1,
+        n_positions=LENGTH,
+        vocab_size=256,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     GPT2LMHeadModel(config).save_pretrained(directory)
     return directory

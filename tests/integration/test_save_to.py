@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -124,6 +126,19 @@ def test_what_is_neither_is_refused_at_its_line(served, to):
         served["gpt2"].layers[1].output.save(to=to)
 
     assert "save(to=to)" in caught.value.lines[0].code
+
+
+def test_a_tensor_goes_when_the_program_lets_go_of_it(served):
+    gc.disable()
+    try:
+        with served["gpt2"].trace(DATA[0]):
+            hidden = served["gpt2"].layers[1].output.save()
+        tensor = weakref.ref(hidden.value)
+        del hidden
+
+        assert tensor() is None
+    finally:
+        gc.enable()
 
 
 def memory(pid: int, what: str) -> int:
