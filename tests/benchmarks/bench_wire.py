@@ -1,7 +1,8 @@
 """How fast large results travel, and what memory they take on their way.
 
-- `wire`: a saved value of 512 MiB through a real server process, as one tensor and as 32, against plain TCP on
-  loopback from another process into a buffer that is there before; in turn, as all of it shares one machine.
+- `wire`: a saved value of 512 MiB through a real server process, as one tensor, as 32, and as one that is received in
+  memory that is there before (`save(to=…)`), against plain TCP on loopback from another process into such memory; in
+  turn, as all of it shares one machine.
 - `stream`: a session over batches that saves all residual streams, 2 GiB, each given to a function as it arrives; the
   most memory that the worker and the client had, beyond what they had before.
 """
@@ -100,9 +101,15 @@ def wire(directory: Path) -> None:
                 saved = [each.save() for each in model.lm_head.weight.chunk(PARTS)]
             return [each.value for each in saved]
 
+        into = torch.zeros(BYTES // 4096, 1024)
+
+        def there() -> None:
+            with model.trace([1]):
+                model.lm_head.weight.save(to=into)
+
         assert torch.equal(torch.cat(parts()), one())
         assert one().nbytes == BYTES
-        seconds = alternate({"tcp": tcp, "one": one, "parts": parts}, rounds=ROUNDS, warm_up=1)
+        seconds = alternate({"tcp": tcp, "one": one, "parts": parts, "into": there}, rounds=ROUNDS, warm_up=1)
     sender.kill()
     speed = {name: BYTES / each / 1e9 for name, each in seconds.items()}
     report(
@@ -110,8 +117,10 @@ def wire(directory: Path) -> None:
         tcp_gb_s=round(speed["tcp"], 2),
         one_gb_s=round(speed["one"], 2),
         parts_gb_s=round(speed["parts"], 2),
+        into_gb_s=round(speed["into"], 2),
         ratio_one=round(speed["one"] / speed["tcp"], 3),
         ratio_parts=round(speed["parts"] / speed["tcp"], 3),
+        ratio_into=round(speed["into"] / speed["tcp"], 3),
     )
 
 
