@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 
 import grpc
 import torch
+from google.protobuf.message import Message
 from torch import Tensor
 
+from patchwire import framing, ops, tensors
 from patchwire import graph as g
-from patchwire import ops, tensors
 from patchwire.background import Cancellation
 from patchwire.errors import (
     ConnectionFailedError,
@@ -31,13 +32,15 @@ from patchwire.errors import (
     SourceLine,
     VersionError,
 )
-from patchwire.results import Progress, Results, Stats
+from patchwire.results import Progress, Results, Stats, To
 from patchwire.status import error_from_call, line_from_proto
 from patchwire.v1 import graph_pb2, job_pb2, job_pb2_grpc, model_pb2, service_pb2, service_pb2_grpc, tensor_pb2
 from patchwire.version import PROTOCOL_VERSION, VERSION
 
 T = TypeVar("T")
 
+_SERVICE = service_pb2.DESCRIPTOR.services_by_name["PatchwireService"].full_name
+_JOBS = job_pb2.DESCRIPTOR.services_by_name["JobService"].full_name
 _CONNECT_SECONDS = 10.0
 _REMEMBERED_UPLOADS = 65536
 _LARGEST_RESULT = 1 << 36
@@ -104,6 +107,9 @@ class Connection:
             # A server that comes back is found again within a second.
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.max_reconnect_backoff_ms", 1000),
+            # Large results: longer frames, and more of them on the way.
+            ("grpc.http2.max_frame_size", tensors.MIB),
+            ("grpc.http2.lookahead_bytes", 16 * tensors.MIB),
         ]
         if tls:
             credentials = (TLS() if tls is True else tls).credentials()
@@ -113,6 +119,8 @@ class Connection:
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._stub = service_pb2_grpc.PatchwireServiceStub(self._channel)
         self._jobs = job_pb2_grpc.JobServiceStub(self._channel)
+        self._run = self._streams(_SERVICE, "Run", service_pb2.RunResponse)
+        self._fetch = self._streams(_JOBS, "FetchJob", job_pb2.FetchJobResponse)
         self._uploaded: set[bytes] = set()
         self._lock = threading.Lock()
         weakref.finalize(self, self._channel.close)
@@ -128,6 +136,15 @@ class Connection:
         """End the connection."""
         self._closed = True
         self._channel.close()
+
+    def _streams(self, service: str, method: str, response: type[Message]) -> Callable[..., Any]:
+        """A method that streams responses; those that are chunks come as the bytes of the chunk."""
+        call: Callable[..., Any] = self._channel.unary_stream(
+            f"/{service}/{method}",
+            request_serializer=framing.serialize,
+            response_deserializer=framing.parser(response),
+        )
+        return call
 
     def _check_not_closed(self) -> None:
         if self._closed:
@@ -257,7 +274,7 @@ class Connection:
             name = secrets.token_bytes(16) if arriving.loops else b""
             request = service_pb2.RunRequest(graph=message, compression=self.compression, id=name)
             with self._interruptible(name, progress):
-                return self._receive(self._stub.Run, request, arriving, progress, wanted)
+                return self._receive(self._run, request, arriving, progress, wanted)
 
         return self._with_uploads(graph, ask, wanted)
 
@@ -300,19 +317,19 @@ class Connection:
 
     def submit(
         self, graph: g.Graph, cancellation: Cancellation | None = None
-    ) -> tuple[job_pb2.Job, Mapping[int, Expected | None]]:
+    ) -> tuple[job_pb2.Job, Mapping[int, Expected | None], Mapping[Place, To]]:
         """Submit a graph as a detached job.
 
         Returns:
-            The job, and what each save brings as far as that is known, by its position in the graph.
+            The job; what each save brings as far as that is known, by its position in the graph; and where it goes.
 
         Raises:
             PatchwireError: of the kind that the server says.
         """
 
-        def ask(message: graph_pb2.Graph) -> tuple[job_pb2.Job, Mapping[int, Expected | None]]:
+        def ask(message: graph_pb2.Graph) -> tuple[job_pb2.Job, Mapping[int, Expected | None], Mapping[Place, To]]:
             request = job_pb2.SubmitJobRequest(graph=message, compression=self.compression)
-            return self._call(self._jobs.SubmitJob, request).job, _saves(graph)
+            return self._call(self._jobs.SubmitJob, request).job, _saves(graph), _takers(graph)
 
         return self._with_uploads(graph, ask, cancellation or Cancellation())
 
@@ -335,6 +352,8 @@ class Connection:
         expected: Mapping[int, Expected | None] | None,
         progress: Progress,
         cancellation: Cancellation | None = None,
+        *,
+        takers: Mapping[Place, To] | None = None,
     ) -> Results:
         """The results of a detached job that has ended.
 
@@ -343,6 +362,7 @@ class Connection:
             expected: What each save brings, by its position in the graph; None if that is not known here.
             progress: Told what happens.
             cancellation: Says whether they are still wanted.
+            takers: Where saved values go when they come.
 
         Returns:
             What came back.
@@ -353,8 +373,8 @@ class Connection:
         """
         request = job_pb2.FetchJobRequest(id=id)
         try:
-            arriving = _Arriving(expected)
-            return self._receive(self._jobs.FetchJob, request, arriving, progress, cancellation or Cancellation())
+            arriving = _Arriving(expected, takers=takers or {})
+            return self._receive(self._fetch, request, arriving, progress, cancellation or Cancellation())
         except ConnectionLostError as error:
             raise ConnectionLostError(error.message, hint="The job is kept by the server: fetch it again.") from None
 
@@ -445,38 +465,38 @@ class Connection:
         try:
             for event in _events(call):
                 answers = self._answers = True
-                match event.WhichOneof("kind"):
-                    case "queued":
-                        progress.queued(event.queued.position)
-                    case "running":
-                        progress.running(event.running.number, event.running.passes)
-                    case "saved":
-                        current = arriving.key(event.saved)
-                        _check_header(event.saved.header, arriving.expected(current))
-                        assembly = tensors.Assembly(event.saved.header, _LARGEST_RESULT)
-                        progress.bytes(0, assembly.total)
-                    case "chunk":
-                        if assembly is None:
-                            raise GraphError("The server sent bytes of no value.", hint=_STRANGE)
-                        assembly.add(event.chunk)
-                        progress.bytes(len(event.chunk), 0)
-                    case "absent":
-                        arriving.found[arriving.key(event.absent)] = None
-                    case "kept":
-                        arriving.keep(event.kept)
-                    case "iterated":
-                        arriving.iterated(event.iterated)
-                        progress.iterated(event.iterated.done, event.iterated.count)
-                    case "tokens":
-                        progress.tokens(event.tokens.trace, event.tokens.invoke, list(event.tokens.ids))
-                    case "logged":
-                        progress.logged(event.logged.text, arriving.log(event.logged))
-                    case "done":
-                        stats = Stats.from_proto(event.done)
-                        break  # the status that follows says nothing new, and waiting for it takes a while
+                if isinstance(event, memoryview):
+                    _add(assembly, event, progress)
+                else:
+                    match event.WhichOneof("kind"):
+                        case "queued":
+                            progress.queued(event.queued.position)
+                        case "running":
+                            progress.running(event.running.number, event.running.passes)
+                        case "saved":
+                            current = arriving.key(event.saved)
+                            _check_header(event.saved.header, arriving.expected(current))
+                            assembly = tensors.Assembly(event.saved.header, _LARGEST_RESULT, arriving.into(current))
+                            progress.bytes(0, assembly.total)
+                        case "chunk":
+                            _add(assembly, event.chunk, progress)
+                        case "absent":
+                            arriving.found[arriving.key(event.absent)] = None
+                        case "kept":
+                            arriving.keep(event.kept)
+                        case "iterated":
+                            arriving.iterated(event.iterated)
+                            progress.iterated(event.iterated.done, event.iterated.count)
+                        case "tokens":
+                            progress.tokens(event.tokens.trace, event.tokens.invoke, list(event.tokens.ids))
+                        case "logged":
+                            progress.logged(event.logged.text, arriving.log(event.logged))
+                        case "done":
+                            stats = Stats.from_proto(event.done)
+                            break  # the status that follows says nothing new, and waiting for it takes a while
                 if assembly is not None and assembly.complete:
                     assert current is not None
-                    arriving.found[current] = assembly.tensor()
+                    arriving.take(current, assembly.tensor())
                     assembly = None
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE:
@@ -492,9 +512,27 @@ class Connection:
         return arriving.results(stats)
 
 
-def _events(call: Iterable[service_pb2.RunResponse | job_pb2.FetchJobResponse]) -> Iterator[service_pb2.Event]:
+def _events(
+    call: Iterable[service_pb2.RunResponse | job_pb2.FetchJobResponse | memoryview],
+) -> Iterator[service_pb2.Event | memoryview]:
+    """What responses tell, one after the other; a chunk that came alone as its bytes."""
     for response in call:
-        yield from response.events
+        if isinstance(response, memoryview):
+            yield response
+        else:
+            yield from response.events
+
+
+def _add(assembly: tensors.Assembly | None, chunk: bytes | memoryview, progress: Progress) -> None:
+    """Put a chunk into the value that was announced last.
+
+    Raises:
+        GraphError: there is none, or it has no room for it.
+    """
+    if assembly is None:
+        raise GraphError("The server sent bytes of no value.", hint=_STRANGE)
+    assembly.add(chunk)
+    progress.bytes(len(chunk), 0)
 
 
 def _line(message: graph_pb2.Graph, node: int) -> SourceLine | None:
@@ -505,7 +543,7 @@ def _line(message: graph_pb2.Graph, node: int) -> SourceLine | None:
 
 Expected = tuple[list[int], torch.dtype]
 """The shape and dtype of a value that is to come."""
-_Place = tuple[int | None, int]
+Place = tuple[int | None, int]
 """A save or log: the loop in whose body it is, and its position."""
 _Key = tuple[int | None, int, int]
 """What a save or log brings: the loop in whose body it is, its position, and the iteration."""
@@ -517,14 +555,16 @@ class _Arriving:
 
     announced: Mapping[int, Expected | None] | None
     """What each save brings, by its position in the graph; None if that is not known here."""
-    in_loops: Mapping[_Place, Expected | None] = field(default_factory=dict)
+    in_loops: Mapping[Place, Expected | None] = field(default_factory=dict)
     """What each save in the body of a loop brings in an iteration."""
     loops: Mapping[int, int] = field(default_factory=dict)
     """How many iterations each loop has, by its position in the graph's traces."""
     keeps: Sequence[int] = ()
     """What is kept, by its position in the graph."""
-    logs: Mapping[_Place, SourceLine | None] | None = None
+    logs: Mapping[Place, SourceLine | None] | None = None
     """The lines of the logs; None if they are not known here."""
+    takers: Mapping[Place, To] = field(default_factory=dict)
+    """Where saved values go when they come."""
     done: dict[int, int] = field(init=False)
     found: dict[_Key, Tensor | None] = field(init=False, default_factory=dict)
     kept: dict[int, tuple[g.KeptTensor, float]] = field(init=False, default_factory=dict)
@@ -536,7 +576,7 @@ class _Arriving:
     @classmethod
     def of(cls, graph: g.Graph, message: graph_pb2.Graph) -> _Arriving:
         """What a graph asks for."""
-        in_loops: dict[_Place, Expected | None] = {}
+        in_loops: dict[Place, Expected | None] = {}
         for index, loop in graph.loops.items():
             known = not any(each.batches for trace in loop.body.traces for each in trace.invokes)
             in_loops |= {(index, node): each if known else None for node, each in _saves(loop.body).items()}
@@ -552,6 +592,7 @@ class _Arriving:
                 for number, node in enumerate(part.nodes)
                 if node.HasField("log")
             },
+            _takers(graph),
         )
 
     def _key(self, message: service_pb2.Saved | service_pb2.Absent | service_pb2.Logged) -> _Key:
@@ -578,6 +619,32 @@ class _Arriving:
         if key[0] is not None:
             return self.in_loops[key[:2]]
         return None if self.announced is None else self.announced[key[1]]
+
+    def into(self, key: _Key) -> Tensor | None:
+        """What a value is received in; None if it has memory of its own.
+
+        Raises:
+            GraphError: it is of an iteration for which there is no room.
+        """
+        loop, node, number = key
+        taker = self.takers.get((loop, node))
+        if not isinstance(taker, Tensor) or loop is None:
+            return taker if isinstance(taker, Tensor) else None
+        if number >= len(taker):
+            raise GraphError(
+                f"A tensor of shape {list(taker.shape)} has no room for iteration {number}.",
+                hint="`save(to=…)` in a loop takes a tensor with a dimension for the iterations in front.",
+            )
+        return taker[number]
+
+    def take(self, key: _Key, tensor: Tensor) -> None:
+        """A value is complete."""
+        taker = self.takers.get(key[:2])
+        if taker is None or isinstance(taker, Tensor):
+            self.found[key] = tensor
+        else:
+            self.found[key] = None
+            taker(tensor)
 
     def log(self, message: service_pb2.Logged) -> SourceLine | None:
         """The line that a log is of.
@@ -638,6 +705,17 @@ class _Arriving:
 def _saves(graph: g.Graph) -> dict[int, Expected | None]:
     """What each save of a graph brings, if that is known before it runs, by its position."""
     return {index: _expected(node) for index, node in enumerate(graph.fx.nodes) if node.target is g.save}
+
+
+def _takers(graph: g.Graph) -> dict[Place, To]:
+    """Where the saved values of a graph and of its loops go."""
+    parts = [(None, graph), *((index, loop.body) for index, loop in graph.loops.items())]
+    return {
+        (loop, index): node.meta["to"]
+        for loop, part in parts
+        for index, node in enumerate(part.fx.nodes)
+        if node.meta.get("to") is not None
+    }
 
 
 def _with_names(graph: g.Graph, names: Mapping[int, bytes]) -> g.Graph:

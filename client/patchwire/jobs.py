@@ -15,9 +15,9 @@ from torch import Tensor
 
 from patchwire import graph as g
 from patchwire.background import Cancellation, in_thread
-from patchwire.connection import Connection, Expected
+from patchwire.connection import Connection, Expected, Place
 from patchwire.errors import ConnectionFailedError, ConnectionLostError, PatchwireError, TimeoutError, VersionError
-from patchwire.results import Progress, Results, Stats
+from patchwire.results import Progress, Results, Stats, To
 from patchwire.v1 import job_pb2 as pb
 
 _POLL_SECONDS = 2.0
@@ -107,6 +107,7 @@ class Job:
         *,
         progress: bool = True,
         expected: Mapping[int, Expected | None] | None = None,
+        takers: Mapping[Place, To] | None = None,
         settle: Settle | None = None,
     ) -> None:
         """
@@ -115,6 +116,7 @@ class Job:
             message: What the server says of it.
             progress: Whether to show progress bars.
             expected: What each save brings, by its position in the graph, as far as that is known here.
+            takers: Where saved values go when they come.
             settle: Given the results when they are fetched.
         """
         self.id = message.id
@@ -125,6 +127,7 @@ class Job:
         self._message = message
         self._progress = progress
         self._expected = expected
+        self._takers = takers or {}
         self._settle = settle
 
     def _refresh(self, wait_seconds: float = 0.0) -> pb.Job:
@@ -223,7 +226,9 @@ class Job:
     def _fetch(self, cancellation: Cancellation) -> list[Tensor | None]:
         try:
             self._wait(None, cancellation)
-            results = self._connection.fetch(self.id, self._expected, Progress(self._progress), cancellation)
+            results = self._connection.fetch(
+                self.id, self._expected, Progress(self._progress), cancellation, takers=self._takers
+            )
         except PatchwireError as found:
             raise found.with_traceback(None) from None
         self.stats = results.stats
@@ -270,5 +275,5 @@ def submit(
     Raises:
         PatchwireError: of the kind that the server says.
     """
-    message, expected = connection.submit(graph, cancellation)
-    return Job(connection, message, progress=progress, expected=expected, settle=settle)
+    message, expected, takers = connection.submit(graph, cancellation)
+    return Job(connection, message, progress=progress, expected=expected, takers=takers, settle=settle)

@@ -225,8 +225,9 @@ class BodyRecorder(Recorder):
         iterations = results.loops[loop]
         self.iterations = len(iterations)
         for (value, *_), found in zip(self.saved, zip(*iterations, strict=True), strict=True):
-            value._tensor = _stacked(found)
-            value._absent = value._tensor is None
+            value._tensor = value._to[: self.iterations] if isinstance(value._to, Tensor) else _stacked(found)
+            value._absent = value._tensor is None and value._to is None
+        self.resolved = True
 
 
 def _start(optimiser: Optimiser, parameter: torch.fx.Node, outer: Recorder) -> list[Any]:

@@ -22,7 +22,7 @@ import torch.fx
 from torch import Tensor
 
 from patchwire import ops
-from patchwire.checking import describe
+from patchwire.checking import describe, fake_of
 from patchwire.errors import (
     BranchError,
     GraphError,
@@ -39,6 +39,7 @@ from patchwire.sites import Address, Leaf, Path, Step
 
 if TYPE_CHECKING:
     from patchwire.recording import Recorder
+    from patchwire.results import To
 
 
 class Memory:
@@ -85,6 +86,7 @@ class Value(torch.fx.Proxy):
         self._tensor: Tensor | None = None
         self._saved = False
         self._absent = False
+        self._to: To | None = None
         self._made_of: tuple[Sequence[Value], Callable[[Sequence[Value]], Value]] | None = None
         """The values of sites that this is a named part of, or all of, and the way from them to it."""
         super().__init__(node, recorder)
@@ -125,14 +127,22 @@ class Value(torch.fx.Proxy):
 
     # --- saving ------------------------------------------------------------------------------------------------------
 
-    def save(self, *, dtype: torch.dtype | None = None) -> Value:
+    def save(self, *, dtype: torch.dtype | None = None, to: To | None = None) -> Value:
         """Ask for the tensor: after the block, this value behaves as it.
 
         Args:
             dtype: Send it in this element type, for example `torch.bfloat16` to halve the bytes of a float32.
+            to: What to do with the tensor when it comes, while the rest of the request goes on: a function that is
+                given it, and after which it is not kept here; or a contiguous tensor on the CPU that it is received
+                in. In the body of a loop, the function is called for each iteration, in order, and the tensor has a
+                dimension for the iterations in front.
 
         Returns:
-            This value; another one of the same tensor if `dtype` is given.
+            This value; another one of the same tensor if `dtype` or `to` is given.
+
+        Raises:
+            GraphError: `dtype` is no dtype, or `to` neither a function nor such a tensor.
+            ShapeError: the value does not fit into the tensor.
         """
         if self._tensor is not None:
             return self
@@ -140,7 +150,13 @@ class Value(torch.fx.Proxy):
             raise GraphError(
                 f"{dtype!r} is not a dtype.", hint="Write for example `dtype=torch.bfloat16`.", lines=here()
             )
-        value = self if dtype is None else Value(self.recorder, self.node, self.memory, self.views, self)
+        if dtype is None and to is None:
+            value = self
+        else:
+            value = Value(self.recorder, self.node, self.memory, self.views, self)
+            if to is not None:
+                _check_to(self, to, dtype)
+                value._to = to
         self.recorder.save(value, dtype)
         return value
 
@@ -193,6 +209,12 @@ class Value(torch.fx.Proxy):
             raise GraphError(
                 "The generation ended before this value's step.",
                 hint="Look at the generated tokens: `gen.output`.",
+                lines=here(),
+            )
+        if self._to is not None and self.recorder.resolved:
+            raise GraphError(
+                "The value was given to a function when it came, and is not kept here.",
+                hint="Have the function keep what you need of it, or write `.save()` without `to`.",
                 lines=here(),
             )
         if self._saved and self.recorder.detached:
@@ -526,6 +548,34 @@ def grad(loss: Value, values: Any, weights: Any = None) -> Any:
     several = isinstance(values, (tuple, list))
     found = loss.recorder.grad(loss, weights, list(values) if several else [values])
     return type(values)(found) if several else found[0]
+
+
+def _check_to(value: Value, to: Any, dtype: torch.dtype | None) -> None:
+    """Check what `save` was given as `to`.
+
+    Raises:
+        GraphError: it is neither a function nor a contiguous tensor on the CPU.
+        ShapeError: it is a tensor of another shape or dtype than what comes.
+    """
+    is_tensor = isinstance(to, Tensor) and not isinstance(to, Value)
+    if is_tensor and to.device.type == "cpu" and to.is_contiguous():
+        fake = fake_of(value.node)
+        if isinstance(fake, Tensor):
+            in_loop = value.recorder.parent is not None
+            comes = [str(each) for each in value.recorder.shape(value)], dtype or fake.dtype
+            fits = [str(each) for each in to.shape[1 if in_loop else 0 :]], to.dtype
+            if comes != fits:
+                raise ShapeError(
+                    f"{describe(fake)} does not fit into {describe(to)}.",
+                    hint="In a loop, the tensor has a dimension for the iterations in front." if in_loop else "",
+                    lines=here(),
+                )
+    elif is_tensor or isinstance(to, Value) or not callable(to):
+        raise GraphError(
+            f"A value cannot be saved to a {type(to).__name__}{' like this' if is_tensor else ''}.",
+            hint="Give a function that takes the tensor, or a contiguous tensor on the CPU to receive it in.",
+            lines=here(),
+        )
 
 
 def save_all(values: Any) -> Any:

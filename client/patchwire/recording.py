@@ -78,6 +78,8 @@ class Recorder(TracerBase):
         self.open = True
         self.detached = False
         """Whether its run is a job that has not been fetched."""
+        self.resolved = False
+        """Whether what was asked for has come."""
         self.saved: list[tuple[Value, torch.dtype | None, int, SourceLine | None]] = []
         self.bodies: list[Recorder] = []
         """Those of the loops."""
@@ -928,7 +930,7 @@ class Recorder(TracerBase):
         try:
             for value, dtype, version, line in self.saved:
                 node = self._create(g.save, (value.node, dtype))
-                node.meta["line"] = line
+                node.meta |= {"line": line, "to": value._to}
                 self._warn_if_edited(value, version, line, "saved", "save")
             for kept, seconds, version, line in self.kept:
                 self._create(g.keep, (self._value(kept.source), seconds)).meta["line"] = line
@@ -997,13 +999,19 @@ class Recorder(TracerBase):
         """Give every saved value its tensor, and every kept one its handle."""
         for (value, *_), tensor in zip(self.saved, results.saved, strict=True):
             value._tensor = tensor
-            value._absent = tensor is None
+            value._absent = tensor is None and value._to is None
         self.detached = False
+        self.resolved = True
         for (kept, *_), (there, seconds) in zip(self.kept, results.kept, strict=True):
             assert there.fake is not None
             kept.arrived(there.handle, there.fake, datetime.now() + timedelta(seconds=seconds), connection)
         for each in self.bodies:
             each.resolve(results, connection)
+
+    def let_go(self) -> None:
+        """Keep no value any more, once all are resolved: its tensor goes when the program lets go of it, not later."""
+        for each in (self, *self.bodies):
+            each.saved, each._sites, each._everyone, each._accumulated = [], {}, {}, {}
 
     def _warn_if_edited(self, value: Value, version: int, line: SourceLine | None, done: str, do: str) -> None:
         for editor, where in value.memory.edits[version:]:

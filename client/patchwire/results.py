@@ -62,6 +62,9 @@ class Stats:
         return cls(*(sum(getattr(each, one.name) for each in known) for one in fields(cls)))
 
 
+To = Callable[[Tensor], object] | Tensor
+"""Where a saved value goes when it comes: to a function, which is given the tensor, or into the memory of a tensor."""
+
 OnTokens = Callable[[int, int, list[int]], None]
 """Takes new tokens of a generation: its trace, its invoke, and an id for each row."""
 

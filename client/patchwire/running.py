@@ -234,3 +234,5 @@ class Block(ABC):
     def _settle(self, results: Results) -> None:
         self._request.recorder.resolve(results, self._request.connection)
         self.stats = results.stats
+        if self._blocking:  # the results of a job may be fetched again
+            self._request.recorder.let_go()

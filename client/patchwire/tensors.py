@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
+import numpy as np
 import torch
 import zstandard
 from torch import Tensor
 
+from patchwire import recycling
 from patchwire.errors import GraphError, LimitError
 from patchwire.v1 import tensor_pb2 as pb
 
@@ -48,6 +51,18 @@ COMPRESSIONS = (pb.COMPRESSION_UNSPECIFIED, pb.COMPRESSION_ZSTD)
 """How chunks may be packed."""
 
 
+class Described(Protocol):
+    """Anything that has the dtype and shape of a tensor."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its element type."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Its lengths."""
+
+
 def dtype_to_proto(dtype: torch.dtype) -> pb.Dtype:
     """The wire's name of a dtype.
 
@@ -74,7 +89,7 @@ def dtype_from_proto(wire: pb.Dtype) -> torch.dtype:
         raise GraphError(f"dtype {wire} is not known to this version.") from None
 
 
-def header(tensor: Tensor, compression: pb.Compression = pb.COMPRESSION_UNSPECIFIED) -> pb.TensorHeader:
+def header(tensor: Described, compression: pb.Compression = pb.COMPRESSION_UNSPECIFIED) -> pb.TensorHeader:
     """What `tensor` is, before its bytes."""
     return pb.TensorHeader(dtype=dtype_to_proto(tensor.dtype), shape=tensor.shape, compression=compression)
 
@@ -109,24 +124,51 @@ def data(tensor: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
+def pieces(tensor: Tensor, length: int = MIB) -> Iterator[memoryview]:
+    """The bytes of a tensor in C order, `length` at a time, in place if it is contiguous and on the CPU."""
+    view = data(tensor)
+    for start in range(0, len(view), length):
+        yield view[start : start + length]
+
+
+def packed(parts: Iterable[bytes | memoryview], compression: pb.Compression) -> Iterator[bytes | memoryview]:
+    """Parts of a tensor's bytes as chunks, each packed on its own."""
+    if compression != pb.COMPRESSION_ZSTD:
+        yield from parts
+        return
+    pack = zstandard.ZstdCompressor(level=1).compress
+    for each in parts:
+        yield pack(each)
+
+
 def chunks(
     tensor: Tensor, *, length: int = MIB, compression: pb.Compression = pb.COMPRESSION_UNSPECIFIED
 ) -> Iterator[bytes]:
     """The bytes of a tensor in C order, `length` at a time, each chunk packed on its own."""
-    view = data(tensor)
-    pack = zstandard.ZstdCompressor(level=1).compress if compression == pb.COMPRESSION_ZSTD else bytes
-    for start in range(0, len(view), length):
-        yield pack(view[start : start + length])
+    yield from map(bytes, packed(pieces(tensor, length), compression))
 
 
 class Assembly:
     """A tensor that is being received: memory of the right size, filled chunk by chunk."""
 
-    def __init__(self, head: pb.TensorHeader, limit: int | None = None) -> None:
+    def __init__(self, head: pb.TensorHeader, limit: int | None = None, into: Tensor | None = None) -> None:
+        """
+        Args:
+            head: What is to come.
+            limit: The most bytes that it may have.
+            into: A contiguous tensor on the CPU to receive it in; None takes new memory.
+
+        Raises:
+            GraphError: it is no tensor, or not one of the shape and dtype of `into`.
+            LimitError: there are more than `limit` bytes.
+        """
         self.total = size(head, limit)
         self.filled = 0
-        self._tensor = torch.empty(tuple(head.shape), dtype=dtype_from_proto(head.dtype))
-        self._bytes = data(self._tensor)
+        shape, dtype = torch.Size(head.shape), dtype_from_proto(head.dtype)
+        if into is not None and (into.shape, into.dtype) != (shape, dtype):
+            raise GraphError(f"A value of shape {list(shape)} and {dtype} does not fit into one of {_told(into)}.")
+        self._tensor = recycling.empty(shape, dtype) if into is None else into.detach()
+        self._bytes = np.frombuffer(data(self._tensor), np.uint8)
         if head.compression not in COMPRESSIONS:
             raise GraphError(f"compression {head.compression} is not known to this version.")
         self._unpack = zstandard.ZstdDecompressor() if head.compression == pb.COMPRESSION_ZSTD else None
@@ -136,7 +178,7 @@ class Assembly:
         """Whether all bytes are here."""
         return self.filled == self.total
 
-    def add(self, chunk: bytes) -> None:
+    def add(self, chunk: bytes | memoryview) -> None:
         """Put the next bytes in their place.
 
         Raises:
@@ -147,10 +189,11 @@ class Assembly:
             chunk = self._decompress(chunk, room)
         if len(chunk) > room:
             raise GraphError("A tensor has more bytes than its header announced.")
-        self._bytes[self.filled : self.filled + len(chunk)] = chunk
+        # NumPy lets other threads run meanwhile: the one that takes the next chunk from gRPC needs the time.
+        self._bytes[self.filled : self.filled + len(chunk)] = np.frombuffer(chunk, np.uint8)
         self.filled += len(chunk)
 
-    def _decompress(self, chunk: bytes, room: int) -> bytes:
+    def _decompress(self, chunk: bytes | memoryview, room: int) -> bytes:
         assert self._unpack is not None
         try:
             announced = zstandard.frame_content_size(chunk)
@@ -171,6 +214,10 @@ class Assembly:
         if self._tensor.dtype == torch.bool and self._tensor.view(torch.uint8).gt(1).any():
             raise GraphError("A bool tensor has bytes other than 0 and 1.")
         return self._tensor
+
+
+def _told(tensor: Tensor) -> str:
+    return f"shape {list(tensor.shape)} and {tensor.dtype}"
 
 
 def to_proto(tensor: Tensor) -> pb.Tensor:

@@ -13,12 +13,21 @@ from typing import Any
 import pytest
 import torch
 
-from patchwire.errors import BusyError, ConnectionLostError, ExecutionError, PatchwireError, TimeoutError
+from patchwire import tensors
+from patchwire.errors import (
+    BusyError,
+    ConnectionLostError,
+    ExecutionError,
+    LimitError,
+    PatchwireError,
+    TimeoutError,
+)
 from patchwire_worker import scheduler
 from patchwire_worker.config import Limits
 from patchwire_worker.executor import Cost
 from patchwire_worker.planner import Plan
 from patchwire_worker.scheduler import Done, InternalError, Queued, Saved, Scheduler
+from patchwire_worker.waiting import Disk, OnDisk, WaitingFile
 
 
 class Value:
@@ -59,6 +68,12 @@ def within(coroutine) -> Any:
 
 async def events(queue: Scheduler, admitted: Any = None) -> list[Any]:
     return [event async for news in queue.run(admitted, Plan([], set())) for event in news]
+
+
+async def slowly(queue: Scheduler) -> None:
+    """Take what a run tells, one after the other, with time between them."""
+    async for _ in queue.run(None, Plan([], set())):
+        await asyncio.sleep(0.1)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -222,6 +237,90 @@ class TestARunThatMayNotGetFarAhead:
 
         within(run())
         assert len(made) < 50
+
+
+class TestARunWhoseValuesAreTakenSlowly:
+    SIZE = 1 << 18
+    COUNT = 50
+
+    @pytest.fixture
+    def ended(self, work, monkeypatch) -> threading.Event:
+        """Set when a run has saved all of its values, more than may wait in memory."""
+        monkeypatch.setattr(scheduler, "_AHEAD_BYTES", 4 * self.SIZE)
+        monkeypatch.setattr(scheduler, "_PATIENCE_SECONDS", 0.01)
+        ended = threading.Event()
+        size, count = self.SIZE, self.COUNT
+
+        class Execution:
+            def __init__(self, admitted, plan, listener, stopping, *, result_bytes, store) -> None:
+                self.listener = listener
+
+        def run(execution: Execution) -> Cost:
+            for number in range(count):
+                execution.listener.saved(number, torch.full((size,), number, dtype=torch.uint8))
+            ended.set()
+            return Cost()
+
+        monkeypatch.setattr(scheduler, "Execution", Execution)
+        monkeypatch.setattr(scheduler, "run", run)
+        return ended
+
+    def test_ends_all_the_same_and_they_come_in_order_from_the_disk(self, ended):
+        async def run() -> None:
+            disk = Disk(1 << 30)
+            taken, most = [], 0
+            async for news in Scheduler("tiny", Limits(), disk=disk).run(None, Plan([], set())):
+                await until(ended.is_set)
+                most = max(most, disk.taken)
+                for each in news:
+                    if isinstance(each, Saved):
+                        on_disk = isinstance(each.tensor, OnDisk)
+                        content = b"".join(each.tensor.pieces(1000)) if on_disk else bytes(tensors.data(each.tensor))
+                        assert content == bytes([each.node]) * self.SIZE
+                        taken.append(on_disk)
+            assert taken == [False] * 4 + [True] * (self.COUNT - 4)
+            assert most == taken.count(True) * self.SIZE
+            assert disk.taken == 0
+
+        within(run())
+
+    def test_gives_back_the_disk_when_nobody_takes_them_any_more(self, ended):
+        async def run() -> None:
+            disk = Disk(1 << 30)
+            queue = Scheduler("tiny", Limits(), disk=disk)
+            async with contextlib.aclosing(queue.run(None, Plan([], set()))) as values:
+                await anext(values)
+                await until(ended.is_set)
+                assert disk.taken > 0
+            assert disk.taken == 0
+
+        within(run())
+
+    def test_is_refused_more_than_the_disk_may_hold(self, ended):
+        async def run() -> None:
+            disk = Disk(10 * self.SIZE)
+            with pytest.raises(LimitError, match="that nobody has taken yet"):
+                await slowly(Scheduler("tiny", Limits(), disk=disk))
+            assert disk.taken == 0
+
+        within(run())
+
+    def test_fails_when_the_disk_fails(self, ended, tmp_path):
+        async def run() -> None:
+            disk = Disk(1 << 30, tmp_path / "missing")
+            with pytest.raises(ExecutionError, match="could not write a saved value to its disk"):
+                await slowly(Scheduler("tiny", Limits(), disk=disk))
+
+        within(run())
+
+    def test_says_so_when_they_cannot_be_read_back(self):
+        file = WaitingFile(Disk(1 << 30))
+        value = file.put(torch.zeros(self.SIZE))
+        file.close()
+
+        with pytest.raises(ExecutionError, match="cannot be read back"):
+            next(value.pieces(1000))
+        assert file.put(torch.zeros(self.SIZE)) is None
 
 
 class TestClosing:

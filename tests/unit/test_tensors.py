@@ -67,6 +67,22 @@ class TestEveryDtype:
         assert tensors.dtype_from_proto(tensors.dtype_to_proto(dtype)) is dtype
 
 
+def test_a_tensor_is_received_in_another_of_its_shape_and_dtype():
+    tensor, into = example(torch.float32, 3, 5), torch.zeros(3, 5)
+    assembly = tensors.Assembly(tensors.header(tensor), into=into)
+    for chunk in tensors.chunks(tensor, length=7):
+        assembly.add(chunk)
+
+    assert same(assembly.tensor(), tensor)
+    assert same(into, tensor)
+
+
+@pytest.mark.parametrize("into", [torch.zeros(5, 3), torch.zeros(3, 5).double()])
+def test_a_tensor_is_not_received_in_one_of_another_shape_or_dtype(into):
+    with pytest.raises(GraphError, match="does not fit into one of"):
+        tensors.Assembly(tensors.header(torch.zeros(3, 5)), into=into)
+
+
 def test_every_dtype_of_the_protocol_is_known():
     assert set(tensors.DTYPES) == set(pb.Dtype.values()) - {pb.DTYPE_UNSPECIFIED}
 

@@ -47,6 +47,8 @@ class Limits:
     """Bytes of all values that are kept beyond their requests."""
     kept_seconds: float = 86_400.0
     """For how long a value may be kept."""
+    waiting_bytes: int = 64 * GIB
+    """Bytes of all saved values that wait, on the disk, for clients that take them more slowly than they are made."""
 
     def to_proto(self) -> service_pb2.Limits:
         """These limits as a message."""
@@ -81,4 +83,5 @@ class ServerConfig:
     limits: Limits = field(default_factory=Limits)
     """What a request may ask."""
     jobs: Path | None = None
-    """The directory of detached jobs, which outlive the server there; None takes one that goes with the server."""
+    """The directory of detached jobs, which outlive the server there; None takes one that goes with the server. Saved
+    values wait there too."""

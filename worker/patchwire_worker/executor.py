@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.fx.node import map_arg
 
 from patchwire import graph as g
-from patchwire import logs
+from patchwire import logs, recycling
 from patchwire.checking import describe
 from patchwire.errors import (
     ExecutionError,
@@ -535,8 +535,7 @@ class Execution:
     def _save(self, node: torch.fx.Node, value: Any, dtype: torch.dtype | None) -> None:
         if not isinstance(value, Tensor):
             raise ExecutionError(f"A {type(value).__name__} cannot be saved: it is not a tensor.", hint=_ITEM)
-        tensor = value.detach()
-        tensor = tensor.to("cpu", dtype or tensor.dtype, copy=True).contiguous()
+        tensor = recycling.copy(value, dtype)
         self.cost.result_bytes += tensor.nbytes
         if self.result_bytes is not None and self.cost.result_bytes > self.result_bytes:
             raise LimitError(

@@ -30,6 +30,7 @@ from typing import IO, TypeVar
 
 from google.protobuf.message import DecodeError
 
+from patchwire import framing
 from patchwire.errors import (
     CancelledError,
     ExecutionError,
@@ -179,7 +180,7 @@ class Jobs:
         self,
         owner: str,
         model: str,
-        responses: AsyncGenerator[pb.FetchJobResponse, None],
+        responses: AsyncGenerator[pb.FetchJobResponse | bytes, None],
         *,
         expected_bytes: int,
         position: Callable[[], int | None],
@@ -240,7 +241,7 @@ class Jobs:
         mine = [each.snapshot() for each in self._jobs.values() if each.record.owner == owner]
         return sorted(mine, key=lambda each: each.submitted_seconds, reverse=True)
 
-    async def fetch(self, owner: str, name: str) -> AsyncGenerator[pb.FetchJobResponse, None]:
+    async def fetch(self, owner: str, name: str) -> AsyncGenerator[pb.FetchJobResponse | bytes, None]:
         """What a job told, from its file.
 
         Raises:
@@ -327,12 +328,14 @@ class Jobs:
                 hint="`job.forget()` those that have been fetched, or save less.",
             )
 
-    async def _run(self, job: _Job, responses: AsyncGenerator[pb.FetchJobResponse, None], results: IO[bytes]) -> None:
+    async def _run(
+        self, job: _Job, responses: AsyncGenerator[pb.FetchJobResponse | bytes, None], results: IO[bytes]
+    ) -> None:
         state, error = pb.JOB_STATE_DONE, None
         try:
             async with contextlib.aclosing(responses):
                 async for response in responses:
-                    for event in response.events:
+                    for event in [] if isinstance(response, bytes) else response.events:
                         if event.HasField("running"):
                             job.record.job.running.CopyFrom(event.running)
                     await self._append(job, results, response)
@@ -350,8 +353,9 @@ class Jobs:
                 state, error = pb.JOB_STATE_FAILED, _not_written(found)
         await self._end(job, state, error)
 
-    async def _append(self, job: _Job, results: IO[bytes], response: pb.FetchJobResponse) -> None:
-        length = _LENGTH.size + response.ByteSize()
+    async def _append(self, job: _Job, results: IO[bytes], response: pb.FetchJobResponse | bytes) -> None:
+        data = framing.serialize(response)
+        length = _LENGTH.size + len(data)
         more = max(job.written + length - job.reserved, 0)
         self._check_room(more)
         self._bytes += more
@@ -359,8 +363,8 @@ class Jobs:
         job.written += length
 
         def write() -> None:
-            results.write(_LENGTH.pack(response.ByteSize()))
-            results.write(response.SerializeToString())
+            results.write(_LENGTH.pack(len(data)))
+            results.write(data)
 
         await self._apart(write)
 
@@ -457,7 +461,7 @@ def _open(path: Path) -> IO[bytes]:
     return open(path, "rb")
 
 
-def _read(file: IO[bytes]) -> pb.FetchJobResponse | None:
+def _read(file: IO[bytes]) -> pb.FetchJobResponse | bytes | None:
     """The next response; None at the end."""
     head = file.read(_LENGTH.size)
     if not head:
@@ -467,7 +471,7 @@ def _read(file: IO[bytes]) -> pb.FetchJobResponse | None:
         data = file.read(length) if length <= _LARGEST_RESPONSE else b""
         if len(data) != length:
             raise ValueError(f"{len(data)} of {length} bytes")
-        return pb.FetchJobResponse.FromString(data)
+        return data if framing.chunk_of(data) is not None else pb.FetchJobResponse.FromString(data)
     except (struct.error, ValueError, DecodeError) as error:
         log.error("%s is damaged: %s", file.name, error)
         raise ExecutionError("The results of the job are damaged on the server's disk.", hint="Run it again.") from None

@@ -9,25 +9,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from torch import Tensor
 
 from patchwire.errors import BusyError, CancelledError, ConnectionLostError, PatchwireError, TimeoutError
 from patchwire_worker.admission import Admitted
-from patchwire_worker.config import Limits
+from patchwire_worker.config import MIB, Limits
 from patchwire_worker.executor import Cost, Execution, Iteration
 from patchwire_worker.interleaving import Stopping
 from patchwire_worker.kept import KeptStore
 from patchwire_worker.placing import Group, Pass, placed
 from patchwire_worker.planner import Gathering, Plan
 from patchwire_worker.running import run, run_together
+from patchwire_worker.waiting import Disk, OnDisk, WaitingFile
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ class Saved:
     """A saved value exists."""
 
     node: int
-    tensor: Tensor
+    tensor: Tensor | OnDisk
     iteration: Iteration | None = None
 
 
@@ -126,6 +128,9 @@ _LINGER = 0.1
 """The part of the last pass's time that a request may wait for others that were in it."""
 _LONGEST_LINGER = 0.02
 _LINGER_STEP = 0.0005
+_TAKEN_AT_ONCE = MIB
+_AHEAD_BYTES = 64 * MIB
+_PATIENCE_SECONDS = 0.5
 
 
 @dataclass(eq=False)
@@ -133,7 +138,10 @@ class _Job:
     admitted: Admitted
     plan: Plan
     queued: bool
+    disk: Disk
     ahead: int | None = None
+    company: Callable[[], bool] = lambda: False
+    """Whether the model has somebody else's requests too."""
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     stopping: Stopping = field(default_factory=Stopping)
     happened: deque[Event | BaseException] = field(default_factory=deque)
@@ -144,7 +152,15 @@ class _Job:
     _woken: asyncio.Event = field(default_factory=asyncio.Event)
     _bytes: int = 0
     _untaken: int = 0
+    """Bytes of the saved values in memory that have not been sent."""
+    _in_hand: int = 0
+    """Those of them that are being sent."""
+    _slow: bool = False
+    """Whether waiting for whoever takes them was in vain."""
     _room: threading.Condition = field(default_factory=threading.Condition)
+
+    def __post_init__(self) -> None:
+        self._file = WaitingFile(self.disk)
 
     def wake(self) -> None:
         """Have the event loop look at what happened now; may be called from any thread."""
@@ -157,32 +173,73 @@ class _Job:
 
         To be woken in the middle of a pass costs it milliseconds, so the loop is woken only where it matters: at the
         end, and when there are bytes to send meanwhile. It sees the rest when it looks by itself.
+
+        Raises:
+            LimitError: a saved value has to wait, and there is no room for it on the disk.
+            ExecutionError: it cannot be written there.
         """
+        if isinstance(event, Saved):
+            event = self._with_room(event)
+            self._bytes += event.tensor.nbytes
         self.happened.append(event)
-        self._bytes += event.tensor.nbytes if isinstance(event, Saved) else 0
         if isinstance(event, (Done, BaseException)) or self._bytes >= _WAKE_BYTES:
             self._bytes = 0
             self.wake()
-        if self.ahead is not None and isinstance(event, Saved):
-            with self._room:
-                self._untaken += event.tensor.nbytes
-                while self._untaken > max(self.ahead, _WAKE_BYTES) and self.stopping.reason is None:
+
+    def _with_room(self, event: Saved) -> Saved:
+        """A saved value, in memory if it is taken soon, or else on the disk.
+
+        Somebody far away must not hold up the model: it waits a moment for them if nobody else wants it, and after a
+        moment in vain not again until they have caught up. Only if it may not get ahead of the disk itself, as that of
+        a detached job, it waits for as long as it takes.
+        """
+        size = event.tensor.nbytes
+        with self._room:
+            if not self._fits(size) and (self.ahead is not None or not (self._slow or self.company())):
+                patient_until = time.monotonic() + (math.inf if self.ahead is not None else _PATIENCE_SECONDS)
+                while not self._fits(size) and self.stopping.reason is None and time.monotonic() < patient_until:
                     self._room.wait(_STOP_SECONDS)
+            if self._fits(size) or self.ahead is not None:
+                self._untaken += size
+                return event
+            self._slow = True
+        assert isinstance(event.tensor, Tensor)
+        on_disk = self._file.put(event.tensor)
+        return event if on_disk is None else replace(event, tensor=on_disk)
+
+    def _fits(self, size: int) -> bool:
+        return not self._untaken or self._untaken + size <= (_AHEAD_BYTES if self.ahead is None else self.ahead)
 
     async def news(self, seconds: float | None) -> list[Event | BaseException]:
-        """What happened since the last time: waits for something, or for so many seconds at most."""
+        """What happened since the last time, which has been sent: waits for something, or so many seconds at most.
+
+        No more than one large value at a time, so that it is all that sending it keeps in memory.
+        """
+        if self._in_hand:
+            with self._room:
+                self._untaken -= self._in_hand
+                self._in_hand = 0
+                self._slow = self._slow and self._untaken > 0
+                self._room.notify()
         if not self.happened:
             timer = None if seconds is None else self.loop.call_later(seconds, self._woken.set)
             await self._woken.wait()
             if timer is not None:
                 timer.cancel()
         self._woken.clear()
-        news = [self.happened.popleft() for _ in range(len(self.happened))]
-        if self.ahead is not None:
-            with self._room:
-                self._untaken -= sum(each.tensor.nbytes for each in news if isinstance(each, Saved))
-                self._room.notify()
+        news: list[Event | BaseException] = []
+        taken = 0
+        while self.happened and taken < _TAKEN_AT_ONCE:
+            news.append(event := self.happened.popleft())
+            if isinstance(event, Saved):
+                taken += event.tensor.nbytes
+                self._in_hand += event.tensor.nbytes if isinstance(event.tensor, Tensor) else 0
         return news
+
+    def close(self) -> None:
+        """Nobody listens any more."""
+        self.left = True
+        self._file.close()
 
 
 class _Teller:
@@ -220,8 +277,9 @@ class _Teller:
 class Scheduler:
     """The queue of one model. Belongs to one event loop."""
 
-    def __init__(self, name: str, limits: Limits, kept: KeptStore | None = None) -> None:
+    def __init__(self, name: str, limits: Limits, kept: KeptStore | None = None, disk: Disk | None = None) -> None:
         self.limits = limits
+        self._disk = disk or Disk(limits.waiting_bytes)
         self._kept = kept
         self._jobs: set[_Job] = set()
         self._waiting: list[_Job] = []
@@ -273,9 +331,10 @@ class Scheduler:
             plan: Its passes.
             stopping: By which somebody else may stop or interrupt it.
             ahead: Bytes of saved values that may wait to be taken, before the pass waits for whoever takes them. None
-                never has it wait: somebody far away must not hold up the model.
+                never has it wait for long: beyond some that wait in memory, they wait on the disk.
 
-        Leaving the iteration early stops the pass at its next site.
+        What has been told is taken for sent when the next is asked for. Leaving the iteration early stops the pass at
+        its next site.
 
         Raises:
             BusyError: too many requests wait.
@@ -284,7 +343,15 @@ class Scheduler:
             PatchwireError: of the kind of what went wrong.
         """
         position = self.check_room()
-        job = _Job(admitted, plan, queued=position > 0, ahead=ahead, stopping=stopping or Stopping())
+        job = _Job(
+            admitted,
+            plan,
+            queued=position > 0,
+            disk=self._disk,
+            ahead=ahead,
+            company=lambda: len(self._jobs) > 1,
+            stopping=stopping or Stopping(),
+        )
         try:
             self._jobs.add(job)
             self._waiting.append(job)
@@ -294,21 +361,23 @@ class Scheduler:
             while True:
                 news = await job.news(None if job.queued and not job.started else _LOOK_SECONDS)
                 events = [each for each in news if not isinstance(each, BaseException)]
+                errors = [each for each in news if isinstance(each, BaseException)]
+                done = bool(events) and isinstance(events[-1], Done)
+                del news  # whoever is given the events may drop them as they are sent
                 if events:
                     yield events
-                for error in news:
-                    if isinstance(error, BaseException):
-                        try:
-                            raise error
-                        finally:
-                            del error, news  # or the error would keep this frame, and this frame the error
-                if events and isinstance(events[-1], Done):
+                for error in errors:
+                    try:
+                        raise error
+                    finally:
+                        del error, errors  # or the error would keep this frame, and this frame the error
+                if done:
                     return
         finally:
             job.stopping.stop(CancelledError("The request was cancelled."))
             self._jobs.discard(job)
             self._leave(job)
-            job.left = True
+            job.close()
             self._forget_untold(job)
             del job
 

@@ -7,11 +7,14 @@ import logging
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from patchwire import framing
 from patchwire.errors import PatchwireError
 from patchwire.v1 import job_pb2, job_pb2_grpc, service_pb2, service_pb2_grpc
 from patchwire_worker.config import ServerConfig
@@ -61,8 +64,12 @@ class Server:
         # Every request that may run or wait, and as many others as a server of some clients has at a time.
         rpcs = len(self.service.models) * (self.config.limits.queued + 1) + _OTHER_RPCS
         server = grpc.aio.server(options=options, maximum_concurrent_rpcs=rpcs)
+        jobs = JobService(self.service)
         service_pb2_grpc.add_PatchwireServiceServicer_to_server(self.service, server)
-        job_pb2_grpc.add_JobServiceServicer_to_server(JobService(self.service), server)
+        job_pb2_grpc.add_JobServiceServicer_to_server(jobs, server)
+        # In the place of what was just added for these methods.
+        _register_stream(server, SERVICE_NAME, "Run", self.service.Run, service_pb2.RunRequest)
+        _register_stream(server, JOBS_NAME, "FetchJob", jobs.FetchJob, job_pb2.FetchJobRequest)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (SERVICE_NAME, JOBS_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
@@ -98,6 +105,16 @@ class Server:
             await self._server.stop(_GRACE_SECONDS)
         await self.service.jobs.close()
         self.service.close()
+
+
+def _register_stream(
+    server: grpc.aio.Server, service: str, method: str, behaviour: Callable[..., Any], request: type[Message]
+) -> None:
+    """Have a method stream responses, some of which are bytes already."""
+    handler = grpc.unary_stream_rpc_method_handler(
+        behaviour, request_deserializer=request.FromString, response_serializer=framing.serialize
+    )
+    server.add_registered_method_handlers(service, {method: handler})
 
 
 def _content(path: Path | None) -> bytes | None:

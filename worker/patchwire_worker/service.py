@@ -25,8 +25,8 @@ from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 from torch import Tensor
 
+from patchwire import framing, ops, tensors
 from patchwire import graph as g
-from patchwire import ops, tensors
 from patchwire.checking import TookLongError, fake_of
 from patchwire.errors import (
     AuthenticationError,
@@ -58,6 +58,7 @@ from patchwire_worker.planned import planned_to_proto
 from patchwire_worker.planner import plan
 from patchwire_worker.scheduler import InternalError, Scheduler
 from patchwire_worker.store import TensorStore
+from patchwire_worker.waiting import Disk, OnDisk
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +137,8 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         self.store = TensorStore(config.limits.stored_bytes)
         self.kept = KeptStore(config.limits.kept_bytes)
         self.admission = Admission(models, config.limits, self.store, self.kept)
-        self.schedulers = {name: Scheduler(name, config.limits, self.kept) for name in models}
+        disk = Disk(config.limits.waiting_bytes, config.jobs)
+        self.schedulers = {name: Scheduler(name, config.limits, self.kept, disk) for name in models}
         self.jobs = Jobs(config.jobs, config.limits)
         self._stoppings: dict[bytes, Stopping] = {}
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="requests")
@@ -357,13 +359,15 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
         """
         return work() if small else await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    async def Run(self, request: service_pb2.RunRequest, context: Context) -> AsyncIterator[service_pb2.RunResponse]:
+    async def Run(  # type: ignore[override]  # server.py sends bytes as they are
+        self, request: service_pb2.RunRequest, context: Context
+    ) -> AsyncIterator[service_pb2.RunResponse | bytes]:
         done = False
         try:
             self.authenticate(context)
             async with contextlib.aclosing(self._run(request)) as messages:
                 async for message in messages:
-                    done = message.events[-1].HasField("done")
+                    done = _ends(message)
                     yield message
             return
         except grpc.aio.AbortError:
@@ -376,7 +380,7 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
             refusal = _refusal(error)
         await context.abort(*refusal)  # out here, as in `_answering`
 
-    async def _run(self, request: service_pb2.RunRequest) -> AsyncGenerator[service_pb2.RunResponse, None]:
+    async def _run(self, request: service_pb2.RunRequest) -> AsyncGenerator[service_pb2.RunResponse | bytes, None]:
         _check_compression(request.compression)
         with self._interruptible(request.id) as stopping:
             admitted, planned = await self._admit(request.graph)
@@ -387,12 +391,22 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
                 async with contextlib.aclosing(events):
                     async for news in events:
                         handles += [each.handle for each in news if isinstance(each, scheduler.Kept)]
-                        for message in _messages(service_pb2.RunResponse, news, request.compression):
-                            done = message.events[-1].HasField("done")
+                        async for message in self.messages(service_pb2.RunResponse, news, request.compression):
+                            done = _ends(message)
                             yield message
             finally:
                 if not done:
                     self.kept.forget(handles)  # who asked has left, and cannot know all of them
+
+    async def messages(
+        self, kind: type[Message], news: list[scheduler.Event], compression: tensor_pb2.Compression
+    ) -> AsyncGenerator[Message | bytes, None]:
+        """Events as messages; what is on the disk is read apart. The events are dropped once all have been sent."""
+        messages = _messages(kind, news, compression)
+        small = not any(isinstance(each, scheduler.Saved) and isinstance(each.tensor, OnDisk) for each in news)
+        while (message := await self._apart(partial(next, messages, None), small=small)) is not None:
+            yield message
+        news.clear()
 
 
 async def _readable(parts: AsyncIterator[Request]) -> AsyncIterator[Request]:
@@ -447,7 +461,7 @@ class JobService(job_pb2_grpc.JobServiceServicer):
         job = await self.jobs.submit(
             self.service.owner(context),
             admitted.models[0].name,
-            _lasting(queue.run(admitted, planned, ahead=_AHEAD_OF_DISK), request.compression),
+            self._lasting(queue.run(admitted, planned, ahead=_AHEAD_OF_DISK), request.compression),
             expected_bytes=saved_bytes(admitted.graph.nodes),
             position=partial(queue.position, planned),
         )
@@ -462,9 +476,9 @@ class JobService(job_pb2_grpc.JobServiceServicer):
     async def ListJobs(self, request: job_pb2.ListJobsRequest, context: Context) -> job_pb2.ListJobsResponse:
         return job_pb2.ListJobsResponse(jobs=self.jobs.of(self.service.owner(context)))
 
-    async def FetchJob(
+    async def FetchJob(  # type: ignore[override]  # as `Run`
         self, request: job_pb2.FetchJobRequest, context: Context
-    ) -> AsyncIterator[job_pb2.FetchJobResponse]:
+    ) -> AsyncIterator[job_pb2.FetchJobResponse | bytes]:
         try:
             self.authenticate(context)
             async with contextlib.aclosing(self.jobs.fetch(self.service.owner(context), request.id)) as responses:
@@ -484,25 +498,24 @@ class JobService(job_pb2_grpc.JobServiceServicer):
         await self.jobs.forget(self.service.owner(context), request.id)
         return job_pb2.ForgetJobResponse()
 
-
-async def _lasting(
-    events: AsyncGenerator[list[scheduler.Event], None], compression: tensor_pb2.Compression
-) -> AsyncGenerator[job_pb2.FetchJobResponse, None]:
-    """What happens to a job, as messages; raises only errors that can be told later, in a message too."""
-    try:
-        async with contextlib.aclosing(events):
-            async for news in events:
-                for message in _messages(job_pb2.FetchJobResponse, news, compression):
-                    yield message
-    except ConnectionLostError:
-        raise stopped() from None
-    except InternalError as error:
-        raise ExecutionError(
-            f"internal error ({error}); the server's log has it",
-            hint="Whoever runs the server finds there what happened.",
-        ) from None
-    except PatchwireError as error:
-        raise _short(error) from None
+    async def _lasting(
+        self, events: AsyncGenerator[list[scheduler.Event], None], compression: tensor_pb2.Compression
+    ) -> AsyncGenerator[job_pb2.FetchJobResponse | bytes, None]:
+        """What happens to a job, as messages; raises only errors that can be told later, in a message too."""
+        try:
+            async with contextlib.aclosing(events):
+                async for news in events:
+                    async for message in self.service.messages(job_pb2.FetchJobResponse, news, compression):
+                        yield message
+        except ConnectionLostError:
+            raise stopped() from None
+        except InternalError as error:
+            raise ExecutionError(
+                f"internal error ({error}); the server's log has it",
+                hint="Whoever runs the server finds there what happened.",
+            ) from None
+        except PatchwireError as error:
+            raise _short(error) from None
 
 
 def _check_compression(compression: tensor_pb2.Compression) -> None:
@@ -511,30 +524,55 @@ def _check_compression(compression: tensor_pb2.Compression) -> None:
 
 
 _RESPONSE_BYTES = tensors.MIB
+_APART_BYTES = 256 * 1024
+# Of such chunks gRPC's Python moves the most: of longer ones it asks the system for memory again and again.
+_CHUNK_BYTES = 512 * 1024
 
 Message = TypeVar("Message", service_pb2.RunResponse, job_pb2.FetchJobResponse)
 
 
 def _messages(
-    kind: type[Message], news: list[scheduler.Event], compression: tensor_pb2.Compression
-) -> Iterator[Message]:
-    """Events as messages, as many in each as fit."""
+    kind: type[Message], news: Iterable[scheduler.Event], compression: tensor_pb2.Compression
+) -> Iterator[Message | bytes]:
+    """Events as messages, as many in each as fit; a large chunk is one of its own, as bytes."""
     message, length = kind(), 0
     for event in (part for each in news for part in _parts(each, compression)):
-        size = len(event.chunk) or event.ByteSize()
+        if isinstance(event, service_pb2.Event):
+            size = event.ByteSize()
+        else:
+            size = len(event)
+            if size >= _APART_BYTES:
+                if length:
+                    yield message
+                    message, length = kind(), 0
+                yield framing.response(event)
+                continue
+            event = service_pb2.Event(chunk=bytes(event))
         if length and length + size > _RESPONSE_BYTES:
             yield message
             message, length = kind(), 0
         message.events.append(event)
         length += size
-    yield message
+    if length:
+        yield message
+
+
+def _ends(message: service_pb2.RunResponse | bytes) -> bool:
+    return isinstance(message, service_pb2.RunResponse) and message.events[-1].HasField("done")
+
+
+def _pieces(tensor: Tensor | OnDisk) -> Iterator[bytes | memoryview]:
+    return tensor.pieces(_CHUNK_BYTES) if isinstance(tensor, OnDisk) else tensors.pieces(tensor, _CHUNK_BYTES)
 
 
 def _iteration(iteration: Iteration | None) -> service_pb2.Iteration | None:
     return None if iteration is None else service_pb2.Iteration(loop=iteration[0], number=iteration[1])
 
 
-def _parts(event: scheduler.Event, compression: tensor_pb2.Compression) -> Iterator[service_pb2.Event]:
+def _parts(
+    event: scheduler.Event, compression: tensor_pb2.Compression
+) -> Iterator[service_pb2.Event | bytes | memoryview]:
+    """The events of the protocol for what happened; the chunks of a value as they are."""
     match event:
         case scheduler.Queued():
             yield service_pb2.Event(queued=service_pb2.Queued(position=event.position))
@@ -544,8 +582,7 @@ def _parts(event: scheduler.Event, compression: tensor_pb2.Compression) -> Itera
             header = tensors.header(event.tensor, compression)
             saved = service_pb2.Saved(node=event.node, header=header, iteration=_iteration(event.iteration))
             yield service_pb2.Event(saved=saved)
-            for chunk in tensors.chunks(event.tensor, compression=compression):
-                yield service_pb2.Event(chunk=chunk)
+            yield from tensors.packed(_pieces(event.tensor), compression)
         case scheduler.Kept():
             kept = service_pb2.Kept(node=event.node, handle=event.handle, seconds=event.seconds)
             kept.header.CopyFrom(tensors.header(event.tensor))
