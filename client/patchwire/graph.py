@@ -14,6 +14,7 @@ import math
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -175,8 +176,7 @@ def same_storage(one: Any, other: Any) -> bool:
 SINKS = (save, log, keep, carry)
 """What asks for a value and has none itself."""
 
-for _function in (write, assign, loop, *SINKS):
-    torch.fx.node.has_side_effect(_function)
+_WITH_EFFECT = frozenset((write, assign, loop, *SINKS))
 
 
 @dataclass(frozen=True)
@@ -348,6 +348,26 @@ class Graph:
     def loops(self) -> dict[int, Loop]:
         """Its loops, by their positions in its traces."""
         return {index: trace.loop for index, trace in enumerate(self.traces) if trace.loop is not None}
+
+
+def add(
+    graph: torch.fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+) -> torch.fx.Node:
+    """A new node at a graph's end.
+
+    It is given its arguments once it is there: `call_function` would look through them for symbolic numbers, which takes
+    longer than all the rest.
+    """
+    node = graph.call_function(target, name=target.__name__)
+    node.args = args
+    if kwargs:
+        node.kwargs = dict(kwargs)
+    return node
+
+
+def has_effect(node: torch.fx.Node) -> bool:
+    """Whether a node is there for what it does, and not for its value."""
+    return node.target in _WITH_EFFECT
 
 
 def parts(graph: Graph) -> list[Graph]:
@@ -613,7 +633,7 @@ class _Decoder:
         return Loop(body, trace.loop.count)
 
     def node(self, message: pb.Node) -> torch.fx.Node:
-        create = self.graph.fx.call_function
+        create = partial(add, self.graph.fx)
         match message.WhichOneof("body"):
             case "read":
                 return create(read, (self.site(message.read.site),))  # type: ignore[arg-type]

@@ -162,6 +162,8 @@ class ModelTokenizer:
         """The token ids of several texts."""
         if self.backend is None:
             return self._ask(texts)
+        if len(texts) == 1:  # a batch goes through a pool of threads, which takes longer than one text
+            return [self.backend.encode(texts[0]).ids]
         return [each.ids for each in self.backend.encode_batch(list(texts))]
 
     def _offline(self) -> Tokenizer:

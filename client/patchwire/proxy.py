@@ -67,6 +67,13 @@ class Value(torch.fx.Proxy):
     `value.value`.
     """
 
+    memory: Memory
+    views: tuple[Change, ...]
+    parent: Value | None
+    _tensor: Tensor | None
+    _made_of: tuple[Sequence[Value], Callable[[Sequence[Value]], Value]] | None
+    """The values of sites that this is a named part of, or all of, and the way from them to it."""
+
     def __new__(cls, recorder: Recorder, *_: Any, **__: Any) -> Value:
         return recorder.new_value()
 
@@ -78,22 +85,26 @@ class Value(torch.fx.Proxy):
         views: tuple[Change, ...] = (),
         parent: Value | None = None,
     ) -> None:
-        self.memory = memory or Memory(node)
-        self.views = views
-        self.parent = parent
-        self._seen = self.memory.version
-        self._tensor: Tensor | None = None
-        self._saved = False
-        self._absent = False
-        self._made_of: tuple[Sequence[Value], Callable[[Sequence[Value]], Value]] | None = None
-        """The values of sites that this is a named part of, or all of, and the way from them to it."""
-        super().__init__(node, recorder)
+        memory = memory or Memory(node)
+        # Past `__setattr__`, which asks of every name what it may mean to the user; this is all that a `Proxy` is, too.
+        vars(self).update(
+            tracer=recorder,
+            memory=memory,
+            views=views,
+            parent=parent,
+            _node=node,
+            _seen=memory.version,
+            _tensor=None,
+            _saved=False,
+            _absent=False,
+            _made_of=None,
+        )
+
 
     __array_priority__ = 1000  # as tensors': `np.float64(2) * value` asks the value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        own = getattr(type(self), name, None)
-        if name in _ATTRIBUTES or name.startswith("_") or (isinstance(own, property) and own.fset is not None):
+        if name in _ATTRIBUTES or name.startswith("_") or _is_settable(getattr(type(self), name, None)):
             object.__setattr__(self, name, value)
         elif self._tensor is not None:
             setattr(self._tensor, name, value)
@@ -426,6 +437,10 @@ for _name in ops.AUGMENTED_ASSIGNMENTS:
 _ATTRIBUTES = frozenset({"memory", "views", "parent", "tracer", "node"})
 _NUMBERS = frozenset({"item", "tolist", "numpy"})
 _PLACES = frozenset({"cpu", "cuda"})
+
+
+def _is_settable(attribute: Any) -> bool:
+    return isinstance(attribute, property) and attribute.fset is not None
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import itertools
 import math
 import operator
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -94,10 +95,12 @@ class Recorder(TracerBase):
         """Invokes that the program does not see, by trace and invoke: whose rows they have, and whose modules."""
         self.cuts: dict[Site, list[Any]] = {}
         """What flow.py has cut inside of each mixer, by the site where it does so."""
-        self._skipped: list[tuple[Site, str]] = []
+        self._skipped: dict[int, list[tuple[Site, str]]] = defaultdict(list)
         self._parameters: dict[tuple[int, str, str], Value] = {}
         self._assigned: dict[tuple[int, str, str], torch.fx.Node] = {}
         self._sites: dict[_Place, Value] = {}
+        self._memories: dict[int, set[Memory]] = defaultdict(set)
+        """What has been bound to sites and weights of each trace that is open."""
         self._writes: dict[_Place, torch.fx.Node] = {}
         self._constants: dict[int, tuple[Tensor, Tensor, torch.fx.Node]] = {}
         self.logs = False
@@ -122,7 +125,7 @@ class Recorder(TracerBase):
         kwargs: Mapping[str, Any] | None = None,
         operation: ops.Operation | None = None,
     ) -> torch.fx.Node:
-        node = self.graph.call_function(target, args, dict(kwargs or {}))
+        node = g.add(self.graph, target, args, kwargs)
         node.meta["line"] = user_line()
         node.meta["operation"] = operation
         node.meta["number"] = self._made = self._made + 1
@@ -442,7 +445,7 @@ class Recorder(TracerBase):
             leaf = self.checker.leaf(site)
         except SiteError as error:
             raise SiteError(error.message, hint=error.hint, lines=here()) from None
-        for skipped, path in self._skipped:
+        for skipped, path in self._skipped.get(site.trace, ()):
             if _meets(skipped, site.trace, site.invoke, site.step):
                 self._check_not_inside(leaf, path, here())
         return (site.trace, site.invoke, site.step, leaf)
@@ -654,7 +657,7 @@ class Recorder(TracerBase):
             if _meets(site, trace, invoke, step):
                 self._check_not_inside(leaf, path, here(g.line_of(value._node)))
         assign()
-        self._skipped.append((site, path))
+        self._skipped[site.trace].append((site, path))
 
     def grad(self, loss: Value, weights: Any, values: Sequence[Value | Kept | Tensor]) -> list[Value]:
         """The gradients of a value with respect to others."""
@@ -716,6 +719,7 @@ class Recorder(TracerBase):
         value.memory.taken.add(place)
         self._sites[place] = value
         value.memory.sites.append((site, value))
+        self._memories[site.trace].add(value.memory)
 
     def _write(self, place: _Place, site: Site, value: Value) -> None:
         node = self._create(g.write, (site, value.node))
@@ -730,10 +734,14 @@ class Recorder(TracerBase):
         if known is not None:
             return Value(self, known.node, known.memory, known.views)
         value = Value(self, self._create(g.parameter, (trace, path)))
-        self._parameters[self._weight(trace, path)] = value
-        value.memory.weights.append((trace, path, value))
-        value.memory.taken.add(self._weight(trace, path))
+        self._bind_weight(self._weight(trace, path), path, value)
         return value
+
+    def _bind_weight(self, weight: tuple[int, str, str], path: str, value: Value) -> None:
+        value.memory.taken.add(weight)
+        self._parameters[weight] = value
+        value.memory.weights.append((weight[0], path, value))
+        self._memories[weight[0]].add(value.memory)
 
     def assign_parameter(self, trace: int, path: str, value: Any) -> None:
         """Have a trace run with another weight.
@@ -758,9 +766,7 @@ class Recorder(TracerBase):
         self._assign(trace, path, value)
         if known is not None:
             known.memory.weights = [each for each in known.memory.weights if self._weight(*each[:2]) != weight]
-        self._parameters[weight] = value
-        value.memory.weights.append((trace, path, value))
-        value.memory.taken.add(weight)
+        self._bind_weight(weight, path, value)
 
     def _weight(self, trace: int, path: str) -> tuple[int, str, str]:
         """What a weight's path means, however it is spelled and whatever else has the same tensor."""
@@ -914,9 +920,8 @@ class Recorder(TracerBase):
     def end(self, trace: int) -> None:
         """A trace's block has ended: what is done to its values from now on is done to values, not to its sites."""
         self._runs = None
-        for memory in {value.memory for place, value in self._sites.items() if place[0] == trace}:
+        for memory in self._memories.pop(trace, ()):
             memory.sites = [each for each in memory.sites if each[0].trace != trace]
-        for memory in {value.memory for weight, value in self._parameters.items() if weight[0] == trace}:
             memory.weights = [each for each in memory.weights if each[0] != trace]
 
     def finish(self) -> Graph:
@@ -935,7 +940,7 @@ class Recorder(TracerBase):
                 self._warn_if_edited(kept.source, version, line, "kept", "keep")
         finally:
             self.open = False
-        self.graph.eliminate_dead_code()
+        self.graph.eliminate_dead_code(g.has_effect)
         self._drop_unused_constants()
         return self.request
 
