@@ -74,25 +74,30 @@ class Asked:
 
     def _look(self, argument: Any) -> Hashable:
         kind = type(argument)
+        if kind in _PLAIN:
+            return kind, argument  # 1, 1.0 and True are equal, and not alike
         if kind is torch.fx.Node:
             argument = argument.meta.get("fake")
             kind = type(argument)
-            if argument is None:
-                raise _OddError
-        self._left -= 1
-        if self._left < 0:
-            raise _OddError
-        if kind in _PLAIN:
-            return kind, argument  # 1, 1.0 and True are equal, and not alike
         if kind is Tensor:
             return self._look_of(argument)
         if kind is slice:
-            return slice, self._look(argument.start), self._look(argument.stop), self._look(argument.step)
+            start, stop, step = argument.start, argument.stop, argument.step
+            if start is stop is step is None:
+                return slice
+            return slice, self._look(start), self._look(stop), self._look(step)
         if kind in _SEQUENCES:
+            self._count(len(argument))
             return kind, *[self._look(each) for each in argument]
         if kind in _MAPPINGS:
+            self._count(len(argument))
             return kind, *[(name, self._look(each)) for name, each in argument.items()]
         raise _OddError
+
+    def _count(self, arguments: int) -> None:
+        self._left -= arguments
+        if self._left < 0:
+            raise _OddError
 
     def _look_of(self, tensor: Tensor) -> Hashable:
         if not _is_plain(tensor):

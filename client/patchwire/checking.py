@@ -171,14 +171,18 @@ class Checker:
         trace = self.graph.traces[site.trace]
         return self.catalogue(trace.model).leaf(site.address, site.step)
 
-    def order(self, site: g.Site) -> tuple[Any, ...]:
-        """When a site's value exists, to be compared with `After.order`."""
-        return (site.trace, site.step, self.leaf(site).order)
+    def fake_site(self, site: g.Site) -> Tensor | None:
+        """What the value of a site looks like."""
+        leaf = self.leaf(site)
+        return leaf.fake(*self._rows_of(site, leaf))
 
-    def fake_site(self, site: g.Site, leaf: Leaf | None = None) -> Tensor | None:
-        """What the value of a site looks like; `leaf` is the catalogue's entry of it, if it is known."""
+    def _rows_of(self, site: g.Site, leaf: Leaf) -> tuple[int, int]:
+        """How many rows a site's value has, and how many tokens each.
+
+        Raises:
+            SiteError: it does not exist in these.
+        """
         lengths = self.graph.traces[site.trace].invokes[site.invoke].lengths
-        leaf = leaf or self.leaf(site)
         longest = max(lengths)
         if site.step:
             longest = longest + site.step - 1 if leaf.in_steps else 1
@@ -188,12 +192,12 @@ class Checker:
                 f"`{site}` never exists: with this prompt the operation runs {times} times.",
                 hint=f"The first time is [0], the last [{times - 1}].",
             )
-        if not leaf.aligns and len(set(lengths)) > 1:
+        if len(set(lengths)) > 1 and not leaf.aligns:
             raise SiteError(
                 f"`{site}` {leaf.symbolic} cannot be told apart for prompts of different lengths.",
                 hint="Give it prompts of one length, or one trace for each prompt.",
             )
-        return leaf.fake(len(lengths), longest)
+        return len(lengths), longest
 
     # --- one rule for each kind of node -----------------------------------------------------------------------------
 
@@ -202,7 +206,7 @@ class Checker:
         assert isinstance(site, g.Site)
         leaf = self.leaf(site)
         node.meta["after"] = After((site.trace, site.step, leaf.order), site, g.line_of(node))
-        return self.fake_site(site, leaf)
+        return leaf.fake(*self._rows_of(site, leaf))
 
     def _write(self, node: torch.fx.Node) -> None:
         site, value = node.args
@@ -214,16 +218,16 @@ class Checker:
                 f"`{site}` cannot be changed: the model does nothing with what this call returns.",
                 hint="Change what it is given, or what it has changed where that is used next.",
             )
-        place = self.fake_site(site, leaf)
-        fake = fake_of(value)
+        rows = self._rows_of(site, leaf)
+        shape, fake = leaf.lengths(*rows), fake_of(value)
         if isinstance(fake, tuple):
             raise ShapeError(f"`{site}` is a tensor and cannot become a tuple.")
-        if fake is not None and (fake.dtype != leaf.dtype or (place is not None and fake.shape != place.shape)):
+        if fake is not None and (fake.dtype != leaf.dtype or (shape is not None and fake.shape != shape)):
             hint = "Assign a value of the same shape, or part of it: `value[:, -1] = ...`."
-            if place is None or fake.shape == place.shape:
+            if shape is None or fake.shape == shape:
                 hint = f"Convert it: `.to({leaf.dtype})`."
             raise ShapeError(
-                f"`{site}` is {describe(place)} ({leaf.symbolic}) and cannot become {describe(fake)}.", hint=hint
+                f"`{site}` is {describe(leaf.fake(*rows))} ({leaf.symbolic}) and cannot become {describe(fake)}.", hint=hint
             )
         after: After | None = node.meta["after"]
         if after is not None and after.order > (site.trace, site.step, leaf.latest):

@@ -14,7 +14,7 @@ import math
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -356,18 +356,20 @@ def add(
     """A new node at a graph's end.
 
     It is given its arguments once it is there: `call_function` would look through them for symbolic numbers, which takes
-    longer than all the rest.
+    longer than all the rest. `Node.__setattr__` would list it anew by its target, which stays as it is.
     """
     node = graph.call_function(target, name=target.__name__)
-    node.args = args
+    torch.fx.Node.args.__set__(node, args)  # type: ignore[attr-defined]
     if kwargs:
         node.kwargs = dict(kwargs)
     return node
 
 
-def has_effect(node: torch.fx.Node) -> bool:
-    """Whether a node is there for what it does, and not for its value."""
-    return node.target in _WITH_EFFECT
+def drop_unneeded(graph: torch.fx.Graph) -> None:
+    """Take out every node whose value nobody needs, unless it is there for what it does."""
+    for node in reversed(graph.nodes):
+        if not node.users and node.target not in _WITH_EFFECT:
+            graph.erase_node(node)
 
 
 def parts(graph: Graph) -> list[Graph]:
@@ -484,7 +486,8 @@ class _Encoder:
 
     def site(self, site: Any, out: pb.Site) -> None:
         out.trace, out.invoke, out.address = site.trace, site.invoke, site.address.name
-        out.path.extend(path_to_proto(site.address.path))
+        if site.address.path:
+            out.path.extend(path_to_proto(site.address.path))
         out.step, out.open = site.step, site.open
 
     def change(self, change: Any, out: pb.Call) -> None:
@@ -574,6 +577,9 @@ def _kind(change: Change) -> ops.Kind:
 def too_long(items: Sized) -> LimitError:
     """The error for a list of arguments that is too long."""
     return LimitError(f"A list of {len(items):,} arguments is too long; at most {MAX_ITEMS:,} fit.", hint=_LONG_LISTS)
+
+
+_address = lru_cache(1 << 12)(Address)
 
 
 class _Decoder:
@@ -753,12 +759,17 @@ class _Decoder:
         trace = self.invoke(message)
         if message.step >= (trace.generation.max_new_tokens if trace.generation else 1):
             raise self.error(f"Trace {message.trace} has no step {message.step}.")
-        for name in (message.address, *(item.key for item in message.path)):
-            self.name(name)
+        self.name(message.address)
+        return Site(message.trace, message.invoke, self.address(message), message.step, message.open)
+
+    def address(self, message: pb.Site) -> Address:
+        if not message.path:
+            return _address(message.address)
+        for item in message.path:
+            self.name(item.key)
         if len(message.path) > _MAX_DEPTH:
             raise self.error("The path of a site is too long.")
-        address = Address(message.address, path_from_proto(message.path))
-        return Site(message.trace, message.invoke, address, message.step, message.open)
+        return Address(message.address, path_from_proto(message.path))
 
     def change(self, message: pb.Call) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
         operation = ops.OPERATIONS.get(message.op)
@@ -781,44 +792,41 @@ class _Decoder:
     def arguments(self, message: pb.Call | pb.Apply) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.count(message.args)
         self.count(message.kwargs)
-        return (
-            tuple(self.argument(each) for each in message.args),
-            {name: self.argument(each) for name, each in message.kwargs.items()},
-        )
+        args = tuple([self.argument(each) for each in message.args])
+        return args, {name: self.argument(each) for name, each in message.kwargs.items()} if message.kwargs else {}
 
     def argument(self, message: pb.Argument, depth: int = 0) -> Any:
         if depth > _MAX_DEPTH:
             raise self.error("An argument is nested too deeply.")
         match message.WhichOneof("kind"):
+            case "node":
+                return self.value(message.node)
+            case "integer":
+                return message.integer
+            case "list" | "tuple" as kind:
+                items = getattr(message, kind).items
+                self.count(items)
+                values = [self.argument(each, depth + 1) for each in items]
+                return values if kind == "list" else tuple(values)
+            case "slice":
+                bounds = message.slice
+                return slice(
+                    self.argument(bounds.start, depth + 1) if bounds.HasField("start") else None,
+                    self.argument(bounds.stop, depth + 1) if bounds.HasField("stop") else None,
+                    self.argument(bounds.step, depth + 1) if bounds.HasField("step") else None,
+                )
             case "none":
                 return None
             case "boolean":
                 return message.boolean
-            case "integer":
-                return message.integer
             case "real":
                 return message.real
             case "text":
                 if len(message.text) > _MAX_TEXT:
                     raise self.error("A string argument is too long.")
                 return message.text
-            case "node":
-                return self.value(message.node)
-            case "slice":
-                bounds = message.slice
-                return slice(
-                    *(
-                        self.argument(getattr(bounds, name), depth + 1) if bounds.HasField(name) else None
-                        for name in ("start", "stop", "step")
-                    )
-                )
             case "ellipsis":
                 return Ellipsis
-            case "list" | "tuple" as kind:
-                items = getattr(message, kind).items
-                self.count(items)
-                values = [self.argument(each, depth + 1) for each in items]
-                return values if kind == "list" else tuple(values)
             case "dtype":
                 return tensors.dtype_from_proto(message.dtype)
             case _:

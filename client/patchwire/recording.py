@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 _SETITEM = ops.OPERATIONS["operator.setitem"]
 _GETITEM = ops.OPERATIONS["operator.getitem"]
 
+_PLAIN = frozenset({type(None), bool, float, str, torch.dtype, type(Ellipsis)})
+"""What stands in a graph as it is, whatever its value."""
 _Place = tuple[int, int, int, Leaf]
 """What a site means, however its address is spelled: a trace, an invoke, a step, and a tensor of the model."""
 EVERYONE = -1
@@ -158,6 +160,8 @@ class Recorder(TracerBase):
         Raises:
             GraphError: it is none of these, or a value that will never exist here.
         """
+        if type(value) in _PLAIN:
+            return value
         match value:
             case Value():
                 return self._value(value)
@@ -167,10 +171,10 @@ class Recorder(TracerBase):
                 return self._constant(value)
             case int() if not -(2**63) <= value < 2**63:
                 raise GraphError(f"{value} does not fit into 64 bits.", lines=here())
-            case None | bool() | int() | float() | str() | torch.dtype():
+            case int() | float() | str():
                 return value
             case tuple():
-                return tuple(self.argument(each) for each in value)
+                return tuple([self.argument(each) for each in value])
             case list():
                 return [self.argument(each) for each in value]
             case slice():
@@ -181,8 +185,6 @@ class Recorder(TracerBase):
                 return value.item()
             case range():
                 return list(value)
-        if value is Ellipsis:
-            return value
         if isinstance(value, Structure):
             raise value.not_one_tensor()
         raise GraphError(
@@ -329,7 +331,9 @@ class Recorder(TracerBase):
         keywords = {name: self.argument(each) for name, each in kwargs.items()}
         node = self._create(operation.function, arguments, keywords, operation)
         source = args[0] if args and isinstance(args[0], Value) and not args[0].ready else None
-        others = [each for each in values_in((args if source is None else args[1:], kwargs)) if not each.ready]
+        others = []
+        if source is None or len(node.all_input_nodes) > 1:
+            others = [each for each in values_in((args if source is None else args[1:], kwargs)) if not each.ready]
         return self._result(node, source, (operation.name, arguments[1:], keywords), operation, others)
 
     def _result(
@@ -940,7 +944,7 @@ class Recorder(TracerBase):
                 self._warn_if_edited(kept.source, version, line, "kept", "keep")
         finally:
             self.open = False
-        self.graph.eliminate_dead_code(g.has_effect)
+        g.drop_unneeded(self.graph)
         self._drop_unused_constants()
         return self.request
 
