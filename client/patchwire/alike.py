@@ -10,7 +10,6 @@ again for each node, at its own line.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
@@ -37,7 +36,7 @@ class _Look(NamedTuple):
     dtype: torch.dtype
 
 
-_REMEMBERED: OrderedDict[Hashable, _Look] = OrderedDict()
+_REMEMBERED: dict[Hashable, _Look] = {}
 _LOCK = threading.Lock()
 
 
@@ -88,7 +87,8 @@ class Asked:
             return slice, self._look(start), self._look(stop), self._look(step)
         if kind in _SEQUENCES:
             self._count(len(argument))
-            return kind, *[self._look(each) for each in argument]
+            # What is plain is most of what there is, and not worth a call.
+            return kind, *[(type(each), each) if type(each) in _PLAIN else self._look(each) for each in argument]
         if kind in _MAPPINGS:
             self._count(len(argument))
             return kind, *[(name, self._look(each)) for name, each in argument.items()]
@@ -109,10 +109,10 @@ class Asked:
     def known(self) -> Tensor | None:
         """What it gives; None if that is not known."""
         with _LOCK:
-            look = _REMEMBERED.get(self._key)
+            look = _REMEMBERED.pop(self._key, None)
             if look is None:
                 return None
-            _REMEMBERED.move_to_end(self._key)
+            _REMEMBERED[self._key] = look  # as the latest that was asked for
         if look.source is None:
             return torch.empty_strided(look.shape, look.stride, dtype=look.dtype, device="meta")
         return self._tensors[look.source].as_strided(look.shape, look.stride, look.offset)
@@ -128,7 +128,7 @@ class Asked:
         with _LOCK:
             _REMEMBERED[self._key] = look
             if len(_REMEMBERED) > _MOST_REMEMBERED:
-                _REMEMBERED.popitem(last=False)
+                del _REMEMBERED[next(iter(_REMEMBERED))]
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -186,7 +186,7 @@ class Checker:
         longest = max(lengths)
         if site.step:
             longest = longest + site.step - 1 if leaf.in_steps else 1
-        times = leaf.runs.length(len(lengths), longest)
+        times = leaf.runs.length(len(lengths), longest) if leaf.operations else 1
         if times is not None and leaf.occurrence >= times:
             raise SiteError(
                 f"`{site}` never exists: with this prompt the operation runs {times} times.",

@@ -597,6 +597,21 @@ class Catalogue:
                 prefixes.setdefault(".".join([*parts[:2], "mixer"]), {})[parts[3]] = None
         return {prefix: list(names) for prefix, names in prefixes.items()}
 
+    def indices(self, name: str) -> list[str]:
+        """What a list of modules may be indexed with, by its canonical name or raw path; empty if it is no list."""
+        known = self._indices.get(name)
+        if known is None:
+            known = self.prefixes.get(name, [])
+            if not any(each.isdigit() for each in known):
+                raw = self.raw(name)
+                known = self.children.get(raw, []) if raw is not None else []
+            known = self._indices[name] = [each for each in known if each.isdigit()]
+        return known
+
+    @cached_property
+    def _indices(self) -> dict[str, list[str]]:
+        return {}
+
     @cached_property
     def entries(self) -> list[Order]:
         """When each module is entered, as positions in the order of sites, in order."""
