@@ -1,10 +1,10 @@
 """What was checked once is not checked again: an operation that is given what looks alike gives what looks alike.
 
-The traces of a sweep ask for the same operations on tensors of the same looks, hundreds of times. A fake has no numbers:
-its lengths, strides, offset and dtype, and with which other arguments it shares memory, are all that PyTorch's rules can
-see of it. So a result is remembered by these and by the plain arguments, and the next one is made in its likeness, with
-memory of its own or as a view of the same argument. Only what was found to be in order is remembered; an error is found
-again for each node, at its own line.
+The traces of a sweep ask for the same operations on tensors of the same looks, hundreds of times. A fake has no
+numbers: its lengths, strides, offset and dtype, and with which other arguments it shares memory, are all that PyTorch's
+rules can see of it. So a result is remembered by these and by the plain arguments, and the next one is made in its
+likeness, with memory of its own or as a view of the same argument. Only what was found to be in order is remembered; an
+error is found again for each node, at its own line.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Look(NamedTuple):
     """The argument that it shares memory with, if it does."""
     shape: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
     dtype: torch.dtype
 
 

@@ -227,7 +227,8 @@ class Checker:
             if shape is None or fake.shape == shape:
                 hint = f"Convert it: `.to({leaf.dtype})`."
             raise ShapeError(
-                f"`{site}` is {describe(leaf.fake(*rows))} ({leaf.symbolic}) and cannot become {describe(fake)}.", hint=hint
+                f"`{site}` is {describe(leaf.fake(*rows))} ({leaf.symbolic}) and cannot become {describe(fake)}.",
+                hint=hint,
             )
         after: After | None = node.meta["after"]
         if after is not None and after.order > (site.trace, site.step, leaf.latest):
@@ -244,7 +245,9 @@ class Checker:
         if operation.kind != "draw" and not node.all_input_nodes:
             # Without a tensor it would be Python that computes, at any length and size: `9 ** 10**9`.
             raise GraphError(f"`{operation.name}` is given no tensor.")
-        return self._once(operation.name, node, lambda: self.run(operation.name, operation.function, node.args, node.kwargs))
+        return self._once(
+            operation.name, node, lambda: self.run(operation.name, operation.function, node.args, node.kwargs)
+        )
 
     def _once(self, name: str, node: torch.fx.Node, check: Callable[[], Any]) -> Any:
         """What the result of a node looks like; it is checked only if no node was that is given what looks the same."""

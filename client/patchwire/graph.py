@@ -355,8 +355,8 @@ def add(
 ) -> torch.fx.Node:
     """A new node at a graph's end.
 
-    It is given its arguments once it is there: `call_function` would look through them for symbolic numbers, which takes
-    longer than all the rest. `Node.__setattr__` would list it anew by its target, which stays as it is.
+    It is given its arguments once it is there: `call_function` would look through them for symbolic numbers, which
+    takes longer than all the rest. `Node.__setattr__` would list it anew by its target, which stays as it is.
     """
     node = graph.call_function(target, name=target.__name__)
     torch.fx.Node.args.__set__(node, args)  # type: ignore[attr-defined]
@@ -642,10 +642,10 @@ class _Decoder:
         create = partial(add, self.graph.fx)
         match message.WhichOneof("body"):
             case "read":
-                return create(read, (self.site(message.read.site),))  # type: ignore[arg-type]
+                return create(read, (self.site(message.read.site),))
             case "write":
                 value = self.value(message.write.value)
-                return create(write, (self.site(message.write.site), value))  # type: ignore[arg-type]
+                return create(write, (self.site(message.write.site), value))
             case "call":
                 name, args, kwargs = self.change(message.call)
                 operation = ops.OPERATIONS[name]

@@ -154,7 +154,7 @@ class ModelTokenizer:
             self._backend.no_padding()
             self._backend.no_truncation()
         self._ask = ask
-        self._ids = lru_cache(_REMEMBERED_TEXTS)(self._ids_of)
+        self._ids: Callable[[str], tuple[int, ...]] = lru_cache(_REMEMBERED_TEXTS)(self._ids_of)
 
     @property
     def backend(self) -> Tokenizer | None:

@@ -70,7 +70,10 @@ class Value(torch.fx.Proxy):
     memory: Memory
     views: tuple[Change, ...]
     parent: Value | None
+    _seen: int
     _tensor: Tensor | None
+    _saved: bool
+    _absent: bool
     _made_of: tuple[Sequence[Value], Callable[[Sequence[Value]], Value]] | None
     """The values of sites that this is a named part of, or all of, and the way from them to it."""
 
@@ -99,7 +102,6 @@ class Value(torch.fx.Proxy):
             _absent=False,
             _made_of=None,
         )
-
 
     __array_priority__ = 1000  # as tensors': `np.float64(2) * value` asks the value
 

@@ -103,9 +103,7 @@ def main() -> None:
     server = EmbeddedServer(hosted)
     model = patchwire.connect(server.address, token=server.token, progress=False).model(hosted.name)
     limits = Limits()
-    admission = Admission(
-        {hosted.name: hosted}, limits, TensorStore(limits.stored_bytes), KeptStore(limits.kept_bytes)
-    )
+    admission = Admission({hosted.name: hosted}, limits, TensorStore(limits.stored_bytes), KeptStore(limits.kept_bytes))
     texts = prompts(model)
     seconds: dict[str, list[float]] = {}
     nodes = 0
