@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from patchwire import graph as g
 from patchwire import ops
+from patchwire.alike import Asked
 from patchwire.errors import (
     GraphError,
     LimitError,
@@ -149,8 +150,12 @@ class Checker:
 
     def node(self, node: torch.fx.Node) -> None:
         """Check one node whose inputs have been checked."""
-        after = [each.meta["after"] for each in node.all_input_nodes if each.meta["after"] is not None]
-        node.meta["after"] = max(after, key=lambda each: each.order, default=None)
+        latest: After | None = None
+        for each in node.all_input_nodes:
+            after = each.meta["after"]
+            if after is not None and after is not latest and (latest is None or after.order > latest.order):
+                latest = after
+        node.meta["after"] = latest
         try:
             fake = self._rules.get(node.target, self._call)(node)  # type: ignore[arg-type]
             self.check_size(fake)
@@ -166,37 +171,42 @@ class Checker:
         trace = self.graph.traces[site.trace]
         return self.catalogue(trace.model).leaf(site.address, site.step)
 
-    def order(self, site: g.Site) -> tuple[Any, ...]:
-        """When a site's value exists, to be compared with `After.order`."""
-        return (site.trace, site.step, self.leaf(site).order)
-
     def fake_site(self, site: g.Site) -> Tensor | None:
         """What the value of a site looks like."""
-        lengths = self.graph.traces[site.trace].invokes[site.invoke].lengths
         leaf = self.leaf(site)
+        return leaf.fake(*self._rows_of(site, leaf))
+
+    def _rows_of(self, site: g.Site, leaf: Leaf) -> tuple[int, int]:
+        """How many rows a site's value has, and how many tokens each.
+
+        Raises:
+            SiteError: it does not exist in these.
+        """
+        lengths = self.graph.traces[site.trace].invokes[site.invoke].lengths
         longest = max(lengths)
         if site.step:
             longest = longest + site.step - 1 if leaf.in_steps else 1
-        times = leaf.runs.length(len(lengths), longest)
+        times = leaf.runs.length(len(lengths), longest) if leaf.operations else 1
         if times is not None and leaf.occurrence >= times:
             raise SiteError(
                 f"`{site}` never exists: with this prompt the operation runs {times} times.",
                 hint=f"The first time is [0], the last [{times - 1}].",
             )
-        if not leaf.aligns and len(set(lengths)) > 1:
+        if len(set(lengths)) > 1 and not leaf.aligns:
             raise SiteError(
                 f"`{site}` {leaf.symbolic} cannot be told apart for prompts of different lengths.",
                 hint="Give it prompts of one length, or one trace for each prompt.",
             )
-        return leaf.fake(len(lengths), longest)
+        return len(lengths), longest
 
     # --- one rule for each kind of node -----------------------------------------------------------------------------
 
     def _read(self, node: torch.fx.Node) -> Tensor | None:
         (site,) = node.args
         assert isinstance(site, g.Site)
-        node.meta["after"] = After(self.order(site), site, g.line_of(node))
-        return self.fake_site(site)
+        leaf = self.leaf(site)
+        node.meta["after"] = After((site.trace, site.step, leaf.order), site, g.line_of(node))
+        return leaf.fake(*self._rows_of(site, leaf))
 
     def _write(self, node: torch.fx.Node) -> None:
         site, value = node.args
@@ -208,16 +218,17 @@ class Checker:
                 f"`{site}` cannot be changed: the model does nothing with what this call returns.",
                 hint="Change what it is given, or what it has changed where that is used next.",
             )
-        place = self.fake_site(site)
-        fake = fake_of(value)
+        rows = self._rows_of(site, leaf)
+        shape, fake = leaf.lengths(*rows), fake_of(value)
         if isinstance(fake, tuple):
             raise ShapeError(f"`{site}` is a tensor and cannot become a tuple.")
-        if fake is not None and (fake.dtype != leaf.dtype or (place is not None and fake.shape != place.shape)):
+        if fake is not None and (fake.dtype != leaf.dtype or (shape is not None and fake.shape != shape)):
             hint = "Assign a value of the same shape, or part of it: `value[:, -1] = ...`."
-            if place is None or fake.shape == place.shape:
+            if shape is None or fake.shape == shape:
                 hint = f"Convert it: `.to({leaf.dtype})`."
             raise ShapeError(
-                f"`{site}` is {describe(place)} ({leaf.symbolic}) and cannot become {describe(fake)}.", hint=hint
+                f"`{site}` is {describe(leaf.fake(*rows))} ({leaf.symbolic}) and cannot become {describe(fake)}.",
+                hint=hint,
             )
         after: After | None = node.meta["after"]
         if after is not None and after.order > (site.trace, site.step, leaf.latest):
@@ -234,9 +245,27 @@ class Checker:
         if operation.kind != "draw" and not node.all_input_nodes:
             # Without a tensor it would be Python that computes, at any length and size: `9 ** 10**9`.
             raise GraphError(f"`{operation.name}` is given no tensor.")
-        return self.run(operation.name, operation.function, node.args, node.kwargs)
+        return self._once(
+            operation.name, node, lambda: self.run(operation.name, operation.function, node.args, node.kwargs)
+        )
+
+    def _once(self, name: str, node: torch.fx.Node, check: Callable[[], Any]) -> Any:
+        """What the result of a node looks like; it is checked only if no node was that is given what looks the same."""
+        asked = Asked.of((name, self.value_bytes), node)
+        found = None if asked is None else asked.known()
+        if found is not None:
+            self._check_time()
+            return found
+        pieces = self._pieces
+        result = check()
+        if asked is not None and self._pieces == pieces:  # those are counted for each node
+            asked.remember(result)
+        return result
 
     def _edit(self, node: torch.fx.Node) -> Any:
+        return self._once("edit", node, lambda: self._edited(node))
+
+    def _edited(self, node: torch.fx.Node) -> Any:
         base = node.args[0]
         assert isinstance(base, torch.fx.Node)
         args, _ = _fakes(node.args, {})
@@ -307,8 +336,7 @@ class Checker:
         Raises:
             NotImplementedError: that depends on data.
         """
-        if time.monotonic() > self.until:
-            raise TookLongError
+        self._check_time()
         _check_arguments(name, args, kwargs)
         _check_dtypes(name, args, kwargs)
         _check_pieces(name, args, kwargs)
@@ -333,6 +361,10 @@ class Checker:
                     hint="Split it into several traces, or index the values that are needed.",
                 )
         return result
+
+    def _check_time(self) -> None:
+        if time.monotonic() > self.until:
+            raise TookLongError
 
     def _apply(self, node: torch.fx.Node) -> Any:
         trace, name, args, kwargs, weights = node.args
@@ -504,7 +536,7 @@ class Checker:
         """Refuse a value that is too large."""
         if self.value_bytes is None:
             return
-        for tensor in _tensors(fake):
+        for tensor in [fake] if isinstance(fake, Tensor) else _tensors(fake):
             if tensor.numel() * tensor.itemsize > self.value_bytes:
                 raise LimitError(
                     f"A value of shape {list(tensor.shape)} has {tensor.numel() * tensor.itemsize:,} bytes; "

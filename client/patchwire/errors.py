@@ -35,6 +35,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from types import FrameType
 
 
@@ -197,33 +198,36 @@ _LONGEST_NAME = 200
 def user_frame() -> FrameType | None:
     """The innermost frame that belongs neither to this package nor to torch."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if not _is_ours(frame):
-            return frame
+    while frame is not None and _is_our_file(frame.f_code.co_filename):
         frame = frame.f_back
-    return None
+    return frame
 
 
 def trim(error: PatchwireError) -> None:
     """Cut from an error's traceback what lies below the user's own lines."""
     last, entry = None, error.__traceback__
     while entry is not None:
-        if not _is_ours(entry.tb_frame):
+        if not _is_our_file(entry.tb_frame.f_code.co_filename):
             last = entry
         entry = entry.tb_next
     if last is not None:
         last.tb_next = None
 
 
-def _is_ours(frame: FrameType) -> bool:
-    file = frame.f_code.co_filename
+@lru_cache(1 << 10)
+def _is_our_file(file: str) -> bool:
     return file.startswith(_NOT_THE_USER) or file.startswith(_STANDARD_LIBRARY)
 
 
 def user_line() -> SourceLine | None:
     """The line of the user's program that is running now; its text is read later, by `with_code`."""
     frame = user_frame()
-    return None if frame is None else SourceLine(frame.f_code.co_filename, frame.f_lineno)
+    return None if frame is None else _line(frame.f_code.co_filename, frame.f_lineno)
+
+
+@lru_cache(1 << 10)
+def _line(file: str, number: int) -> SourceLine:
+    return SourceLine(file, number)
 
 
 def with_code(line: SourceLine) -> SourceLine:

@@ -14,6 +14,7 @@ import math
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -175,8 +176,7 @@ def same_storage(one: Any, other: Any) -> bool:
 SINKS = (save, log, keep, carry)
 """What asks for a value and has none itself."""
 
-for _function in (write, assign, loop, *SINKS):
-    torch.fx.node.has_side_effect(_function)
+_WITH_EFFECT = frozenset((write, assign, loop, *SINKS))
 
 
 @dataclass(frozen=True)
@@ -350,6 +350,28 @@ class Graph:
         return {index: trace.loop for index, trace in enumerate(self.traces) if trace.loop is not None}
 
 
+def add(
+    graph: torch.fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+) -> torch.fx.Node:
+    """A new node at a graph's end.
+
+    It is given its arguments once it is there: `call_function` would look through them for symbolic numbers, which
+    takes longer than all the rest. `Node.__setattr__` would list it anew by its target, which stays as it is.
+    """
+    node = graph.call_function(target, name=target.__name__)
+    torch.fx.Node.args.__set__(node, args)  # type: ignore[attr-defined]
+    if kwargs:
+        node.kwargs = dict(kwargs)
+    return node
+
+
+def drop_unneeded(graph: torch.fx.Graph) -> None:
+    """Take out every node whose value nobody needs, unless it is there for what it does."""
+    for node in reversed(graph.nodes):
+        if not node.users and node.target not in _WITH_EFFECT:
+            graph.erase_node(node)
+
+
 def parts(graph: Graph) -> list[Graph]:
     """A graph, and the bodies of its loops."""
     return [graph, *(each.body for each in graph.loops.values())]
@@ -464,7 +486,8 @@ class _Encoder:
 
     def site(self, site: Any, out: pb.Site) -> None:
         out.trace, out.invoke, out.address = site.trace, site.invoke, site.address.name
-        out.path.extend(path_to_proto(site.address.path))
+        if site.address.path:
+            out.path.extend(path_to_proto(site.address.path))
         out.step, out.open = site.step, site.open
 
     def change(self, change: Any, out: pb.Call) -> None:
@@ -556,6 +579,9 @@ def too_long(items: Sized) -> LimitError:
     return LimitError(f"A list of {len(items):,} arguments is too long; at most {MAX_ITEMS:,} fit.", hint=_LONG_LISTS)
 
 
+_address = lru_cache(1 << 12)(Address)
+
+
 class _Decoder:
     """Builds a graph from a message that may be hostile: every index, name and length is checked before it is used."""
 
@@ -613,13 +639,13 @@ class _Decoder:
         return Loop(body, trace.loop.count)
 
     def node(self, message: pb.Node) -> torch.fx.Node:
-        create = self.graph.fx.call_function
+        create = partial(add, self.graph.fx)
         match message.WhichOneof("body"):
             case "read":
-                return create(read, (self.site(message.read.site),))  # type: ignore[arg-type]
+                return create(read, (self.site(message.read.site),))
             case "write":
                 value = self.value(message.write.value)
-                return create(write, (self.site(message.write.site), value))  # type: ignore[arg-type]
+                return create(write, (self.site(message.write.site), value))
             case "call":
                 name, args, kwargs = self.change(message.call)
                 operation = ops.OPERATIONS[name]
@@ -733,12 +759,17 @@ class _Decoder:
         trace = self.invoke(message)
         if message.step >= (trace.generation.max_new_tokens if trace.generation else 1):
             raise self.error(f"Trace {message.trace} has no step {message.step}.")
-        for name in (message.address, *(item.key for item in message.path)):
-            self.name(name)
+        self.name(message.address)
+        return Site(message.trace, message.invoke, self.address(message), message.step, message.open)
+
+    def address(self, message: pb.Site) -> Address:
+        if not message.path:
+            return _address(message.address)
+        for item in message.path:
+            self.name(item.key)
         if len(message.path) > _MAX_DEPTH:
             raise self.error("The path of a site is too long.")
-        address = Address(message.address, path_from_proto(message.path))
-        return Site(message.trace, message.invoke, address, message.step, message.open)
+        return Address(message.address, path_from_proto(message.path))
 
     def change(self, message: pb.Call) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
         operation = ops.OPERATIONS.get(message.op)
@@ -761,44 +792,41 @@ class _Decoder:
     def arguments(self, message: pb.Call | pb.Apply) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.count(message.args)
         self.count(message.kwargs)
-        return (
-            tuple(self.argument(each) for each in message.args),
-            {name: self.argument(each) for name, each in message.kwargs.items()},
-        )
+        args = tuple([self.argument(each) for each in message.args])
+        return args, {name: self.argument(each) for name, each in message.kwargs.items()} if message.kwargs else {}
 
     def argument(self, message: pb.Argument, depth: int = 0) -> Any:
         if depth > _MAX_DEPTH:
             raise self.error("An argument is nested too deeply.")
         match message.WhichOneof("kind"):
+            case "node":
+                return self.value(message.node)
+            case "integer":
+                return message.integer
+            case "list" | "tuple" as kind:
+                items = getattr(message, kind).items
+                self.count(items)
+                values = [self.argument(each, depth + 1) for each in items]
+                return values if kind == "list" else tuple(values)
+            case "slice":
+                bounds = message.slice
+                return slice(
+                    self.argument(bounds.start, depth + 1) if bounds.HasField("start") else None,
+                    self.argument(bounds.stop, depth + 1) if bounds.HasField("stop") else None,
+                    self.argument(bounds.step, depth + 1) if bounds.HasField("step") else None,
+                )
             case "none":
                 return None
             case "boolean":
                 return message.boolean
-            case "integer":
-                return message.integer
             case "real":
                 return message.real
             case "text":
                 if len(message.text) > _MAX_TEXT:
                     raise self.error("A string argument is too long.")
                 return message.text
-            case "node":
-                return self.value(message.node)
-            case "slice":
-                bounds = message.slice
-                return slice(
-                    *(
-                        self.argument(getattr(bounds, name), depth + 1) if bounds.HasField(name) else None
-                        for name in ("start", "stop", "step")
-                    )
-                )
             case "ellipsis":
                 return Ellipsis
-            case "list" | "tuple" as kind:
-                items = getattr(message, kind).items
-                self.count(items)
-                values = [self.argument(each, depth + 1) for each in items]
-                return values if kind == "list" else tuple(values)
             case "dtype":
                 return tensors.dtype_from_proto(message.dtype)
             case _:

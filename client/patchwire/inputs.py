@@ -7,6 +7,7 @@ the server sent (or by asking the server, for chat templates and for tokenizers 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from patchwire.errors import InputError, here
 from patchwire.graph import Invoke
 
 Rows = list[list[int]]
+_REMEMBERED_TEXTS = 256
 
 _FORMS = "Give a text, a list of texts, token ids, or messages with a role and a content."
 
@@ -143,16 +145,22 @@ def _masked(given: Mapping[str, Any]) -> Rows:
 class ModelTokenizer:
     """A model's tokenizer: works offline with what the server sent, and asks the server otherwise.
 
-    `encode`, `decode` and `tokens` are enough to find positions; `backend` is the `tokenizers.Tokenizer`, if the server
-    could send one.
+    `encode`, `decode` and `tokens` are enough to find positions.
     """
 
     def __init__(self, json: str, ask: Callable[[Sequence[str]], Rows]) -> None:
-        self.backend: Tokenizer | None = Tokenizer.from_str(json) if json else None
-        if self.backend is not None:
-            self.backend.no_padding()
-            self.backend.no_truncation()
+        self._backend: Tokenizer | None = Tokenizer.from_str(json) if json else None
+        if self._backend is not None:
+            self._backend.no_padding()
+            self._backend.no_truncation()
         self._ask = ask
+        self._ids: Callable[[str], tuple[int, ...]] = lru_cache(_REMEMBERED_TEXTS)(self._ids_of)
+
+    @property
+    def backend(self) -> Tokenizer | None:
+        """The `tokenizers.Tokenizer`, if the server could send one."""
+        self._ids = self._ids_of  # whoever has it may change it, and then a text has other ids than those remembered
+        return self._backend
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, special tokens as the model's tokenizer adds them."""
@@ -160,14 +168,20 @@ class ModelTokenizer:
 
     def batch(self, texts: Sequence[str]) -> Rows:
         """The token ids of several texts."""
-        if self.backend is None:
+        if self._backend is None:
             return self._ask(texts)
-        return [each.ids for each in self.backend.encode_batch(list(texts))]
+        if len(texts) == 1:  # a sweep is of one text, many times
+            return [list(self._ids(texts[0]))]
+        return [each.ids for each in self._backend.encode_batch(list(texts))]
+
+    def _ids_of(self, text: str) -> tuple[int, ...]:
+        assert self._backend is not None
+        return tuple(self._backend.encode(text).ids)
 
     def _offline(self) -> Tokenizer:
-        if self.backend is None:
+        if self._backend is None:
             raise InputError("The server could not send this model's tokenizer; only encoding works, by asking it.")
-        return self.backend
+        return self._backend
 
     def decode(self, ids: int | Sequence[int] | Tensor) -> str:
         """The text of token ids, special tokens included."""

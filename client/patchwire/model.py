@@ -143,11 +143,7 @@ class Module(Sided):
         return self._model._at(f"{self._name}.{keys[index]}")
 
     def _indices(self) -> list[str]:
-        keys = self._catalogue.prefixes.get(self._name, [])
-        if not any(each.isdigit() for each in keys):
-            raw = self._catalogue.raw(self._name)
-            keys = self._catalogue.children.get(raw, []) if raw is not None else []
-        return [each for each in keys if each.isdigit()]
+        return self._catalogue.indices(self._name)
 
     def __len__(self) -> int:
         return len(self._indices())

@@ -201,6 +201,8 @@ _FORBIDDEN_POSITIONS = _forbidden_positions()
 def forbidden_argument(operation: Operation, args: Iterable[Any], kwargs: Mapping[str, Any]) -> str | None:
     """The name of an argument that the operation takes in PyTorch and not in a graph, given by name or by position."""
     positions = _FORBIDDEN_POSITIONS.get(operation.name, {})
+    if not positions and not kwargs and operation.name != "torch.Tensor.to":
+        return None
     given = {positions[index]: value for index, value in enumerate(args) if index in positions}
     given |= {name: value for name, value in kwargs.items() if name in FORBIDDEN_ARGUMENTS}
     if operation.name == "torch.Tensor.to" and any(isinstance(value, str) for value in args):

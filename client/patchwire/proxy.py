@@ -68,6 +68,17 @@ class Value(torch.fx.Proxy):
     `value.value`.
     """
 
+    memory: Memory
+    views: tuple[Change, ...]
+    parent: Value | None
+    _seen: int
+    _tensor: Tensor | None
+    _saved: bool
+    _absent: bool
+    _to: To | None
+    _made_of: tuple[Sequence[Value], Callable[[Sequence[Value]], Value]] | None
+    """The values of sites that this is a named part of, or all of, and the way from them to it."""
+
     def __new__(cls, recorder: Recorder, *_: Any, **__: Any) -> Value:
         return recorder.new_value()
 
@@ -79,23 +90,26 @@ class Value(torch.fx.Proxy):
         views: tuple[Change, ...] = (),
         parent: Value | None = None,
     ) -> None:
-        self.memory = memory or Memory(node)
-        self.views = views
-        self.parent = parent
-        self._seen = self.memory.version
-        self._tensor: Tensor | None = None
-        self._saved = False
-        self._absent = False
-        self._to: To | None = None
-        self._made_of: tuple[Sequence[Value], Callable[[Sequence[Value]], Value]] | None = None
-        """The values of sites that this is a named part of, or all of, and the way from them to it."""
-        super().__init__(node, recorder)
+        memory = memory or Memory(node)
+        # Past `__setattr__`, which asks of every name what it may mean to the user; this is all that a `Proxy` is, too.
+        vars(self).update(
+            tracer=recorder,
+            memory=memory,
+            views=views,
+            parent=parent,
+            _node=node,
+            _seen=memory.version,
+            _tensor=None,
+            _saved=False,
+            _absent=False,
+            _to=None,
+            _made_of=None,
+        )
 
     __array_priority__ = 1000  # as tensors': `np.float64(2) * value` asks the value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        own = getattr(type(self), name, None)
-        if name in _ATTRIBUTES or name.startswith("_") or (isinstance(own, property) and own.fset is not None):
+        if name in _ATTRIBUTES or name.startswith("_") or _is_settable(getattr(type(self), name, None)):
             object.__setattr__(self, name, value)
         elif self._tensor is not None:
             setattr(self._tensor, name, value)
@@ -448,6 +462,10 @@ for _name in ops.AUGMENTED_ASSIGNMENTS:
 _ATTRIBUTES = frozenset({"memory", "views", "parent", "tracer", "node"})
 _NUMBERS = frozenset({"item", "tolist", "numpy"})
 _PLACES = frozenset({"cpu", "cuda"})
+
+
+def _is_settable(attribute: Any) -> bool:
+    return isinstance(attribute, property) and attribute.fset is not None
 
 
 def _same(tensor: Tensor) -> Tensor:

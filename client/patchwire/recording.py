@@ -12,6 +12,7 @@ import itertools
 import math
 import operator
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 _SETITEM = ops.OPERATIONS["operator.setitem"]
 _GETITEM = ops.OPERATIONS["operator.getitem"]
 
+_PLAIN = frozenset({type(None), bool, float, str, torch.dtype, type(Ellipsis)})
+"""What stands in a graph as it is, whatever its value."""
 _Place = tuple[int, int, int, Leaf]
 """What a site means, however its address is spelled: a trace, an invoke, a step, and a tensor of the model."""
 EVERYONE = -1
@@ -96,10 +99,12 @@ class Recorder(TracerBase):
         """Invokes that the program does not see, by trace and invoke: whose rows they have, and whose modules."""
         self.cuts: dict[Site, list[Any]] = {}
         """What flow.py has cut inside of each mixer, by the site where it does so."""
-        self._skipped: list[tuple[Site, str]] = []
+        self._skipped: dict[int, list[tuple[Site, str]]] = defaultdict(list)
         self._parameters: dict[tuple[int, str, str], Value] = {}
         self._assigned: dict[tuple[int, str, str], torch.fx.Node] = {}
         self._sites: dict[_Place, Value] = {}
+        self._memories: dict[int, set[Memory]] = defaultdict(set)
+        """What has been bound to sites and weights of each trace that is open."""
         self._writes: dict[_Place, torch.fx.Node] = {}
         self._constants: dict[int, tuple[Tensor, Tensor, torch.fx.Node]] = {}
         self.logs = False
@@ -124,7 +129,7 @@ class Recorder(TracerBase):
         kwargs: Mapping[str, Any] | None = None,
         operation: ops.Operation | None = None,
     ) -> torch.fx.Node:
-        node = self.graph.call_function(target, args, dict(kwargs or {}))
+        node = g.add(self.graph, target, args, kwargs)
         node.meta["line"] = user_line()
         node.meta["operation"] = operation
         node.meta["number"] = self._made = self._made + 1
@@ -157,6 +162,8 @@ class Recorder(TracerBase):
         Raises:
             GraphError: it is none of these, or a value that will never exist here.
         """
+        if type(value) in _PLAIN:
+            return value
         match value:
             case Value():
                 return self._value(value)
@@ -166,10 +173,10 @@ class Recorder(TracerBase):
                 return self._constant(value)
             case int() if not -(2**63) <= value < 2**63:
                 raise GraphError(f"{value} does not fit into 64 bits.", lines=here())
-            case None | bool() | int() | float() | str() | torch.dtype():
+            case int() | float() | str():
                 return value
             case tuple():
-                return tuple(self.argument(each) for each in value)
+                return tuple([self.argument(each) for each in value])
             case list():
                 return [self.argument(each) for each in value]
             case slice():
@@ -180,8 +187,6 @@ class Recorder(TracerBase):
                 return value.item()
             case range():
                 return list(value)
-        if value is Ellipsis:
-            return value
         if isinstance(value, Structure):
             raise value.not_one_tensor()
         raise GraphError(
@@ -328,7 +333,9 @@ class Recorder(TracerBase):
         keywords = {name: self.argument(each) for name, each in kwargs.items()}
         node = self._create(operation.function, arguments, keywords, operation)
         source = args[0] if args and isinstance(args[0], Value) and not args[0].ready else None
-        others = [each for each in values_in((args if source is None else args[1:], kwargs)) if not each.ready]
+        others = []
+        if source is None or len(node.all_input_nodes) > 1:
+            others = [each for each in values_in((args if source is None else args[1:], kwargs)) if not each.ready]
         return self._result(node, source, (operation.name, arguments[1:], keywords), operation, others)
 
     def _result(
@@ -444,7 +451,7 @@ class Recorder(TracerBase):
             leaf = self.checker.leaf(site)
         except SiteError as error:
             raise SiteError(error.message, hint=error.hint, lines=here()) from None
-        for skipped, path in self._skipped:
+        for skipped, path in self._skipped.get(site.trace, ()):
             if _meets(skipped, site.trace, site.invoke, site.step):
                 self._check_not_inside(leaf, path, here())
         return (site.trace, site.invoke, site.step, leaf)
@@ -656,7 +663,7 @@ class Recorder(TracerBase):
             if _meets(site, trace, invoke, step):
                 self._check_not_inside(leaf, path, here(g.line_of(value._node)))
         assign()
-        self._skipped.append((site, path))
+        self._skipped[site.trace].append((site, path))
 
     def grad(self, loss: Value, weights: Any, values: Sequence[Value | Kept | Tensor]) -> list[Value]:
         """The gradients of a value with respect to others."""
@@ -718,6 +725,7 @@ class Recorder(TracerBase):
         value.memory.taken.add(place)
         self._sites[place] = value
         value.memory.sites.append((site, value))
+        self._memories[site.trace].add(value.memory)
 
     def _write(self, place: _Place, site: Site, value: Value) -> None:
         node = self._create(g.write, (site, value.node))
@@ -732,10 +740,14 @@ class Recorder(TracerBase):
         if known is not None:
             return Value(self, known.node, known.memory, known.views)
         value = Value(self, self._create(g.parameter, (trace, path)))
-        self._parameters[self._weight(trace, path)] = value
-        value.memory.weights.append((trace, path, value))
-        value.memory.taken.add(self._weight(trace, path))
+        self._bind_weight(self._weight(trace, path), path, value)
         return value
+
+    def _bind_weight(self, weight: tuple[int, str, str], path: str, value: Value) -> None:
+        value.memory.taken.add(weight)
+        self._parameters[weight] = value
+        value.memory.weights.append((weight[0], path, value))
+        self._memories[weight[0]].add(value.memory)
 
     def assign_parameter(self, trace: int, path: str, value: Any) -> None:
         """Have a trace run with another weight.
@@ -760,9 +772,7 @@ class Recorder(TracerBase):
         self._assign(trace, path, value)
         if known is not None:
             known.memory.weights = [each for each in known.memory.weights if self._weight(*each[:2]) != weight]
-        self._parameters[weight] = value
-        value.memory.weights.append((trace, path, value))
-        value.memory.taken.add(weight)
+        self._bind_weight(weight, path, value)
 
     def _weight(self, trace: int, path: str) -> tuple[int, str, str]:
         """What a weight's path means, however it is spelled and whatever else has the same tensor."""
@@ -916,9 +926,8 @@ class Recorder(TracerBase):
     def end(self, trace: int) -> None:
         """A trace's block has ended: what is done to its values from now on is done to values, not to its sites."""
         self._runs = None
-        for memory in {value.memory for place, value in self._sites.items() if place[0] == trace}:
+        for memory in self._memories.pop(trace, ()):
             memory.sites = [each for each in memory.sites if each[0].trace != trace]
-        for memory in {value.memory for weight, value in self._parameters.items() if weight[0] == trace}:
             memory.weights = [each for each in memory.weights if each[0] != trace]
 
     def finish(self) -> Graph:
@@ -937,7 +946,7 @@ class Recorder(TracerBase):
                 self._warn_if_edited(kept.source, version, line, "kept", "keep")
         finally:
             self.open = False
-        self.graph.eliminate_dead_code()
+        g.drop_unneeded(self.graph)
         _drop_unused_constants(self.request)
         return self.request
 

@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -63,6 +63,7 @@ _LAYER_HINTS = {
 _SIDE_NAMES = {wire: name for name, wire in _SIDES.items()}
 
 
+@lru_cache(1 << 13)
 def spell(name: str) -> str:
     """A name as it is typed: "layers.5.mixer" is `model.layers[5].mixer`."""
     return "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".") if part)
@@ -86,6 +87,8 @@ class Address:
     def spelled(self) -> str:
         """How it is typed: "model.layers[5].mixer.output"."""
         name, path = spell(self.name), self.path
+        if not path:
+            return name
         if name.endswith(f".{INPUT}") and path and path[0] in CALL:
             name, path = f"{name}s", (CALL.index(str(path[0])), *path[1:])
         return name + "".join(f"[{json.dumps(step)}]" for step in path)
@@ -223,6 +226,14 @@ class Leaf:
     """Whether this is of the steps of a generation after the first: then what grows with tokens grows with those before
     the one that the pass is over."""
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Computed once: leaves are looked up for every node, and have many parts."""
+        return hash((self.module, self.side, self.path, self.operations, self.occurrence, self.order, self.in_steps))
+
     @property
     def location(self) -> Location:
         """The place in a forward pass, which all leaves of one value share."""
@@ -257,6 +268,7 @@ class Leaf:
         each_for_a_token = self.runs.axis is Axis.SEQ  # then an occurrence is another token of each row, or none
         return self.packs and not each_for_a_token and (Axis.SEQ not in axes or Axis.BATCH in axes)
 
+    @lru_cache(_REMEMBERED)  # noqa: B019 - of leaves there are as many as a model has
     def lengths(self, batch: int, seq: int) -> tuple[int, ...] | None:
         """The shape in a call with this many rows of this many tokens; None if it is not known beforehand."""
         lengths = [dim.length(batch, seq) for dim in self.shape]
@@ -584,6 +596,21 @@ class Catalogue:
             if len(parts) == 4 and parts[2] in MIXERS:
                 prefixes.setdefault(".".join([*parts[:2], "mixer"]), {})[parts[3]] = None
         return {prefix: list(names) for prefix, names in prefixes.items()}
+
+    def indices(self, name: str) -> list[str]:
+        """What a list of modules may be indexed with, by its canonical name or raw path; empty if it is no list."""
+        known = self._indices.get(name)
+        if known is None:
+            known = self.prefixes.get(name, [])
+            if not any(each.isdigit() for each in known):
+                raw = self.raw(name)
+                known = self.children.get(raw, []) if raw is not None else []
+            known = self._indices[name] = [each for each in known if each.isdigit()]
+        return known
+
+    @cached_property
+    def _indices(self) -> dict[str, list[str]]:
+        return {}
 
     @cached_property
     def entries(self) -> list[Order]:

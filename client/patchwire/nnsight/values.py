@@ -203,7 +203,7 @@ class TensorRecorder(Recorder):
         """Whether a module, by its raw path, is in one that is skipped."""
         return any(
             (site.trace, site.invoke, site.step) == (trace, invoke, step) and path.startswith(f"{skipped}.")
-            for site, skipped in self._skipped
+            for site, skipped in self._skipped.get(trace, ())
         )
 
     # --- the end ------------------------------------------------------------------------------------------------------
