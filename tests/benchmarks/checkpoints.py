@@ -5,6 +5,7 @@ A GPT-2 of 124 M parameters with random weights, and SmolLM2-135M, made from the
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -13,15 +14,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from patchwire import demo
 
+_HOME = Path(__file__).resolve().parents[2] / "build" / "benchmark-checkpoints"
 
-def make(root: Path) -> None:
-    """Make those that are not there yet."""
+
+def directory() -> Path:
+    """Where they are, below `build/` or where `CHECKPOINTS` in the environment says; made if they are not there."""
+    root = Path(os.environ.get("CHECKPOINTS") or _HOME)
     for name, write in {GPT2: _gpt2, SMOLLM2: _smollm2}.items():
         if not (root / name).exists():
             unfinished = root / f"{name}.unfinished"
             unfinished.mkdir(parents=True, exist_ok=True)
             write(unfinished)
             unfinished.rename(root / name)
+    return root
 
 
 def _gpt2(directory: Path) -> None:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 GPT2, SMOLLM2 = "gpt2-124m", "smollm2-135m"
+RAW, MATMUL = "raw", "matmul"
 KEPT = 5
 """How many logits of the last token a sweep gives back for each run."""
 ROWS = 60
@@ -26,7 +27,7 @@ USERS = 16
 REQUESTS = 2
 """How many requests every user makes, one after the other."""
 MATMUL_ROWS, MATMUL_REPEATS = 2048, 8
-"""How many tokens go through the MLP's projections, and how often, to learn how fast this machine multiplies matrices."""
+"""How many tokens go through a layer's MLP, and how often, to learn how fast this machine multiplies matrices."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Task:
 TASKS: Mapping[str, Task] = {
     "read": Task(GPT2, "read one hidden state, 16 tokens"),
     "read_all": Task(GPT2, "read the residual stream after every layer, 512 tokens"),
+    MATMUL: Task(SMOLLM2, "the products of an MLP, and nothing else"),
     "sweep": Task(SMOLLM2, "patch the residual stream, every layer × token"),
     "sweep_one_by_one": Task(SMOLLM2, "the same, one run after the other", slow=True),
     "heads": Task(SMOLLM2, "patch what every head gives, layer × head"),
@@ -55,7 +57,6 @@ TASKS: Mapping[str, Task] = {
     "generation": Task(SMOLLM2, f"generate {NEW_TOKENS} tokens, steered at every step", tolerance=0),
     "users": Task(SMOLLM2, f"{USERS} users at once, {REQUESTS} short requests each"),
     "users_one_by_one": Task(SMOLLM2, "the same requests, one after the other"),
-    "matmul": Task(SMOLLM2, "the products of an MLP, and nothing else"),
 }
 """By name. A library that cannot do a task leaves it out."""
 
@@ -95,6 +96,9 @@ Result = Tensor | list[Tensor]
 class Library(Protocol):
     """A library with one model loaded."""
 
+    packages: tuple[str, ...]
+    """The packages whose versions matter."""
+
     def __init__(self, directory: Path, inputs: Inputs) -> None:
         """Load the checkpoint in a directory."""
 
@@ -114,9 +118,7 @@ def make_inputs(root: Path) -> Inputs:
     encode = Tokenizer.from_file(str(root / SMOLLM2 / "tokenizer.json")).encode
     config = json.loads((root / SMOLLM2 / "config.json").read_text())
     layers = config["num_hidden_layers"]
-    clean, corrupt = (
-        encode(f"The {place} is located in the city of").ids for place in ("Eiffel Tower", "Colosseum")
-    )
+    clean, corrupt = (encode(f"The {place} is located in the city of").ids for place in ("Eiffel Tower", "Colosseum"))
     assert len(clean) == len(corrupt), (clean, corrupt)
     answers = tuple(encode(f" {city}").ids[0] for city in ("Paris", "Rome"))
     words = encode("In the old days people who lived by the sea would go out every morning to look for new land").ids

@@ -12,7 +12,7 @@ import nnsight
 import torch
 from tasks import KEPT, NEW_TOKENS, ROWS, Inputs, Result
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 class Library:
@@ -44,22 +44,25 @@ class Library:
         pass
 
     def read(self) -> Tensor:
-        with self.model.trace(self.inputs.short, use_cache=False, logits_to_keep=1):
+        with self.model.trace(self.inputs.short, use_cache=False) as tracer:
             hidden = self.model.transformer.h[-1].output.save()
+            tracer.stop()
         return hidden
 
     def read_all(self) -> list[Tensor]:
-        with self.model.trace(self.inputs.long, use_cache=False, logits_to_keep=1):
+        with self.model.trace(self.inputs.long, use_cache=False) as tracer:
             states = [].save()
             for layer in self.model.transformer.h:
                 states.append(layer.output)
+            tracer.stop()
         return states
 
     def states(self, ids: Tensor) -> list[Tensor]:
-        with self.model.trace(ids, use_cache=False, logits_to_keep=1):
+        with self.model.trace(ids, use_cache=False) as tracer:
             states = [].save()
             for layer in self.model.model.layers:
                 states.append(layer.output.clone())
+            tracer.stop()
         return states
 
     def cells(self, across: int) -> list[tuple[int, int]]:
@@ -93,10 +96,11 @@ class Library:
 
     def heads(self) -> Tensor:
         model, corrupt, width = self.model, self.inputs.corrupt, self.head_dim
-        with model.trace(self.inputs.clean, use_cache=False, logits_to_keep=1):
+        with model.trace(self.inputs.clean, use_cache=False) as tracer:
             values = [].save()
             for layer in model.model.layers:
                 values.append(layer.self_attn.o_proj.input.clone())
+            tracer.stop()
         cells = self.cells(self.heads_of_a_layer)
         found = []
         for start in range(0, len(cells), ROWS):

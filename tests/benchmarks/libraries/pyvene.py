@@ -44,7 +44,9 @@ class Library:
         """What layers return: `[1, tokens, width]` each."""
         return self.collected_units(ids, layers, "block_output", "pos", ids.shape[1])
 
-    def collected_units(self, ids: Tensor, layers: Sequence[int], component: str, unit: str, count: int) -> list[Tensor]:
+    def collected_units(
+        self, ids: Tensor, layers: Sequence[int], component: str, unit: str, count: int
+    ) -> list[Tensor]:
         """All units of a component, of each of these layers."""
         collecting = [
             {

@@ -1,7 +1,7 @@
 """Plain PyTorch hooks on the Hugging Face model: what everything else is compared with.
 
-Batched by hand wherever that is faster, and computing as little as hooks can: the last token's logits, no gradients of
-weights.
+Batched by hand wherever that is faster, and computing as little as hooks can: no logits, or the last token's, and no
+gradients of weights.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Library:
             "heads": self.heads,
             "attribution": self.attribution,
             "generation": self.generation,
+            "users": self.users_one_by_one,  # there is nobody to bring them together
             "users_one_by_one": self.users_one_by_one,
             "matmul": self.matmul,
         }
@@ -67,7 +68,7 @@ class Library:
         projections = [layer.self_attn.o_proj for layer in self.layers]
         values: list[Tensor] = []
         with hooked([inputs(each, lambda value: values.append(value.clone())) for each in projections]):
-            self.last_logits(self.inputs.clean)
+            self.model.base_model(self.inputs.clean, use_cache=False)
         cells = [(layer, head) for layer in range(len(projections)) for head in range(config.num_attention_heads)]
 
         def patch(value: Tensor, row: int, layer: int, head: int) -> None:
@@ -118,7 +119,7 @@ class Library:
         """What layers return."""
         found: list[Tensor] = []
         with hooked([outputs(each, lambda value: found.append(value.clone())) for each in layers]):
-            self.last_logits(ids)
+            self.model.base_model(ids, use_cache=False)
         return found
 
     def last_logits(self, ids: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class Library:
 
     def cache(self, ids: Tensor, names: Sequence[str]) -> list[Tensor]:
         """Values at hook points."""
-        _, cache = self.model.run_with_cache(ids, names_filter=list(names), use_cache=False)
+        _, cache = self.model.run_with_cache(ids, names_filter=list(names), use_cache=False, stop_at_layer=self.layers)
         return [cache[name] for name in names]
 
     def residual(self, layer: int) -> str:
