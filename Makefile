@@ -20,7 +20,7 @@ demo: $(STAMP)  ## Start a worker on this machine and run an experiment on its m
 test: static  ## Lint, type check, and the whole test suite
 	@$(BIN)/python -m pytest
 
-bench: $(STAMP) $(ENVIRONMENTS:%=.venv-bench/%/.installed)  ## Measure everything, beside other libraries; quick: ROUNDS=1 TASKS=sweep,users
+bench: $(STAMP) $(ENVIRONMENTS:%=.venv-bench/%/.installed)  ## Measure everything, beside other libraries (quick: make bench ROUNDS=1 TASKS=read)
 	@$(BIN)/python tests/benchmarks/run.py
 
 lint: static  ## Formatting, lint and types of the Python code, and the rules for the proto files

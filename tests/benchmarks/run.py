@@ -11,6 +11,8 @@ Each result is printed as a line of JSON, and all of them are written to `result
 - `TASKS`: only these, as `read,sweep,one_read`: names of `tasks.TASKS` or of scripts without `bench_`;
 - `LIBRARIES`: only these, beside `raw`;
 - `OMP_NUM_THREADS`: threads of each library; as many as there are cores if not given;
+- `OMP_WAIT_POLICY`: `passive` where others use the machine too: threads that spin while they wait for one that is not
+  running make everything many times slower, and some libraries more than others;
 - `CHECKPOINTS`: a directory with other checkpoints of the same names, for trying things out.
 
 A run with fewer tasks, libraries or rounds is written to a file that git ignores. `python docs/figures.py` makes the
@@ -153,7 +155,15 @@ class Run:
                 seconds[process.library] += process.tell("run", task=name, times=times[process.library])["seconds"]
         medians = {library: statistics.median(each) for library, each in seconds.items()}
         for library, median in medians.items():
-            line: Line = {"task": name, "library": library, "seconds": median, "runs": len(seconds[library])}
+            line: Line = {
+                "task": name,
+                "says": task.says,
+                "library": library,
+                "seconds": median,
+                "runs": len(seconds[library]),
+            }
+            if task.requests:
+                line["requests"] = task.requests
             if RAW in medians:
                 line |= {"to_raw": round(median / medians[RAW], 3), "difference": differences[library]}
             yield line
@@ -244,6 +254,7 @@ def main() -> None:
         "rounds": rounds,
         "python": platform.python_version(),
         "dtype": "float32",
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
         "versions": run.versions,
     }
     file = RESULTS / f"cpu-{os.cpu_count()}-cores{'' if whole else '.local'}.json"

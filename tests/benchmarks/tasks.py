@@ -42,6 +42,8 @@ class Task:
     """By how much a number may differ from that of plain hooks."""
     relative: bool = False
     """Whether that is meant as a share of the largest number."""
+    requests: int = 0
+    """How many requests it is made of, if it is measured as their number in a second."""
     slow: bool = False
     """Whether one round has to be enough."""
 
@@ -55,8 +57,8 @@ TASKS: Mapping[str, Task] = {
     "heads": Task(SMOLLM2, "patch what every head gives, layer × head"),
     "attribution": Task(SMOLLM2, "attribution patching, every layer × token", relative=True),
     "generation": Task(SMOLLM2, f"generate {NEW_TOKENS} tokens, steered at every step", tolerance=0),
-    "users": Task(SMOLLM2, f"{USERS} users at once, {REQUESTS} short requests each"),
-    "users_one_by_one": Task(SMOLLM2, "the same requests, one after the other"),
+    "users": Task(SMOLLM2, f"{USERS} users at once, {REQUESTS} short requests each", requests=USERS * REQUESTS),
+    "users_one_by_one": Task(SMOLLM2, "the same requests, one after the other", requests=USERS * REQUESTS),
 }
 """By name. A library that cannot do a task leaves it out."""
 
