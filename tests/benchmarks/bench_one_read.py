@@ -1,29 +1,28 @@
-"""What one read costs beyond the forward pass: a hidden state of a 12-layer, 128-wide GPT-2, 16 tokens.
+"""What one read costs inside the worker, beyond the forward pass: a hidden state of a GPT-2 of 124 M parameters.
 
-- `wire`: client, gRPC and a worker in another process, against a raw PyTorch hook on the same model here; `call` is
-  what gRPC itself takes for a call with nothing in it.
-- `worker`: inside the worker, from the request's message to the saved tensor, against a raw hook in the same process.
-
-The last layer is read, so that ending the pass early saves next to nothing.
+From the request's message to the saved tensor, against a raw PyTorch hook on the same model in the same process, in
+turns; `pass` is the pass alone, without reading the message and planning. The last layer is read, and the hook's model
+has no unembedding either, so that ending the pass early saves next to nothing.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch import nn
+from transformers import AutoModelForCausalLM
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path.insert(0, str(Path(__file__).parent))
+import checkpoints
 from measuring import alternate, report
+from tasks import GPT2
 
-import patchwire
 from patchwire import graph as g
 from patchwire_worker.admission import Admission, Admitted
 from patchwire_worker.config import Limits
@@ -34,58 +33,29 @@ from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.models.loading import load
 from patchwire_worker.planner import Plan, plan
 from patchwire_worker.store import TensorStore
-from serving import Server
 
 IDS = list(range(16))
-ROUNDS = int(os.environ.get("ROUNDS", "300"))
+ROUNDS = 12 * int(os.environ.get("ROUNDS") or 5)
 
 
-def tiny() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    config = GPT2Config(n_layer=12, n_embd=128, n_head=4, vocab_size=1000, bos_token_id=0, eos_token_id=0)
-    return GPT2LMHeadModel(config).eval()
-
-
-def raw_hook(model: GPT2LMHeadModel) -> torch.Tensor:
+def raw_hook(model: nn.Module) -> torch.Tensor:
     found = []
     handle = model.transformer.h[-1].register_forward_hook(lambda module, args, output: found.append(output.clone()))
     with torch.no_grad():
-        model(torch.tensor([IDS]), use_cache=False)
+        model.base_model(torch.tensor([IDS]), use_cache=False)
     handle.remove()
     return found[0]
 
 
-def wire(directory: str) -> None:
-    plain = tiny()
-    with Server({"gpt2": directory}) as server:
-        model = patchwire.connect(server.address, progress=False).model("gpt2")
-
-        def through_the_wire() -> torch.Tensor:
-            with model.trace(IDS):
-                hidden = model.layers[-1].output.save()
-            return hidden.value
-
-        assert torch.equal(raw_hook(plain), through_the_wire())
-        cases = {"raw": lambda: raw_hook(plain), "patchwire": through_the_wire, "call": model.connection.models}
-        seconds = alternate(cases, rounds=ROUNDS)
-    extra = (seconds["patchwire"] - seconds["raw"]) * 1e3
-    ratio = seconds["patchwire"] / seconds["raw"]
-    report(
-        "one_read_wire",
-        raw_ms=round(seconds["raw"] * 1e3, 2),
-        call_ms=round(seconds["call"] * 1e3, 2),
-        extra_ms=round(extra, 2),
-        ratio=round(ratio, 3),
-    )
-
-
-def worker(directory: str) -> None:
-    plain = tiny()
-    hosted = HostedModel(load(directory, name="gpt2"))
+def main() -> None:
+    directory = checkpoints.directory() / GPT2
+    hosted = HostedModel(load(str(directory), name="gpt2"))
+    plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    last = f"layers.{len(plain.transformer.h) - 1}.output"
     limits = Limits()
     admission = Admission({"gpt2": hosted}, limits, TensorStore(limits.stored_bytes), KeptStore(limits.kept_bytes))
     graph = g.Graph(traces=[g.Trace("gpt2", [g.Invoke((tuple(IDS),))])])
-    read = graph.fx.call_function(g.read, (g.Site(0, 0, g.Address("layers.11.output")),))
+    read = graph.fx.call_function(g.read, (g.Site(0, 0, g.Address(last)),))
     graph.fx.call_function(g.save, (read, None))
     message = g.graph_to_proto(graph)
 
@@ -101,7 +71,7 @@ def worker(directory: str) -> None:
 
     assert torch.equal(raw_hook(plain), from_message())
     cases = {"raw": lambda: raw_hook(plain), "patchwire": from_message, "pass": pass_only}
-    seconds = alternate(cases, rounds=ROUNDS)
+    seconds = alternate(cases, rounds=ROUNDS, warm_up=3)
     report(
         "one_read_worker",
         raw_ms=round(seconds["raw"] * 1e3, 2),
@@ -139,7 +109,4 @@ def run(admitted: Admitted, planned: Plan) -> torch.Tensor:
 
 if __name__ == "__main__":
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    with tempfile.TemporaryDirectory() as directory:
-        tiny().save_pretrained(directory)
-        worker(directory)
-        wire(directory)
+    main()
