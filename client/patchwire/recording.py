@@ -964,7 +964,7 @@ class Recorder(TracerBase):
         for target, asked in ((g.save, saves), (g.keep, keeps)):
             for node, option, line in asked:
                 graph.fx.call_function(target, (copies[node], option)).meta["line"] = line
-        graph.fx.eliminate_dead_code()
+        g.drop_unneeded(graph.fx)
         _drop_unused_constants(graph)
         return graph
 
