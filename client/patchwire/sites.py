@@ -249,7 +249,7 @@ class Leaf:
         """The shape as text: "[batch, seq, 768]"."""
         return f"[{', '.join(str(dim) for dim in self.shape)}]"
 
-    @property
+    @cached_property
     def packs(self) -> bool:
         """Whether rows of different lengths may share a pass in which it is read or written."""
         return (

@@ -42,6 +42,7 @@ from patchwire_worker.kept import KeptStore
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.models.loading import load
 from patchwire_worker.planner import plan
+from patchwire_worker.running import run
 from patchwire_worker.store import TensorStore
 
 ROUNDS = int(os.environ.get("ROUNDS", "5"))
@@ -125,7 +126,7 @@ def main() -> None:
         planned = plan(admitted)
         at = lap("planning", at)
         taker = Taker()
-        Execution(admitted, planned, taker, Stopping()).run()
+        run(Execution(admitted, planned, taker, Stopping()))
         lap("running", at)
         nodes = len(admitted.graph.nodes)
         assert taker.taken == TOKENS * model.num_layers

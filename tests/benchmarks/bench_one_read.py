@@ -24,6 +24,7 @@ from measuring import alternate, report
 from tasks import GPT2
 
 from patchwire import graph as g
+from patchwire_worker import running
 from patchwire_worker.admission import Admission, Admitted
 from patchwire_worker.config import Limits
 from patchwire_worker.executor import Execution
@@ -103,7 +104,7 @@ class _Taker:
 
 def run(admitted: Admitted, planned: Plan) -> torch.Tensor:
     taker = _Taker()
-    Execution(admitted, planned, taker, Stopping()).run()
+    running.run(Execution(admitted, planned, taker, Stopping()))
     return taker.tensor
 
 

@@ -13,7 +13,7 @@ from patchwire_worker.forking import Fork
 HIDDEN = Leaf("layer", INPUT, ("args", 0), (Dim(Axis.BATCH), Dim(Axis.SEQ), Dim(Axis.CONSTANT, 5)), torch.float32, (1,))
 FLAT = Leaf("layer", INPUT, ("kwargs", "flat"), (Dim(Axis.BATCH_SEQ),), torch.float32, (1,))
 SOURCES = {1: torch.tensor([0, 0, 0]), 2: torch.tensor([0, 1, 0])}
-FORK = Fork(INPUT, {HIDDEN.path: HIDDEN, FLAT.path: FLAT}, 3, SOURCES, 4)
+FORK = Fork(INPUT, {HIDDEN.path: HIDDEN, FLAT.path: FLAT}, 3, SOURCES.get, 4)
 
 
 def test_rows_are_copied_from_whatever_number_there_was():

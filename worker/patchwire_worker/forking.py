@@ -10,8 +10,9 @@ of what its rows would cost, and an unchanged run costs one row however often it
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,8 +85,8 @@ class Fork:
     """What is handed over."""
     batch: int
     """How many rows there are from now on."""
-    sources: Mapping[int, Tensor]
-    """For each number of rows that something may still have: which of them each row is a copy of."""
+    sources: Callable[[int], Tensor | None]
+    """For a number of rows that something may still have: which of them each row is a copy of; None for any other."""
     seq: int
     """How many tokens a row has."""
 
@@ -119,7 +120,7 @@ class Fork:
             if flat or each.axis is Axis.BATCH:
                 rows = tensor.unflatten(dim, (-1, self.seq)) if flat else tensor  # type: ignore[no-untyped-call]
                 if rows.shape[dim] != self.batch:
-                    source = self.sources.get(rows.shape[dim])
+                    source = self.sources(rows.shape[dim])
                     if source is None:
                         return None
                     rows = rows.index_select(dim, source.to(tensor.device))
@@ -181,22 +182,53 @@ def _forks(ids: Mapping[Key, Ids], depth: Mapping[Key, int], places: Sequence[En
     groups = _groups(ids, list(ids), depth, -1)
     starts, batch = _placed(groups, lengths)
     stages, at = [Stage((), batch, starts)], list[tuple[Entry, Fork]]()
-    sources: dict[int, list[int]] = {}
+    sources = _Sources()
     for index, place in enumerate(places):
-        split = [_groups(ids, group, depth, index) for group in groups]
+        split = [[group] if len(group) == 1 else _groups(ids, group, depth, index) for group in groups]
         apart = any(len(each) > 1 for each in split)
         if apart:
             before = stages[-1]
             groups = [each[0] for each in split] + [group for each in split for group in each[1:]]
             starts, batch = _placed(groups, lengths)
             copied = [before.starts[group[0]] + row for group in groups for row in range(len(lengths[group[0]]))]
-            sources = {rows: [earlier[row] for row in copied] for rows, earlier in sources.items()}
-            sources[before.batch] = copied
+            sources.add(before.batch, copied)
             stages.append(Stage(place.order, batch, starts))
-        if sources and (apart or place.location.side == INPUT):  # what a layer returns has all rows already
-            maps = {rows: torch.tensor(each) for rows, each in sources.items()}
-            at.append((place, Fork(place.location.side, place.leaves, batch, maps, seq)))
+        if sources.forks and (apart or place.location.side == INPUT):  # what a layer returns has all rows already
+            at.append((place, Fork(place.location.side, place.leaves, batch, partial(sources.of, sources.forks), seq)))
     return Forks(stages, seq, lengths, at)
+
+
+class _Sources:
+    """Which rows of before the rows of some moment are copies of; found out for those that are asked for."""
+
+    def __init__(self) -> None:
+        self._copied: list[Tensor] = []
+        self._since: dict[int, int] = {}
+        self._known: dict[tuple[int, int], Tensor] = {}
+
+    @property
+    def forks(self) -> int:
+        """How often rows have forked until now."""
+        return len(self._copied)
+
+    def add(self, before: int, copied: Sequence[int]) -> None:
+        """Rows fork: there were so many, and each is now a copy of one of them."""
+        self._since[before] = len(self._copied)
+        self._copied.append(torch.tensor(copied))
+
+    def of(self, forks: int, rows: int) -> Tensor | None:
+        """After some forks: of which of so many rows each row is a copy; None if there never were so many before."""
+        first = self._since.get(rows, forks)
+        if first >= forks:
+            return None
+        if (first, forks) not in self._known:
+            # From the last that is known on: what is asked at one layer is asked again at the next.
+            start = next((at for at in range(forks - 1, first, -1) if (first, at) in self._known), first + 1)
+            found = self._known.get((first, start), self._copied[first])
+            for each in self._copied[start:forks]:
+                found = found[each]
+            self._known[first, forks] = found
+        return self._known[first, forks]
 
 
 def _groups(ids: Mapping[Key, Ids], invokes: Sequence[Key], depth: Mapping[Key, int], now: int) -> list[list[Key]]:

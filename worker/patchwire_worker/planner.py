@@ -146,7 +146,9 @@ class Gathering:
             return False
         if not model.pads and not (self._alike and len(_lengths(group)) == 1 and group.size.seq == self._size.seq):
             return False
-        if not _may_share(self.groups[0], ()) or not _may_share(group, ()) or not self._in_time(group):
+        if len(self.groups) == 1 and not _may_share(self.groups[0], ()):
+            return False
+        if not _may_share(group, ()) or not self._in_time(group):
             return False
         self._add(group, size)
         return True
