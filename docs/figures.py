@@ -1,7 +1,7 @@
 """The README's benchmark tables, read from the result files.
 
-`make bench` writes the files, and `python docs/figures.py` the tables between their marks. The test suite checks that they
-are up to date.
+`make bench` writes the files, and `python docs/figures.py` the tables between their marks. The test suite checks that
+they are up to date.
 """
 
 from __future__ import annotations

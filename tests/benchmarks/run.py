@@ -46,7 +46,8 @@ LIBRARIES = (RAW, "patchwire", "nnsight", "transformer_lens", "pyvene")
 ROUNDS = 5
 TURN_SECONDS, TURN_TIMES = 0.5, 10
 """A turn does a quick task several times: about so long, and at most so often."""
-WARM_UP = 2
+WARM_UP, WARM_SECONDS = 2, 2.0
+"""A task is done so many times more before it is timed, unless it took so long when its numbers were checked."""
 
 Line = dict[str, Any]
 
@@ -148,9 +149,10 @@ class Run:
 
     def _of_task(self, name: str, processes: Sequence[Process]) -> Iterable[Line]:
         task = TASKS[name]
-        differences, times = self._checked(name, processes)
-        seconds: dict[str, list[float]] = {process.library: [] for process in processes}
-        for _ in range(1 if task.slow else self._rounds):
+        differences, first = self._checked(name, processes)
+        seconds = {library: [first[library]] if task.slow else [] for library in first}
+        times = {process.library: self._times(name, process, first[process.library]) for process in processes}
+        for _ in range(0 if task.slow else self._rounds):
             for process in processes:
                 seconds[process.library] += process.tell("run", task=name, times=times[process.library])["seconds"]
         medians = {library: statistics.median(each) for library, each in seconds.items()}
@@ -161,33 +163,36 @@ class Run:
                 "library": library,
                 "seconds": median,
                 "runs": len(seconds[library]),
+                "to_raw": round(median / medians[RAW], 3),
+                "difference": differences[library],
             }
-            if task.requests:
-                line["requests"] = task.requests
-            if RAW in medians:
-                line |= {"to_raw": round(median / medians[RAW], 3), "difference": differences[library]}
-            yield line
+            yield line | ({"requests": task.requests} if task.requests else {})
 
-    def _checked(self, name: str, processes: Sequence[Process]) -> tuple[dict[str, float], dict[str, int]]:
-        """By how much each one's numbers differ from those of plain hooks, and how often a turn does the task.
+    def _times(self, name: str, process: Process, first: float) -> int:
+        """How often a turn does a task, of which the first time took so long; warms up, if that was not long enough."""
+        if first > WARM_SECONDS:
+            return 1
+        warm = process.tell("run", task=name, times=WARM_UP)["seconds"]
+        return max(1, min(TURN_TIMES, int(TURN_SECONDS / min(warm))))
+
+    def _checked(self, name: str, processes: Sequence[Process]) -> tuple[dict[str, float], dict[str, float]]:
+        """By how much each one's numbers differ from those of plain hooks, and how long they took.
 
         Raises:
             RuntimeError: by too much.
         """
-        task, expected = TASKS[name], None
+        expected: dict[str, torch.Tensor] = {}
         differences: dict[str, float] = {}
-        times: dict[str, int] = {}
+        first: dict[str, float] = {}
         with tempfile.TemporaryDirectory() as directory:
             for process in processes:
                 file = f"{directory}/{process.library}"
-                process.tell("run", task=name, numbers=file)
+                (first[process.library],) = process.tell("run", task=name, numbers=file)["seconds"]
                 numbers = load_file(file)
-                expected = numbers if process.library == RAW else expected
-                if expected is not None:
-                    differences[process.library] = _difference(f"{process.library}: {name}", task, numbers, expected)
-                warm = [] if task.slow else process.tell("run", task=name, times=WARM_UP)["seconds"]
-                times[process.library] = max(1, min(TURN_TIMES, int(TURN_SECONDS / min(warm)))) if warm else 1
-        return differences, times
+                expected = expected or numbers  # plain hooks are the first
+                who = f"{process.library}: {name}"
+                differences[process.library] = _difference(who, TASKS[name], numbers, expected)
+        return differences, first
 
 
 def _difference(

@@ -45,7 +45,7 @@ class Task:
     requests: int = 0
     """How many requests it is made of, if it is measured as their number in a second."""
     slow: bool = False
-    """Whether one round has to be enough."""
+    """Whether it is so many runs that one time, without any before, has to be enough."""
 
 
 TASKS: Mapping[str, Task] = {
@@ -60,7 +60,7 @@ TASKS: Mapping[str, Task] = {
     "users": Task(SMOLLM2, f"{USERS} users at once, {REQUESTS} short requests each", requests=USERS * REQUESTS),
     "users_one_by_one": Task(SMOLLM2, "the same requests, one after the other", requests=USERS * REQUESTS),
 }
-"""By name. A library that cannot do a task leaves it out."""
+"""By name. Plain hooks do all of them; another library leaves out what it cannot do."""
 
 
 @dataclass(frozen=True)
