@@ -123,38 +123,23 @@ class Run:
                     self.versions[process.library] = answer["versions"]
                     for name in able.keys() & answer["tasks"]:
                         able[name].append(process)
-                yield from self._of_model(able)
+                for name, those in able.items():
+                    yield from self._of_task(name, those)
         finally:
             for process in processes:
                 process.close()
-
-    def _of_model(self, able: Mapping[str, Sequence[Process]]) -> Iterable[Line]:
-        gflops = 0.0
-        for name, processes in able.items():
-            lines = {line["library"]: line for line in self._of_task(name, processes)}
-            if name == MATMUL:
-                weights = bound.Weights.of(self._root / SMOLLM2)
-                gflops = bound.of_matmul(weights) / lines[RAW]["seconds"] / 1e9
-                lines[RAW]["gflops"] = round(gflops, 1)
-            elif gflops and name in bound.SWEEPS:
-                self._bound(name, gflops, lines.values())
-            yield from lines.values()
-
-    def _bound(self, name: str, gflops: float, lines: Iterable[Line]) -> None:
-        tokens = make_inputs(self._root).clean.shape[1]
-        flops = bound.needed(name, bound.Weights.of(self._root / SMOLLM2), tokens)
-        for line in lines:
-            line["bound_seconds"] = flops / gflops / 1e9
-            line["share_of_bound"] = round(line["bound_seconds"] / line["seconds"], 3)
 
     def _of_task(self, name: str, processes: Sequence[Process]) -> Iterable[Line]:
         task = TASKS[name]
         differences, first = self._checked(name, processes)
         seconds = {library: [first[library]] if task.slow else [] for library in first}
         times = {process.library: self._times(name, process, first[process.library]) for process in processes}
+        products: list[float] = []
         for _ in range(0 if task.slow else self._rounds):
             for process in processes:
                 seconds[process.library] += process.tell("run", task=name, times=times[process.library])["seconds"]
+            if name in bound.SWEEPS:
+                products += processes[0].tell("run", task=MATMUL, times=WARM_UP)["seconds"]
         medians = {library: statistics.median(each) for library, each in seconds.items()}
         for library, median in medians.items():
             line: Line = {
@@ -166,7 +151,22 @@ class Run:
                 "to_raw": round(median / medians[RAW], 3),
                 "difference": differences[library],
             }
-            yield line | ({"requests": task.requests} if task.requests else {})
+            if task.requests:
+                line["requests"] = task.requests
+            if products:
+                line |= self._bound(name, median, statistics.median(products))
+            yield line
+
+    def _bound(self, name: str, seconds: float, products: float) -> Line:
+        """How long a sweep has to take at least, and what share that is of how long it took.
+
+        Args:
+            products: How long the products took whose number is known.
+        """
+        weights = bound.Weights.of(self._root / SMOLLM2)
+        rate = bound.of_matmul(weights) / products
+        least = bound.needed(name, weights, make_inputs(self._root).clean.shape[1]) / rate
+        return {"gflops": round(rate / 1e9, 1), "bound_seconds": least, "share_of_bound": round(least / seconds, 3)}
 
     def _times(self, name: str, process: Process, first: float) -> int:
         """How often a turn does a task, of which the first time took so long; warms up, if that was not long enough."""
