@@ -40,7 +40,7 @@ def _of_run(lines: Sequence[Line]) -> str:
     for line in results:
         if "task" in line:
             tasks.setdefault(line["task"], {})[line["library"]] = line
-    rows = [_row(by_library) for by_library in tasks.values() if by_library.keys() - {"raw"}]
+    rows = [_row(by_library) for by_library in tasks.values()]
     header = ["", *LIBRARIES.values()]
     table = ["| " + " | ".join(each) + " |" for each in (header, ["---"] * len(header), *rows)]
     notes = [*_shares(tasks), *_users(tasks), *_scripts(results)]
@@ -70,22 +70,22 @@ def _time(seconds: float) -> str:
 
 
 def _shares(tasks: Mapping[str, Mapping[str, Line]]) -> Iterable[str]:
-    rate = tasks.get("matmul", {}).get("raw")
-    for name in ("sweep", "heads"):
-        line = tasks.get(name, {}).get("patchwire", {})
-        if rate and "share_of_bound" in line:
+    for by_library in tasks.values():
+        line = by_library.get("patchwire", {})
+        if "share_of_bound" in line:
             yield (
-                f"“{line['says']}” needs {_time(line['bound_seconds'])} of matrix products at {rate['gflops']:.0f} "
+                f"“{line['says']}” needs {_time(line['bound_seconds'])} of matrix products at {line['gflops']:.0f} "
                 f"GFLOP/s, the rate of this run: that is {line['share_of_bound']:.0%} of what Patchwire takes."
             )
 
 
 def _users(tasks: Mapping[str, Mapping[str, Line]]) -> Iterable[str]:
+    """Compared by way of plain hooks, which do the same for both, and had their turns with each."""
     together, apart = (tasks.get(name, {}).get("patchwire") for name in ("users", "users_one_by_one"))
     if together and apart:
         yield (
             f"“{together['says']}”: {together['requests'] / together['seconds']:.0f} requests/s, "
-            f"{apart['seconds'] / together['seconds']:.2f} times as many as one after the other on the same worker."
+            f"{apart['to_raw'] / together['to_raw']:.2f} times as many as one after the other on the same worker."
         )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tasks import MATMUL_REPEATS, MATMUL_ROWS
 
-SWEEPS = ("sweep", "sweep_one_by_one", "heads")
+SWEEPS = ("sweep", "heads")
 """The tasks that are sweeps."""
 
 
@@ -65,5 +65,5 @@ def needed(task: str, weights: Weights, tokens: int) -> float:
 
 
 def of_matmul(weights: Weights) -> float:
-    """The operations of the task "matmul"."""
+    """The operations of what plain hooks call `MATMUL`."""
     return 2.0 * weights.mlp * MATMUL_ROWS * MATMUL_REPEATS

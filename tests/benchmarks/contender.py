@@ -40,7 +40,7 @@ class Contender:
         loaded = self._library(Path(root) / model, make_inputs(Path(root)))
         self._loaded = loaded
         return {
-            "tasks": [name for name in loaded.tasks() if TASKS[name].model == model],
+            "tasks": [name for name in loaded.tasks() if name in TASKS and TASKS[name].model == model],
             "versions": {name: metadata.version(name) for name in loaded.packages},
             "threads": torch.get_num_threads(),
         }

@@ -46,7 +46,8 @@ LIBRARIES = (RAW, "patchwire", "nnsight", "transformer_lens", "pyvene")
 ROUNDS = 5
 TURN_SECONDS, TURN_TIMES = 0.5, 10
 """A turn does a quick task several times: about so long, and at most so often."""
-WARM_UP = 2
+WARM_UP, WARM_SECONDS = 2, 2.0
+"""A task is done so many times more before it is timed, unless it took so long when its numbers were checked."""
 
 Line = dict[str, Any]
 
@@ -122,37 +123,23 @@ class Run:
                     self.versions[process.library] = answer["versions"]
                     for name in able.keys() & answer["tasks"]:
                         able[name].append(process)
-                yield from self._of_model(able)
+                for name, those in able.items():
+                    yield from self._of_task(name, those)
         finally:
             for process in processes:
                 process.close()
 
-    def _of_model(self, able: Mapping[str, Sequence[Process]]) -> Iterable[Line]:
-        gflops = 0.0
-        for name, processes in able.items():
-            lines = {line["library"]: line for line in self._of_task(name, processes)}
-            if name == MATMUL:
-                weights = bound.Weights.of(self._root / SMOLLM2)
-                gflops = bound.of_matmul(weights) / lines[RAW]["seconds"] / 1e9
-                lines[RAW]["gflops"] = round(gflops, 1)
-            elif gflops and name in bound.SWEEPS:
-                self._bound(name, gflops, lines.values())
-            yield from lines.values()
-
-    def _bound(self, name: str, gflops: float, lines: Iterable[Line]) -> None:
-        tokens = make_inputs(self._root).clean.shape[1]
-        flops = bound.needed(name, bound.Weights.of(self._root / SMOLLM2), tokens)
-        for line in lines:
-            line["bound_seconds"] = flops / gflops / 1e9
-            line["share_of_bound"] = round(line["bound_seconds"] / line["seconds"], 3)
-
     def _of_task(self, name: str, processes: Sequence[Process]) -> Iterable[Line]:
         task = TASKS[name]
-        differences, times = self._checked(name, processes)
-        seconds: dict[str, list[float]] = {process.library: [] for process in processes}
-        for _ in range(1 if task.slow else self._rounds):
+        differences, first = self._checked(name, processes)
+        seconds = {library: [first[library]] if task.slow else [] for library in first}
+        times = {process.library: self._times(name, process, first[process.library]) for process in processes}
+        products: list[float] = []
+        for _ in range(0 if task.slow else self._rounds):
             for process in processes:
                 seconds[process.library] += process.tell("run", task=name, times=times[process.library])["seconds"]
+            if name in bound.SWEEPS:
+                products += processes[0].tell("run", task=MATMUL, times=WARM_UP)["seconds"]
         medians = {library: statistics.median(each) for library, each in seconds.items()}
         for library, median in medians.items():
             line: Line = {
@@ -161,33 +148,51 @@ class Run:
                 "library": library,
                 "seconds": median,
                 "runs": len(seconds[library]),
+                "to_raw": round(median / medians[RAW], 3),
+                "difference": differences[library],
             }
             if task.requests:
                 line["requests"] = task.requests
-            if RAW in medians:
-                line |= {"to_raw": round(median / medians[RAW], 3), "difference": differences[library]}
+            if products:
+                line |= self._bound(name, median, statistics.median(products))
             yield line
 
-    def _checked(self, name: str, processes: Sequence[Process]) -> tuple[dict[str, float], dict[str, int]]:
-        """By how much each one's numbers differ from those of plain hooks, and how often a turn does the task.
+    def _bound(self, name: str, seconds: float, products: float) -> Line:
+        """How long a sweep has to take at least, and what share that is of how long it took.
+
+        Args:
+            products: How long the products took whose number is known.
+        """
+        weights = bound.Weights.of(self._root / SMOLLM2)
+        rate = bound.of_matmul(weights) / products
+        least = bound.needed(name, weights, make_inputs(self._root).clean.shape[1]) / rate
+        return {"gflops": round(rate / 1e9, 1), "bound_seconds": least, "share_of_bound": round(least / seconds, 3)}
+
+    def _times(self, name: str, process: Process, first: float) -> int:
+        """How often a turn does a task, of which the first time took so long; warms up, if that was not long enough."""
+        if first > WARM_SECONDS:
+            return 1
+        warm = process.tell("run", task=name, times=WARM_UP)["seconds"]
+        return max(1, min(TURN_TIMES, int(TURN_SECONDS / min(warm))))
+
+    def _checked(self, name: str, processes: Sequence[Process]) -> tuple[dict[str, float], dict[str, float]]:
+        """By how much each one's numbers differ from those of plain hooks, and how long they took.
 
         Raises:
             RuntimeError: by too much.
         """
-        task, expected = TASKS[name], None
+        expected: dict[str, torch.Tensor] = {}
         differences: dict[str, float] = {}
-        times: dict[str, int] = {}
+        first: dict[str, float] = {}
         with tempfile.TemporaryDirectory() as directory:
             for process in processes:
                 file = f"{directory}/{process.library}"
-                process.tell("run", task=name, numbers=file)
+                (first[process.library],) = process.tell("run", task=name, numbers=file)["seconds"]
                 numbers = load_file(file)
-                expected = numbers if process.library == RAW else expected
-                if expected is not None:
-                    differences[process.library] = _difference(f"{process.library}: {name}", task, numbers, expected)
-                warm = [] if task.slow else process.tell("run", task=name, times=WARM_UP)["seconds"]
-                times[process.library] = max(1, min(TURN_TIMES, int(TURN_SECONDS / min(warm)))) if warm else 1
-        return differences, times
+                expected = expected or numbers  # plain hooks are the first
+                who = f"{process.library}: {name}"
+                differences[process.library] = _difference(who, TASKS[name], numbers, expected)
+        return differences, first
 
 
 def _difference(

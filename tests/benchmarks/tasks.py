@@ -27,7 +27,8 @@ USERS = 16
 REQUESTS = 2
 """How many requests every user makes, one after the other."""
 MATMUL_ROWS, MATMUL_REPEATS = 2048, 8
-"""How many tokens go through a layer's MLP, and how often, to learn how fast this machine multiplies matrices."""
+"""How many tokens go through a layer's MLP, and how often, to learn how fast this machine multiplies matrices: a thing
+that plain hooks do beside their tasks."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,12 @@ class Task:
     requests: int = 0
     """How many requests it is made of, if it is measured as their number in a second."""
     slow: bool = False
-    """Whether one round has to be enough."""
+    """Whether it is so many runs that one time, without any before, has to be enough."""
 
 
 TASKS: Mapping[str, Task] = {
     "read": Task(GPT2, "read one hidden state, 16 tokens"),
     "read_all": Task(GPT2, "read the residual stream after every layer, 512 tokens"),
-    MATMUL: Task(SMOLLM2, "the products of an MLP, and nothing else"),
     "sweep": Task(SMOLLM2, "patch the residual stream, every layer × token"),
     "sweep_one_by_one": Task(SMOLLM2, "the same, one run after the other", slow=True),
     "heads": Task(SMOLLM2, "patch what every head gives, layer × head"),
@@ -60,7 +60,7 @@ TASKS: Mapping[str, Task] = {
     "users": Task(SMOLLM2, f"{USERS} users at once, {REQUESTS} short requests each", requests=USERS * REQUESTS),
     "users_one_by_one": Task(SMOLLM2, "the same requests, one after the other", requests=USERS * REQUESTS),
 }
-"""By name. A library that cannot do a task leaves it out."""
+"""By name. Plain hooks do all of them; another library leaves out what it cannot do."""
 
 
 @dataclass(frozen=True)

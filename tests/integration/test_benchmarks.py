@@ -49,12 +49,12 @@ def results(checkpoints: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_patchwire_does_every_task_but_the_products_alone(results: list[dict[str, object]]):
+def test_patchwire_does_every_task_that_plain_hooks_do(results: list[dict[str, object]]):
     by_library = {
         name: {line["task"] for line in results if line.get("library") == name} for name in ("raw", "patchwire")
     }
 
-    assert by_library["raw"] - by_library["patchwire"] == {"matmul"}
+    assert by_library["raw"] == by_library["patchwire"] != set()
 
 
 def test_every_number_was_compared_with_that_of_plain_hooks(results: list[dict[str, object]]):

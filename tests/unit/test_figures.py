@@ -36,8 +36,10 @@ def test_show_times_beside_plain_hooks_and_leave_a_cell_empty_where_nothing_was_
     assert "| the sweep | 1 s | 0.50× (500 ms) |  |  |  |" in shown
 
 
-def test_leave_out_what_only_plain_hooks_do():
-    assert "the matmul" not in figures.tables([[RUN, line("matmul", "raw", 1.0, gflops=300.0)]])
+def test_say_which_share_of_the_time_the_arithmetic_needs():
+    shown = line("sweep", "patchwire", 0.5, gflops=300.0, bound_seconds=0.4, share_of_bound=0.8)
+
+    assert "needs 400 ms of matrix products at 300 GFLOP/s" in figures.tables([[RUN, shown]])
 
 
 def test_say_how_many_times_as_many_requests_are_answered_together():
