@@ -70,7 +70,7 @@ def test_a_prompt_becomes_rows(given, expected):
         ([1.5, 2.0], "A list is not a prompt"),
         ([True, False], "A list is not a prompt"),
         ([1, "a"], "A list is not a prompt"),
-        (object(), "A object is not a prompt"),
+        (..., "A ellipsis is not a prompt"),
         (b"bytes", "has the token id 98"),
         (torch.tensor([1.0]), r"not \[1\] torch.float32"),
         (torch.tensor([True]), "torch.bool"),
