@@ -18,7 +18,7 @@ demo: $(STAMP)  ## Start a worker on this machine and run an experiment on its m
 	@$(BIN)/patchwire demo
 
 test: static  ## Lint, type check, and the whole test suite
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 bench: $(STAMP) $(ENVIRONMENTS:%=.venv-bench/%/.installed)  ## Measure everything, beside other libraries (quick: make bench ROUNDS=1 TASKS=read)
 	@$(BIN)/python tests/benchmarks/run.py
