@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import RobertaConfig, RobertaForCausalLM
 
 import patchwire
 import tiny
@@ -142,3 +143,45 @@ def test_of_gradients_as_ever(gpt2: Watched) -> None:
     loss = gpt2.reference(torch.tensor([LONG])).logits[0, -1, 3]
     handle.remove()
     assert_same(gradient.value, torch.autograd.grad(loss, hidden[0])[0])
+
+
+@pytest.mark.parametrize("rows", [[0, 0], [0, -1], [1, 0]], ids=repr)
+def test_rows_that_are_named_by_a_list_are_no_positions(gpt2: Watched, rows: list[int]) -> None:
+    prompts = [LONG, tiny.prompt(9, seed=1)]
+    with gpt2.model.trace(prompts):
+        found = gpt2.model.logits[rows].save()
+    whole = torch.cat([gpt2.expected(each) for each in prompts])
+    assert_same(found.value, whole[rows])
+
+
+def test_none_of_them_is_a_tensor_too(gpt2: Watched) -> None:
+    with gpt2.model.trace(LONG):
+        nothing = gpt2.model.logits[:, 3:3].save()
+    assert nothing.value.shape == (1, 0, tiny.VOCABULARY)
+
+
+def test_what_is_between_the_layers_and_the_logits_is_whole() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
+    sizes |= {"vocab_size": tiny.VOCABULARY, "max_position_embeddings": 40}
+    module = RobertaForCausalLM(RobertaConfig(is_decoder=True, **sizes)).eval()
+    model = patchwire.local(module, progress=False)
+    with model.trace(LONG):
+        dense = model.lm_head.dense.output.save()
+        last = model.logits[:, -1].save()
+    seen: list[torch.Tensor] = []
+    module.lm_head.dense.register_forward_hook(lambda _, __, output: seen.append(output))
+    with torch.no_grad():
+        logits = module(torch.tensor([LONG])).logits
+    assert_same(dense.value, seen[0])
+    assert_same(last.value, logits[:, -1])
+
+
+def test_an_operation_that_is_given_them_is_given_all() -> None:
+    watched = Watched("llama")
+    model = watched.model
+    with model.trace(LONG):
+        given = model.source.self_lm_head_0.input.save()
+        last = model.logits[:, -1].save()
+    assert given.value.shape[1] == len(LONG)
+    assert_same(last.value, watched.expected(LONG)[:, -1])

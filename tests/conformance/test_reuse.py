@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import patchwire
 import tiny
@@ -195,3 +196,91 @@ def test_where_a_model_remembers_in_another_way_all_is_computed(name: str) -> No
     alone, _ = counted.sweep((10, 20, 30), exact=True)
     for key, logits in found.items():
         assert_same(logits.value, alone[key].value, key)
+
+
+def test_a_whole_state_of_another_trace_changes_the_first_tokens(llama: Counted) -> None:
+    model, values = llama.model, dict[bool, list[Any]]()
+    for exact in (False, True):
+        with model.session(exact=exact):
+            with model.trace(A):
+                clean = [layer.output for layer in model.layers]
+            for layer, state in zip(model.layers, clean, strict=True):
+                for _ in range(12):
+                    with model.trace(B):
+                        layer.output = state
+                        values.setdefault(exact, []).append(model.logits[:, -1].save())
+    for shared, alone in zip(values[False], values[True], strict=True):
+        assert_same(shared.value, alone.value)
+
+
+def test_rows_that_are_named_by_a_list_are_no_positions(llama: Counted) -> None:
+    model, values = llama.model, dict[bool, list[Any]]()
+    for exact in (False, True):
+        with model.trace(exact=exact) as trace:
+            for layer in model.layers:
+                for _ in range(12):
+                    with trace.invoke(B):
+                        layer.output[[0, -1]] = 0.1
+                        values.setdefault(exact, []).append(model.logits[:, -1].save())
+    for shared, alone in zip(values[False], values[True], strict=True):
+        assert_same(shared.value, alone.value)
+
+
+def test_a_value_that_a_later_pass_needs_is_whole(llama: Counted) -> None:
+    model, values = llama.model, dict[bool, list[Any]]()
+    for exact in (False, True):
+        with model.session(exact=exact):
+            with model.trace(exact=exact) as trace:
+                for layer in list(model.layers) * 12:
+                    with trace.invoke(B):
+                        layer.output[:, 20] = 0
+                        state = model.layers[2].output
+                        values.setdefault(exact, []).append(model.logits[:, -1].save())
+            with model.trace(A, exact=True):
+                model.layers[2].output = state
+                values[exact].append(model.logits.save())
+    for shared, alone in zip(values[False], values[True], strict=True):
+        assert_same(shared.value, alone.value)
+
+
+def test_a_value_may_be_edited_very_often(llama: Counted) -> None:
+    with llama.model.session() as session:
+        found = []
+        for _ in range(2):
+            with llama.model.trace(B):
+                state = llama.model.layers[1].output
+                for _ in range(1200):
+                    state[:, -1] += 0.001
+                found.append(llama.model.logits[:, -1].save())
+    assert session.stats.passes == 1
+
+    def changed(value: torch.Tensor) -> torch.Tensor:
+        value[:, -1] += 1.2
+        return value
+
+    expected = changed_logits(llama.reference, B, {llama.place(1): changed})[:, -1]
+    for logits in found:
+        assert_same(logits.value, expected, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_where_positions_depend_on_the_length_all_is_computed(kind: str) -> None:
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    if kind == "longrope":
+        halves = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+        rope |= {**halves, "original_max_position_embeddings": 20}
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 3}
+    sizes |= {"vocab_size": tiny.VOCABULARY, "max_position_embeddings": 20 if kind == "dynamic" else 60}
+    config = LlamaConfig(rope_parameters=rope, **sizes)
+    model = patchwire.local(LlamaForCausalLM(config).eval(), progress=False)
+    values: dict[bool, list[Any]] = {}
+    for exact in (True, False):
+        with model.trace(exact=exact) as trace:
+            for layer in model.layers:
+                for position in range(16, LENGTH):
+                    with trace.invoke(tiny.prompt(LENGTH, seed=2)):
+                        layer.output[:, position] = 0
+                        values.setdefault(exact, []).append(model.logits[:, -1].save())
+    for shared, alone in zip(values[False], values[True], strict=True):
+        assert_same(shared.value, alone.value)

@@ -50,7 +50,7 @@ class Request:
         leaves = {node.args[0]: self.checker.leaf(node.args[0]) for node in nodes if node.target in (g.read, g.write)}
         model = SimpleNamespace(
             pads=False,
-            trims=False,
+            trimmed=None,
             overwritten=frozenset(),
             catalogue=self.catalogue,
             entries=[],

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from patchwire import graph as g
 from patchwire.checking import fake_of
-from patchwire.sites import INPUT, Leaf, Location, Order
+from patchwire.sites import INPUT, OUTPUT, Leaf, Location, Order
 from patchwire_worker.admission import Admitted
 from patchwire_worker.forking import Fork, Forks, Ids, forked, together
 from patchwire_worker.models.costs import Size
@@ -28,6 +28,7 @@ from patchwire_worker.positions import Positions, taken
 from patchwire_worker.rows import LaterPositions, Rows, SomePositions
 
 _LOGITS = ("logits",)
+_CALL, _RESULT = Location("", INPUT), Location("", OUTPUT)
 Invoke = tuple[int, int]
 """A trace, by its position in the graph's, and an invoke, by its position in the trace's."""
 _Key = tuple[int, int, int]
@@ -204,7 +205,7 @@ def placed(groups: Sequence[Group]) -> Pass:
     works: dict[tuple[int, Location], Work] = {}
     results: list[torch.fx.Node] = []
     looked_at = (_looked_at(groups, model) if alike else None) or {}
-    if 2 * len(set().union(*looked_at.values())) > rows.seq + past:
+    if not 0 < 2 * len(set().union(*looked_at.values())) <= rows.seq + past:
         looked_at = {}  # all are hardly more, and need no copy
     positions = tuple(sorted(set().union(*looked_at.values())))
     for key in keys:
@@ -246,16 +247,17 @@ def placed(groups: Sequence[Group]) -> Pass:
 
 def _looked_at(groups: Sequence[Group], model: HostedModel) -> dict[torch.fx.Node, Positions] | None:
     """The positions that each read of the logits is for; None if that is not known of all of them."""
-    head = model.catalogue.raw("lm_head")
     found: dict[torch.fx.Node, Positions] = {}
     for group in groups:
         for invoke in group.invokes:
             lengths = {len(row) for row in group.rows(invoke)}
             for node in group.accesses.get(invoke, ()):
                 leaf = group.leaf(node)
-                if leaf.module not in ("", head) or (leaf.module == "" and leaf.side == INPUT):
+                if leaf.location != _RESULT or leaf.path != _LOGITS:
+                    if leaf.module in (model.trimmed or ()) and leaf.location != _CALL:
+                        return None
                     continue
-                if node.target is not g.read or leaf.path != _LOGITS or len(lengths) > 1 or not model.trims:
+                if node.target is not g.read or len(lengths) > 1 or model.trimmed is None:
                     return None
                 positions = taken(node, min(lengths), group.needed)
                 if positions is None:

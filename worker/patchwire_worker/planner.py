@@ -302,6 +302,8 @@ def _fitting(group: Group, invokes: Sequence[Invoke]) -> list[list[Invoke]]:
 
 def halves(group: Group) -> list[Group]:
     """A group that did not fit, in two; as it is if it cannot be parted."""
+    if group.past:  # what is remembered takes memory too
+        return [group.of(group.invokes)]
     if len(group.invokes) == 1 or group.differentiated:
         return [group]
     traces = sorted({trace for trace, _ in group.invokes})
@@ -315,7 +317,7 @@ def halves(group: Group) -> list[Group]:
     except (OrderError, LimitError):
         return [group]
     half = len(ordered) // 2
-    return [group.of(part, group.past) for part in (ordered[:half], ordered[half:])]
+    return [group.of(part) for part in (ordered[:half], ordered[half:])]
 
 
 def _lengths(group: Group) -> set[int]:

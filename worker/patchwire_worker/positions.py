@@ -37,18 +37,31 @@ def taken(node: torch.fx.Node, length: int, needed: Collection[torch.fx.Node]) -
     )
 
 
-def touched(node: torch.fx.Node, length: int, needed: Collection[torch.fx.Node]) -> Positions | None:
-    """The positions of a tensor `[batch, seq, …]` that anybody looks at or changes, before it is written back."""
+def touched(read: torch.fx.Node, length: int, needed: Collection[torch.fx.Node]) -> Positions | None:
+    """The positions of a tensor `[batch, seq, …]` that anybody looks at or changes, before it is put back where it was.
+
+    Args:
+        read: Reads the tensor.
+        length: How many positions it has.
+        needed: The nodes that are evaluated.
+
+    Returns:
+        None if it may be any.
+    """
     found: list[Positions | None] = []
-    for user in node.users:
-        if user not in needed:
-            continue
-        if _is_of(user, operator.getitem, node):
-            found.append(_index(user.args[1], length))
-        elif _is_of(user, g.edit, node):
-            found += [_edited(user, length), touched(user, length, needed)]
-        else:
-            found.append(frozenset() if user.target is g.write else None)
+    stack = [read]
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            if user not in needed:
+                continue
+            if _is_of(user, operator.getitem, node):
+                found.append(_index(user.args[1], length))
+            elif _is_of(user, g.edit, node):
+                found.append(_edited(user, length))
+                stack.append(user)
+            elif user.target is not g.write or user.args[0] != read.args[0]:
+                return None
     return _together(found)
 
 
@@ -86,7 +99,7 @@ def _edited(edit: torch.fx.Node, length: int) -> Positions | None:
 
 def _index(index: Any, length: int) -> Positions | None:
     """Which positions of a tensor `[batch, seq, …]` an index takes."""
-    if isinstance(index, tuple) and any(isinstance(each, bool) for each in index):  # these are no positions
+    if not isinstance(index, tuple) or any(isinstance(each, bool) for each in index):  # rows, or no positions
         return None
     match index:
         case (int() | slice(), int(position), *_) if -length <= position < length:

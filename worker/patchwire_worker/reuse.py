@@ -92,7 +92,7 @@ def _first(group: Group, invoke: Invoke, length: int) -> int:
             return 0
         if node.target is g.write:
             read = edited(node)
-            if read is None or read.args[0].invoke != invoke[1] or group.leaf(read) != leaf:  # type: ignore[union-attr]
+            if read is None or read.args[0] != node.args[0]:  # what is written comes from elsewhere
                 return 0
             continue
         positions = touched(node, length, group.needed)

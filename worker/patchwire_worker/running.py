@@ -89,16 +89,20 @@ def run_together(executions: Sequence[Execution], each: Pass) -> list[Cost | Exc
 
 
 @contextlib.contextmanager
-def _failing_alone(execution: Execution) -> Iterator[None]:
+def _failing_alone(execution: Execution, *, in_pass: bool = False) -> Iterator[None]:
     """Keep what a request fails with, so that others go on.
 
+    Args:
+        execution: The request.
+        in_pass: Whether a pass is under way, which may run in another way if there is no memory.
+
     Raises:
-        Exception: there is no memory, and the pass has to be run in another way.
+        Exception: there is no memory for the pass.
     """
     try:
         yield
     except Exception as error:
-        if _out_of_memory(error):
+        if in_pass and _out_of_memory(error):
             raise
         execution.failure = execution.failure or error
 
@@ -137,10 +141,12 @@ def _run_pass(each: Pass, executions: Sequence[Execution]) -> None:
         _attempt(each, executions)
         return
     except Exception as error:
+        stopped = all(one.failure is not None or one.stopping.reason is not None for one in executions)
+        told = error if isinstance(error, PatchwireError) else _model_failed(each, error)
+        if stopped or (len(executions) == 1 and not _out_of_memory(error)):
+            _fail(executions, told)
+            return
         if not _out_of_memory(error):
-            if len(executions) == 1 or isinstance(error, PatchwireError):
-                _fail(executions, error if isinstance(error, PatchwireError) else _model_failed(each, error))
-                return
             log.info("a pass of %d requests failed, and each runs alone", len(executions), exc_info=error)
     for execution, state in zip(executions, before, strict=True):
         execution.restore(state)
@@ -152,10 +158,11 @@ def _run_pass(each: Pass, executions: Sequence[Execution]) -> None:
                 _run_pass(placed([group]), [execution])
         return
     parts = halves(each.groups[0])
-    if len(parts) == 1:
+    if parts == [each.groups[0]]:
         length = len(each.past) + each.ids.shape[1]
         message = f"The device has no memory for {each.rows} rows of {length} tokens."
-        _fail(executions, LimitError(message, hint="Give fewer or shorter prompts to a trace."))
+        without = LimitError(message, hint="Give fewer or shorter prompts to a trace.")
+        _fail(executions, told if isinstance(told, LimitError) else without)
         return
     log.info("%s has no memory for %d rows: they run in two halves", each.model.name, each.rows)
     for part in parts:
@@ -219,14 +226,14 @@ def _at(work: Work, value: Any, executions: Sequence[Execution], past: Past | No
     here = []
     for index, accesses in groupby(work.reads, key=lambda access: access.group):
         execution = executions[index]
-        with _failing_alone(execution):
+        with _failing_alone(execution, in_pass=True):
             if _goes_on(execution):
                 here.append(execution)
                 value = execution.read(list(accesses), value)
     own: list[Tensor] = []
     for access in work.writes:
         execution = executions[access.group]
-        with _failing_alone(execution):
+        with _failing_alone(execution, in_pass=True):
             if _goes_on(execution):
                 value = execution.write(access, value, own)
     for execution in here:
@@ -269,11 +276,15 @@ def _run_loop(execution: Execution, each: Looping) -> None:
     execution.made([each.node], tuple(outside[carry.args[0]] for carry in loop.carries))  # type: ignore[index]
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def _out_of_memory(error: BaseException | None) -> bool:
     """Whether this, or what it came from, is that there is no memory."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(each in str(error).lower() for each in _NO_MEMORY)
+    while error is not None:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            return True
+        if isinstance(error, RuntimeError) and any(each in str(error).lower() for each in _NO_MEMORY):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _model_failed(each: Pass, error: Exception) -> ExecutionError:

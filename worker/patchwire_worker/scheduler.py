@@ -405,14 +405,9 @@ class Scheduler:
         with self._moving:
             if not self._waiting:  # somebody has left, or has run with others
                 return
-            self._running = [self._waiting.pop(0)]
-            gathering = Gathering(*_joinable(self._running[0]))
-            for each in list(self._waiting) if gathering.groups else ():
-                groups = _joinable(each)
-                if groups and gathering.takes(groups[0]):
-                    self._waiting.remove(each)
-                    self._running.append(each)
-        jobs = self._running
+            first = self._waiting.pop(0)
+            jobs, gathering = self._together(first)
+            self._running = jobs
         late = TimeoutError(
             f"The request ran longer than the server's {self.limits.seconds:g} seconds.",
             hint="Ask for less in one trace.",
@@ -432,6 +427,21 @@ class Scheduler:
             if job.left:
                 self._forget_untold(job)
 
+    def _together(self, first: _Job) -> tuple[list[_Job], Gathering]:
+        """A job, and those that wait and can share its pass; they wait no longer."""
+        try:
+            gathering = Gathering(*_joinable(first))
+            jobs = [first]
+            for each in list(self._waiting) if gathering.groups else ():
+                groups = _joinable(each)
+                if groups and gathering.takes(groups[0]):
+                    jobs.append(each)
+        except Exception as error:
+            log.error("requests could not be put together, and run one by one", exc_info=error)
+            return [first], Gathering()
+        self._waiting = [each for each in self._waiting if each not in jobs]
+        return jobs, gathering
+
     def _linger(self) -> None:
         """Wait a little for those whose requests have just run together: most will ask again at once, and run together.
 
@@ -444,19 +454,19 @@ class Scheduler:
 
     def _outcomes(self, jobs: Sequence[_Job], gathering: Gathering) -> list[Done | Exception]:
         queued = [time.perf_counter() - job.arrived for job in jobs]
-        executions = [
-            Execution(
-                job.admitted,
-                job.plan,
-                _Teller(job),
-                job.stopping,
-                result_bytes=self.limits.result_bytes,
-                store=self._kept,
-            )
-            for job in jobs
-        ]
         found: Sequence[Cost | BaseException]
         try:
+            executions = [
+                Execution(
+                    job.admitted,
+                    job.plan,
+                    _Teller(job),
+                    job.stopping,
+                    result_bytes=self.limits.result_bytes,
+                    store=self._kept,
+                )
+                for job in jobs
+            ]
             if len(jobs) > 1:
                 found = run_together(executions, placed(gathering.groups))
             elif jobs[0].stopping.reason is not None:

@@ -112,6 +112,8 @@ class WaitingFile:
             self._unread += 1
         try:
             with self._lock:
+                if self._closed:
+                    return None
                 if self._file is None:
                     self._file = _nameless(self._disk.directory)
                 file = self._file

@@ -64,6 +64,7 @@ class HostedModel:
         name: What clients call it.
         module: The Hugging Face model.
         catalogue: Its modules and sites.
+        trimmed: The modules that see fewer positions when the logits of some alone are computed; None if none do.
         pads: Whether rows of different lengths may share a pass.
         overwritten: The tensors (a location and a path in it) that the model changes in place later.
         costs: What passes of any size compute and hold.
@@ -97,7 +98,7 @@ class HostedModel:
         self.interleaver.boundaries = self.catalogue.layers or self.interleaver.boundaries
         self.overwritten = frozenset(learner.overwritten)
         self.entries = learner.entries(self.catalogue)
-        self.trims = self._takes(_POSITIONS) and learner.trims(_POSITIONS)
+        self.trimmed = learner.trimmed(_POSITIONS) if self._takes(_POSITIONS) else None
         self.entries_after_past, self.same_after_past = learner.after_past(self.catalogue, self.entries)
         self._memory.restore()
         self.costs = self._metered()
@@ -149,8 +150,11 @@ class HostedModel:
 
     @cached_property
     def reused_tokens(self) -> float:
-        """How long rows may be that go on from what is remembered: of a sliding window not all is."""
-        return min(self._windows, default=math.inf)
+        """How long rows may be that go on from what is remembered: of a sliding window not all is.
+
+        And where position embeddings depend on how long a row is, nothing is remembered as it has to be.
+        """
+        return 0 if _scales_with_length(self.config) else min(self._windows, default=math.inf)
 
     @cached_property
     def _windows(self) -> list[int]:

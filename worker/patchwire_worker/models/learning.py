@@ -237,18 +237,26 @@ class Learner:
         self.look(ids, seen.observe, more={str(argument(self.module)): past}, mediators=past.mediators())
         return seen
 
-    def trims(self, option: str) -> bool:
-        """Whether the model computes the logits of some positions alone when an option of its call names them."""
+    def trimmed(self, option: str) -> frozenset[str] | None:
+        """The modules that see fewer positions when an option of the model's call names those whose logits are wanted.
+
+        Returns:
+            None if the model computes all of them all the same, or others.
+        """
         ids = self.prompts()[-1]
         kept = torch.tensor([1, ids.shape[1] - 1], device=self.device)
+        place = (Location("", OUTPUT), ("logits",))
         try:
-            with torch.no_grad():
-                whole = self.module(input_ids=ids, **self.options).logits[:, kept]
-                part = self.module(input_ids=ids, **self.options, **{option: kept}).logits
-            return whole.shape == part.shape and is_same(part, whole)
+            whole, part = self._run(ids), _Seen(self.sides)
+            self.look(ids, part.observe, more={option: kept})
+            wanted, found = whole.values[place][:, kept], part.values[place]
+            if wanted.shape != found.shape or not is_same(found, wanted):
+                return None
         except Exception as error:  # a model fails in whatever way it likes
             log.info("%s computes all logits (%s)", type(self.module).__name__, first_line(error))
-            return False
+            return None
+        others = {each for each, (shape, _) in whole.leaves.items() if part.leaves.get(each, (shape, _))[0] != shape}
+        return frozenset(location.module for location, _ in others)
 
     def _forks(self, places: Sequence[Entry], *, stepwise: bool = False, past: Past | None = None) -> bool:
         ids, found = self.prompts()[len(SHAPES) - 1][:2], list[Any]()
