@@ -36,7 +36,7 @@ from patchwire_worker.models.detecting import family_of
 from patchwire_worker.models.learning import POSITIONS, Learner, pads
 from patchwire_worker.models.loading import Loaded
 from patchwire_worker.models.metering import meter
-from patchwire_worker.models.remembered import Past, argument, remember
+from patchwire_worker.models.remembered import Past, remember
 from patchwire_worker.models.standins import prompts_of
 from patchwire_worker.models.texts import choosing_attention
 
@@ -210,7 +210,7 @@ class HostedModel:
 
     def remember(self, tokens: Sequence[int]) -> Past:
         """What the model remembers of tokens, for a pass over later ones."""
-        with self.lock:
+        with self.lock, prompts_of(len(tokens)):
             try:
                 return remember(self.module, torch.tensor([list(tokens)], device=self.device), self._options)
             finally:
@@ -236,7 +236,7 @@ class HostedModel:
         ids = ids.to(self.device)
         more: dict[str, Any] = {} if positions is None else {_POSITIONS: torch.tensor(positions, device=self.device)}
         if past is not None:
-            more[argument(self.module) or ""] = past
+            more[past.argument] = past
             mediators = [*mediators, *past.mediators()]
         with self.lock:
             try:

@@ -207,8 +207,7 @@ class Learner:
         Nowhere and none, if the model does not remember the tokens before in the way that it should. Rows that
         begin with the same tokens are compared with rows that go on from what is remembered of these.
         """
-        name = argument(self.module)
-        if not usual or name is None:
+        if not usual or argument(self.module) is None:
             return [], frozenset()
         before = self._ids(1, _PAST)
         whole = [torch.cat([before.expand(ids.shape[0], -1), ids], dim=1) for ids in self.prompts()[: len(SHAPES)]]
@@ -234,7 +233,7 @@ class Learner:
     def _run_after(self, ids: Tensor, past: Past) -> _Seen:
         past.rows = ids.shape[0]
         seen = _Seen(self.sides)
-        self.look(ids, seen.observe, more={str(argument(self.module)): past}, mediators=past.mediators())
+        self.look(ids, seen.observe, more={past.argument: past}, mediators=past.mediators())
         return seen
 
     def trimmed(self, option: str) -> frozenset[str] | None:
@@ -260,7 +259,7 @@ class Learner:
 
     def _forks(self, places: Sequence[Entry], *, stepwise: bool = False, past: Past | None = None) -> bool:
         ids, found = self.prompts()[len(SHAPES) - 1][:2], list[Any]()
-        more = {} if past is None else {str(argument(self.module)): past}
+        more = {} if past is None else {past.argument: past}
         rows = tuple(map(tuple, ids.tolist()))
         when = {0: places[min(1, len(places) - 1)].order, 1: places[-1].order, 2: places[min(2, len(places) - 1)].order}
         forks = forked(dict.fromkeys(range(4), rows), when, places)

@@ -30,17 +30,22 @@ class Past(Cache):
     """What a model remembers of the tokens before, the same for as many rows as there are.
 
     Attributes:
+        argument: What the model calls it.
         rows: How many rows the pass has now.
         length: How many tokens it remembers.
     """
 
-    def __init__(self, layers: Sequence[Any], length: int, scans: Mapping[str, int] = MappingProxyType({})) -> None:
+    def __init__(
+        self, argument: str, layers: Sequence[Any], length: int, scans: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
         """
         Args:
+            argument: What the model calls it.
             layers: What each layer remembers, of one row.
             length: Of how many tokens.
             scans: The modules, by their paths, that scan from a state of zero, each with the number of its layer.
         """
+        self.argument = argument
         self._scans = scans
         self.layers: list[Any] = list(layers)
         self.layer_class_to_replicate = None
@@ -60,7 +65,7 @@ class Past(Cache):
             if isinstance(each, DynamicSlidingWindowLayer):
                 layer.cumulative_length = length
             layers.append(layer)
-        return Past(layers, length)
+        return Past(self.argument, layers, length)
 
     def mediators(self) -> list[SiteMediator]:
         """What has to happen in a pass, so that scans go on from the state that is remembered."""
@@ -133,9 +138,9 @@ def remember(module: nn.Module, ids: Tensor, options: dict[str, Any]) -> Past:
     name = argument(module)
     made = module(input_ids=ids, **{**options, "use_cache": True})
     filled = getattr(made, name) if name else None
-    if not isinstance(filled, Cache):
+    if name is None or not isinstance(filled, Cache):
         raise ValueError(f"{type(module).__name__} remembers in a way of its own")
-    return Past(filled.layers, ids.shape[1], _scans(module))
+    return Past(name, filled.layers, ids.shape[1], _scans(module))
 
 
 def _scans(module: nn.Module) -> dict[str, int]:
