@@ -190,8 +190,7 @@ def serve(
     with _loading("the worker", remark=False):
         try:
             from patchwire_worker.config import Limits, ServerConfig
-            from patchwire_worker.models.hosted import HostedModel
-            from patchwire_worker.models.loading import load
+            from patchwire_worker.models.hosted import host as host_model
             from patchwire_worker.server import serve as serve_until_told
         except ModuleNotFoundError as error:
             raise _no_worker(error) from None
@@ -212,7 +211,7 @@ def serve(
     hosted: dict[str, HostedModel] = {}
     for name, spec in specs:
         with _loading(spec):
-            model = HostedModel(load(spec, name=name, device=device, dtype=dtype, attention=attention))
+            model = host_model(spec, name=name, device=device, dtype=dtype, attention=attention)
         if model.name in hosted:
             raise PatchwireError(f"Two models are called `{model.name}`.", hint=f"Name one of them: `other={spec}`.")
         hosted[model.name] = model

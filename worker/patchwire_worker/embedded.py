@@ -11,8 +11,7 @@ from typing import Any
 from torch import nn
 
 from patchwire_worker.config import ServerConfig
-from patchwire_worker.models.hosted import HostedModel
-from patchwire_worker.models.loading import load
+from patchwire_worker.models.hosted import HostedModel, host
 from patchwire_worker.server import Server
 
 _STOP_SECONDS = 5.0
@@ -71,4 +70,4 @@ def start(spec: str | nn.Module, **options: Any) -> EmbeddedServer:
     Raises:
         ModelNotFoundError: the model cannot be loaded.
     """
-    return EmbeddedServer(HostedModel(load(spec, **options)))
+    return EmbeddedServer(host(spec, **options))

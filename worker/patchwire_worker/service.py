@@ -48,6 +48,7 @@ from patchwire.v1 import graph_pb2, job_pb2, job_pb2_grpc, service_pb2, service_
 from patchwire.version import PROTOCOL_VERSION, VERSION
 from patchwire_worker import scheduler
 from patchwire_worker.admission import Admission, saved_bytes
+from patchwire_worker.computing import apart
 from patchwire_worker.config import MIB, ServerConfig
 from patchwire_worker.executor import Iteration
 from patchwire_worker.interleaving import Stopping
@@ -348,7 +349,7 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
             raise BusyError("Too many want to know what is inside this model.", hint="Try again in a while.")
         self._askers[model] += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._learning[model], work)
+            return await asyncio.get_running_loop().run_in_executor(self._learning[model], apart, work)
         finally:
             self._askers[model] -= 1
 

@@ -28,13 +28,14 @@ from patchwire.graph import Generation, same_storage
 from patchwire.sites import INPUT, Axis, Inside, Order, Source
 from patchwire.tensors import dtype_to_proto
 from patchwire.v1 import model_pb2
+from patchwire_worker.computing import apart
 from patchwire_worker.generating import generate
 from patchwire_worker.interleaving import PassInterleaver, SiteMediator, Stopping
 from patchwire_worker.models import operations
 from patchwire_worker.models.costs import Costs, Size
 from patchwire_worker.models.detecting import family_of
 from patchwire_worker.models.learning import POSITIONS, Learner, pads
-from patchwire_worker.models.loading import Loaded
+from patchwire_worker.models.loading import Loaded, load
 from patchwire_worker.models.metering import meter
 from patchwire_worker.models.remembered import Past, remember
 from patchwire_worker.models.standins import prompts_of
@@ -596,3 +597,16 @@ class Remembered:
             if past is not None:
                 return past
         raise AssertionError("what is remembered of all of them is the same")
+
+
+def host(spec: str | nn.Module, **options: Any) -> HostedModel:
+    """Load a model and learn what its sites are.
+
+    Args:
+        spec: As for `patchwire_worker.models.loading.load`.
+        options: As for it, too.
+
+    Raises:
+        ModelNotFoundError: the model cannot be loaded.
+    """
+    return apart(lambda: HostedModel(load(spec, **options)))
