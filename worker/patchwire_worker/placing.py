@@ -22,7 +22,7 @@ from patchwire.checking import fake_of
 from patchwire.sites import INPUT, OUTPUT, Leaf, Location, Order
 from patchwire_worker.admission import Admitted
 from patchwire_worker.forking import Fork, Forks, Ids, forked, together
-from patchwire_worker.models.costs import Size
+from patchwire_worker.models.costs import Size, are_few
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.positions import Positions, taken
 from patchwire_worker.rows import LaterPositions, Rows, SomePositions
@@ -122,17 +122,38 @@ class Group:
     def size(self) -> Size:
         """How large its pass is."""
         lengths = [len(row) for invoke in self.invokes for row in self.rows(invoke)]
-        fakes = [fake_of(node) for node in self.nodes if node.target is g.read]
-        held = sum(fake.numel() * fake.element_size() for fake in fakes if isinstance(fake, Tensor))
+        reads = [node for node in self.nodes if node.target is g.read]
+        logits = {node for node in reads if _is_logits(self.leaf(node))}
+        held = sum(_bytes(node) for node in reads if node not in logits)
+        rows = sum(_rows_of(node) for node in logits)
         ways = {(leaf.module, leaf.operations) for leaf in map(self.leaf, self.nodes)}
         stepwise = self.model.interleaver.goes_stepwise(ways)
-        return Size(len(lengths), max(lengths), self.end, self.logits, held, stepwise)
+        looked_at = self.looked_at
+        positions = None if looked_at is None else frozenset().union(*looked_at.values())
+        return Size(len(lengths), max(lengths), self.end, positions, held, rows, stepwise)
 
     @cached_property
-    def logits(self) -> Positions | None:
-        """The positions whose logits its invokes look at; None if that is not known."""
-        looked_at = _looked_at([self], self.model) if self.alike else None
-        return None if looked_at is None else frozenset().union(*looked_at.values())
+    def looked_at(self) -> Mapping[torch.fx.Node, Positions] | None:
+        """The positions that each read of the logits is for; None if that is not known of all of them."""
+        if not self.alike:
+            return None
+        found: dict[torch.fx.Node, Positions] = {}
+        trimmed = self.model.trimmed
+        for invoke in self.invokes:
+            lengths = {len(row) for row in self.rows(invoke)}
+            for node in self.accesses.get(invoke, ()):
+                leaf = self.leaf(node)
+                if not _is_logits(leaf):
+                    if leaf.module in (trimmed or ()) and leaf.location != _CALL:
+                        return None
+                    continue
+                if node.target is not g.read or len(lengths) > 1 or trimmed is None:
+                    return None
+                positions = taken(node, min(lengths), self.needed)
+                if positions is None:
+                    return None
+                found[node] = positions
+        return found
 
     def of(self, invokes: Sequence[Invoke], past: int = 0) -> Group:
         """The same for some of its invokes."""
@@ -194,7 +215,6 @@ def placed(groups: Sequence[Group]) -> Pass:
     first = groups[0]
     model, past = first.model, first.past
     keys = [(index, *invoke) for index, group in enumerate(groups) for invoke in group.invokes]
-    alike = all(group.alike for group in groups)
     rows = _rows(groups, keys, model)
     begin = rows.stages[0]
     # Which id stands for padding does not matter: nobody ever looks at it.
@@ -204,9 +224,9 @@ def placed(groups: Sequence[Group]) -> Pass:
             ids[row, : len(tokens) - past] = torch.tensor(tokens[past:])
     works: dict[tuple[int, Location], Work] = {}
     results: list[torch.fx.Node] = []
-    looked_at = (_looked_at(groups, model) if alike else None) or {}
-    if not 0 < 2 * len(set().union(*looked_at.values())) <= rows.seq + past:
-        looked_at = {}  # all are hardly more, and need no copy
+    looked_at = _looked_at(groups)
+    if not are_few(len(set().union(*looked_at.values())), rows.seq + past):
+        looked_at = {}
     positions = tuple(sorted(set().union(*looked_at.values())))
     for key in keys:
         group = groups[key[0]]
@@ -245,25 +265,24 @@ def placed(groups: Sequence[Group]) -> Pass:
     return Pass(groups, model, ids, ordered, skipped, batch, computed, weights=weights, past=before)
 
 
-def _looked_at(groups: Sequence[Group], model: HostedModel) -> dict[torch.fx.Node, Positions] | None:
-    """The positions that each read of the logits is for; None if that is not known of all of them."""
-    found: dict[torch.fx.Node, Positions] = {}
-    for group in groups:
-        for invoke in group.invokes:
-            lengths = {len(row) for row in group.rows(invoke)}
-            for node in group.accesses.get(invoke, ()):
-                leaf = group.leaf(node)
-                if leaf.location != _RESULT or leaf.path != _LOGITS:
-                    if leaf.module in (model.trimmed or ()) and leaf.location != _CALL:
-                        return None
-                    continue
-                if node.target is not g.read or len(lengths) > 1 or model.trimmed is None:
-                    return None
-                positions = taken(node, min(lengths), group.needed)
-                if positions is None:
-                    return None
-                found[node] = positions
-    return found
+def _is_logits(leaf: Leaf) -> bool:
+    return leaf.location == _RESULT and leaf.path == _LOGITS
+
+
+def _bytes(read: torch.fx.Node) -> int:
+    fake = fake_of(read)
+    return fake.numel() * fake.element_size() if isinstance(fake, Tensor) else 0
+
+
+def _rows_of(read: torch.fx.Node) -> int:
+    fake = fake_of(read)
+    return fake.shape[0] if isinstance(fake, Tensor) else 0
+
+
+def _looked_at(groups: Sequence[Group]) -> dict[torch.fx.Node, Positions]:
+    """The positions that each read of the logits is for; empty if that is not known of all of them."""
+    known = [group.looked_at for group in groups]
+    return {} if None in known else {node: positions for each in known if each for node, positions in each.items()}
 
 
 def _rows(groups: Sequence[Group], keys: Sequence[_Key], model: HostedModel) -> Forks:

@@ -40,6 +40,11 @@ ONCE, ROW, TOKEN = np.eye(16)[[0, 8, 9]]
 """The polynomials that are 1, the number of rows, and the number of tokens in all rows."""
 
 
+def are_few(positions: int, seq: int) -> bool:
+    """Whether logits are computed at some positions alone; most of them are hardly fewer than all."""
+    return 0 < 2 * positions <= seq
+
+
 @dataclass(frozen=True)
 class Size:
     """How large a pass is."""
@@ -53,9 +58,16 @@ class Size:
     positions: frozenset[int] | None
     """The positions whose logits are looked at; None if it may be all."""
     held: int
-    """Bytes of what is read in it."""
+    """Bytes of what is read in it, but for logits."""
+    logits: int
+    """How many rows of logits are read."""
     stepwise: bool
     """Whether attention is computed step by step."""
+
+    @property
+    def few(self) -> int | None:
+        """At how many positions logits are computed; None if at all."""
+        return len(self.positions) if self.positions and are_few(len(self.positions), self.seq) else None
 
     def __add__(self, other: Size) -> Size:
         """Of both in one pass."""
@@ -66,6 +78,7 @@ class Size:
             max(self.end, other.end),
             (self.positions or frozenset()) | (other.positions or frozenset()) if known else None,
             self.held + other.held,
+            self.logits + other.logits,
             self.stepwise or other.stepwise,
         )
 

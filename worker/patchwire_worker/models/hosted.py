@@ -175,12 +175,12 @@ class HostedModel:
 
     def fits(self, size: Size) -> bool:
         """Whether a pass fits into the memory that it may take."""
-        positions = None if size.positions is None or 2 * len(size.positions) > size.seq else len(size.positions)
-        left = self.pass_bytes - size.held
-        half = self._rows_that_fit(size.seq, size.end, positions, size.stepwise, self.pass_bytes // 2)
-        if size.rows <= half and size.held <= self.pass_bytes // 2:
+        few = size.few
+        held = size.held + self.costs.logits(size.logits, size.seq if few is None else few)
+        half = self._rows_that_fit(size.seq, size.end, few, size.stepwise, self.pass_bytes // 2)
+        if size.rows <= half and held <= self.pass_bytes // 2:
             return True
-        return self._bytes(size.rows, size.seq, size.end, positions, size.stepwise) <= left
+        return self._bytes(size.rows, size.seq, size.end, few, size.stepwise) <= self.pass_bytes - held
 
     def _bytes(self, rows: int, seq: int, end: Order, positions: int | None, stepwise: bool) -> float:
         until = self.layers_before(end)
