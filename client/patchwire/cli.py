@@ -6,6 +6,7 @@ that needs it.
 
 from __future__ import annotations
 
+import gc
 import io
 import ipaddress
 import logging
@@ -216,6 +217,7 @@ def serve(
             raise PatchwireError(f"Two models are called `{model.name}`.", hint=f"Name one of them: `other={spec}`.")
         hosted[model.name] = model
     _warn_if_open(host, token=token, encrypted=tls_cert is not None)
+    gc.freeze()  # what is loaded stays, and need not be looked through whenever a request leaves garbage behind
     with suppress(KeyboardInterrupt):
         asyncio.run(serve_until_told(hosted, config, lambda server: _announce(server, hosted)))
     out.print("Stopped.")

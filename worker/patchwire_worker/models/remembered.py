@@ -136,7 +136,8 @@ def remember(module: nn.Module, ids: Tensor, options: dict[str, Any]) -> Past:
         ValueError: it remembers in a way of its own.
     """
     name = argument(module)
-    made = module(input_ids=ids, **{**options, "use_cache": True})
+    below = getattr(module, "base_model", module)  # logits would be for nobody
+    made = (below if argument(below) == name else module)(input_ids=ids, **{**options, "use_cache": True})
     filled = getattr(made, name) if name else None
     if name is None or not isinstance(filled, Cache):
         raise ValueError(f"{type(module).__name__} remembers in a way of its own")
