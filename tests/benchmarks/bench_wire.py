@@ -1,8 +1,8 @@
 """How fast large results travel, and what memory they take on their way.
 
 - `wire`: a saved value of 512 MiB through a real server process, as one tensor, as 32, and as one that is received in
-  memory that is there before (`save(to=…)`), against plain TCP on loopback from another process into such memory; in
-  turn, as all of it shares one machine.
+  memory that is there before (`save(to=…)`), against plain TCP on loopback from another process into such memory, and
+  against a server of gRPC's alone whose messages nobody keeps; in turn, as all of it shares one machine.
 - `stream`: a session over batches that saves all residual streams, 2 GiB, each given to a function as it arrives; the
   most memory that the worker and the client had, beyond what they had before.
 """
@@ -13,15 +13,19 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import asyncio
 import multiprocessing
 import re
 import socket
 import sys
 import tempfile
 import time
+from collections.abc import AsyncIterator, Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import grpc
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -33,6 +37,7 @@ from serving import Server
 
 MIB = 1 << 20
 BYTES = 512 * MIB
+MESSAGE = 512 * 1024
 PARTS = 32
 ROUNDS = int(os.environ.get("ROUNDS", "5"))
 
@@ -74,12 +79,42 @@ def _send(pipe: Connection) -> None:
                 connection.sendall(content)
 
 
-def wire(directory: Path) -> None:
+def _send_messages(pipe: Connection) -> None:
+    """Send as many bytes to everybody who calls, as messages of `MESSAGE` bytes."""
+    content = os.urandom(MESSAGE)
+
+    class Handler(grpc.GenericRpcHandler):
+        def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+            async def stream(request: bytes, context: object) -> AsyncIterator[bytes]:
+                for _ in range(BYTES // MESSAGE):
+                    yield content
+
+            return grpc.unary_stream_rpc_method_handler(stream)
+
+    async def serve() -> None:
+        server = grpc.aio.server()
+        server.add_generic_rpc_handlers((Handler(),))
+        pipe.send(server.add_insecure_port("127.0.0.1:0"))
+        await server.start()
+        await server.wait_for_termination()
+
+    asyncio.run(serve())
+
+
+def _started(work: Callable[[Connection], None]) -> tuple[BaseProcess, int]:
+    """A process that sends, and its port."""
     context = multiprocessing.get_context("spawn")
     pipe, its = context.Pipe()
-    sender = context.Process(target=_send, args=(its,), daemon=True)
-    sender.start()
-    port = pipe.recv()
+    process = context.Process(target=work, args=(its,), daemon=True)
+    process.start()
+    return process, pipe.recv()
+
+
+def wire(directory: Path) -> None:
+    sender, port = _started(_send)
+    bare, its_port = _started(_send_messages)
+    options = [("grpc.max_receive_message_length", -1), ("grpc.http2.max_frame_size", MIB)]
+    stream = grpc.insecure_channel(f"127.0.0.1:{its_port}", options).unary_stream("/bare/Stream")
     buffer = memoryview(bytearray(BYTES))
 
     def tcp() -> None:
@@ -87,6 +122,9 @@ def wire(directory: Path) -> None:
             filled = 0
             while filled < BYTES:
                 filled += connection.recv_into(buffer[filled:])
+
+    def messages() -> None:
+        assert sum(map(len, stream(b""))) == BYTES
 
     with Server({"large": large(directory)}) as server:
         model = patchwire.connect(server.address, progress=False).model("large")
@@ -109,15 +147,19 @@ def wire(directory: Path) -> None:
 
         assert torch.equal(torch.cat(parts()), one())
         assert one().nbytes == BYTES
-        seconds = alternate({"tcp": tcp, "one": one, "parts": parts, "into": there}, rounds=ROUNDS, warm_up=1)
+        cases = {"tcp": tcp, "grpc": messages, "one": one, "parts": parts, "into": there}
+        seconds = alternate(cases, rounds=ROUNDS, warm_up=1)
     sender.kill()
+    bare.kill()
     speed = {name: BYTES / each / 1e9 for name, each in seconds.items()}
     report(
         "wire",
         tcp_gb_s=round(speed["tcp"], 2),
+        grpc_gb_s=round(speed["grpc"], 2),
         one_gb_s=round(speed["one"], 2),
         parts_gb_s=round(speed["parts"], 2),
         into_gb_s=round(speed["into"], 2),
+        ratio_grpc=round(speed["grpc"] / speed["tcp"], 3),
         ratio_one=round(speed["one"] / speed["tcp"], 3),
         ratio_parts=round(speed["parts"] / speed["tcp"], 3),
         ratio_into=round(speed["into"] / speed["tcp"], 3),
