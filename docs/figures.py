@@ -74,8 +74,9 @@ def _shares(tasks: Mapping[str, Mapping[str, Line]]) -> Iterable[str]:
         line = by_library.get("patchwire", {})
         if "share_of_bound" in line:
             yield (
-                f"“{line['says']}” needs {_time(line['bound_seconds'])} of matrix products at {line['gflops']:.0f} "
-                f"GFLOP/s, the rate of this run: that is {line['share_of_bound']:.0%} of what Patchwire takes."
+                f"“{line['says']}”: its plan computes {line['gflop']:.0f} GFLOP, which take "
+                f"{_time(line['bound_seconds'])} at {line['gflops']:.0f} GFLOP/s, the rate of large matrix products in "
+                f"this run: {line['share_of_bound']:.0%} of what Patchwire takes."
             )
 
 

@@ -4,6 +4,7 @@ Each line of the standard input is a JSON object, and so is the answer to it on 
 
 - `{"do": "load", "root": …, "model": …}` loads a checkpoint of that directory instead of the one before; the answer has
   the library's `tasks`, and the `versions` of its packages;
+- `{"do": "plan", "task": …}` asks a library that plans for the `flops` that it says a task takes;
 - `{"do": "run", "task": …, "times": …}` does a task so many times; the answer has the `seconds` of each. With
   `"numbers": FILE`, what the task gave is written there, to be compared.
 
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tasks import TASKS, Library, make_inputs
+from tasks import TASKS, Library, Planning, make_inputs
 
 
 class Contender:
@@ -44,6 +45,10 @@ class Contender:
             "versions": {name: metadata.version(name) for name in loaded.packages},
             "threads": torch.get_num_threads(),
         }
+
+    def plan(self, task: str) -> Mapping[str, Any]:
+        assert isinstance(self._loaded, Planning), "it does not plan"
+        return {"flops": self._loaded.planned(task)}
 
     def run(self, task: str, times: int = 1, numbers: str = "") -> Mapping[str, Any]:
         assert self._loaded is not None, "load first"
@@ -72,7 +77,7 @@ def main() -> None:
         for line in sys.stdin:
             told = json.loads(line)
             try:
-                answer = getattr(contender, {"load": "load", "run": "run"}[told.pop("do")])(**told)
+                answer = getattr(contender, {"load": "load", "plan": "plan", "run": "run"}[told.pop("do")])(**told)
             except Exception:
                 answer = {"error": traceback.format_exc()}
             print(json.dumps(answer), file=answers, flush=True)

@@ -33,16 +33,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import bound
 import checkpoints
 import torch
 from safetensors.torch import load_file
-from tasks import MATMUL, RAW, SMOLLM2, TASKS, Task, make_inputs
+from tasks import MATMUL, MATMUL_REPEATS, MATMUL_ROWS, PLANNING, RAW, SMOLLM2, TASKS, Task
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 RESULTS = HERE / "results"
-LIBRARIES = (RAW, "patchwire", "nnsight", "transformer_lens", "pyvene")
+LIBRARIES = (RAW, PLANNING, "nnsight", "transformer_lens", "pyvene")
 ROUNDS = 5
 TURN_SECONDS, TURN_TIMES = 0.5, 10
 """A turn does a quick task several times: about so long, and at most so often."""
@@ -138,7 +137,7 @@ class Run:
         for _ in range(0 if task.slow else self._rounds):
             for process in processes:
                 seconds[process.library] += process.tell("run", task=name, times=times[process.library])["seconds"]
-            if name in bound.SWEEPS:
+            if task.sweep:
                 products += processes[0].tell("run", task=MATMUL, times=WARM_UP)["seconds"]
         medians = {library: statistics.median(each) for library, each in seconds.items()}
         for library, median in medians.items():
@@ -153,20 +152,24 @@ class Run:
             }
             if task.requests:
                 line["requests"] = task.requests
-            if products:
-                line |= self._bound(name, median, statistics.median(products))
+            if products and library == PLANNING:
+                planned = next(each for each in processes if each.library == PLANNING).tell("plan", task=name)
+                line |= self._bound(planned["flops"], median, statistics.median(products))
             yield line
 
-    def _bound(self, name: str, seconds: float, products: float) -> Line:
-        """How long a sweep has to take at least, and what share that is of how long it took.
+    def _bound(self, flops: float, seconds: float, products: float) -> Line:
+        """How long so many operations take at least, and what share that is of how long they took.
 
         Args:
-            products: How long the products took whose number is known.
+            flops: The operations.
+            seconds: How long they took.
+            products: How long the matrix products of `MATMUL` took.
         """
-        weights = bound.Weights.of(self._root / SMOLLM2)
-        rate = bound.of_matmul(weights) / products
-        least = bound.needed(name, weights, make_inputs(self._root).clean.shape[1]) / rate
-        return {"gflops": round(rate / 1e9, 1), "bound_seconds": least, "share_of_bound": round(least / seconds, 3)}
+        config = json.loads((self._root / SMOLLM2 / "config.json").read_text())
+        weights = 3 * config["hidden_size"] * config["intermediate_size"]
+        rate = 2.0 * weights * MATMUL_ROWS * MATMUL_REPEATS / products
+        line = {"gflop": round(flops / 1e9), "gflops": round(rate / 1e9, 1), "bound_seconds": flops / rate}
+        return line | {"share_of_bound": round(flops / rate / seconds, 3)}
 
     def _times(self, name: str, process: Process, first: float) -> int:
         """How often a turn does a task, of which the first time took so long; warms up, if that was not long enough."""

@@ -10,14 +10,14 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 GPT2, SMOLLM2 = "gpt2-124m", "smollm2-135m"
-RAW, MATMUL = "raw", "matmul"
+RAW, MATMUL, PLANNING = "raw", "matmul", "patchwire"
 KEPT = 5
 """How many logits of the last token a sweep gives back for each run."""
 ROWS = 60
@@ -45,6 +45,8 @@ class Task:
     """Whether that is meant as a share of the largest number."""
     requests: int = 0
     """How many requests it is made of, if it is measured as their number in a second."""
+    sweep: bool = False
+    """Whether it is a sweep, whose operations are planned."""
     slow: bool = False
     """Whether it is so many runs that one time, without any before, has to be enough."""
 
@@ -52,9 +54,9 @@ class Task:
 TASKS: Mapping[str, Task] = {
     "read": Task(GPT2, "read one hidden state, 16 tokens"),
     "read_all": Task(GPT2, "read the residual stream after every layer, 512 tokens"),
-    "sweep": Task(SMOLLM2, "patch the residual stream, every layer × token"),
+    "sweep": Task(SMOLLM2, "patch the residual stream, every layer × token", sweep=True),
     "sweep_one_by_one": Task(SMOLLM2, "the same, one run after the other", slow=True),
-    "heads": Task(SMOLLM2, "patch what every head gives, layer × head"),
+    "heads": Task(SMOLLM2, "patch what every head gives, layer × head", sweep=True),
     "attribution": Task(SMOLLM2, "attribution patching, every layer × token", relative=True),
     "generation": Task(SMOLLM2, f"generate {NEW_TOKENS} tokens, steered at every step", tolerance=0),
     "users": Task(SMOLLM2, f"{USERS} users at once, {REQUESTS} short requests each", requests=USERS * REQUESTS),
@@ -109,6 +111,14 @@ class Library(Protocol):
 
     def close(self) -> None:
         """End what it has started."""
+
+
+@runtime_checkable
+class Planning(Protocol):
+    """A library that says beforehand what it computes."""
+
+    def planned(self, task: str) -> float:
+        """The floating-point operations of a task that is a sweep."""
 
 
 def make_inputs(root: Path) -> Inputs:

@@ -37,9 +37,9 @@ def test_show_times_beside_plain_hooks_and_leave_a_cell_empty_where_nothing_was_
 
 
 def test_say_which_share_of_the_time_the_arithmetic_needs():
-    shown = line("sweep", "patchwire", 0.5, gflops=300.0, bound_seconds=0.4, share_of_bound=0.8)
+    shown = line("sweep", "patchwire", 0.5, gflop=120, gflops=300.0, bound_seconds=0.4, share_of_bound=0.8)
 
-    assert "needs 400 ms of matrix products at 300 GFLOP/s" in figures.tables([[RUN, shown]])
+    assert "computes 120 GFLOP, which take 400 ms at 300 GFLOP/s" in figures.tables([[RUN, shown]])
 
 
 def test_say_how_many_times_as_many_requests_are_answered_together():

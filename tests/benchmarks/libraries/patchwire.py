@@ -63,16 +63,20 @@ class Library:
         return [each.value for each in states]
 
     def sweep(self) -> Tensor:
-        model, found = self.model, []
-        with model.trace() as trace:
-            with trace.invoke(self.inputs.clean):
-                states = [layer.output for layer in model.layers]
-            for layer, state in zip(model.layers, states, strict=True):
-                for token in range(self.inputs.clean.shape[1]):
-                    with trace.invoke(self.inputs.corrupt):
-                        layer.output[:, token] = state[:, token]
-                        found.append(model.logits[:, -1, :KEPT].save())
+        with self.model.trace() as trace:
+            found = self.swept(trace)
         return torch.cat([each.value for each in found])
+
+    def swept(self, trace: patchwire.Trace) -> list[patchwire.Value]:
+        model, found = self.model, []
+        with trace.invoke(self.inputs.clean):
+            states = [layer.output for layer in model.layers]
+        for layer, state in zip(model.layers, states, strict=True):
+            for token in range(self.inputs.clean.shape[1]):
+                with trace.invoke(self.inputs.corrupt):
+                    layer.output[:, token] = state[:, token]
+                    found.append(model.logits[:, -1, :KEPT].save())
+        return found
 
     def sweep_one_by_one(self) -> Tensor:
         model, found = self.model, []
@@ -88,16 +92,25 @@ class Library:
         return torch.cat([each.value for each in found])
 
     def heads(self) -> Tensor:
-        model, found = self.model, []
-        with model.trace() as trace:
-            with trace.invoke(self.inputs.clean):
-                values = [layer.attn.z for layer in model.layers]
-            for layer, value in zip(model.layers, values, strict=True):
-                for head in range(model.config["num_attention_heads"]):
-                    with trace.invoke(self.inputs.corrupt):
-                        layer.attn.z[:, :, head] = value[:, :, head]
-                        found.append(model.logits[:, -1, :KEPT].save())
+        with self.model.trace() as trace:
+            found = self.swept_by_head(trace)
         return torch.cat([each.value for each in found])
+
+    def swept_by_head(self, trace: patchwire.Trace) -> list[patchwire.Value]:
+        model, found = self.model, []
+        with trace.invoke(self.inputs.clean):
+            values = [layer.attn.z for layer in model.layers]
+        for layer, value in zip(model.layers, values, strict=True):
+            for head in range(model.config["num_attention_heads"]):
+                with trace.invoke(self.inputs.corrupt):
+                    layer.attn.z[:, :, head] = value[:, :, head]
+                    found.append(model.logits[:, -1, :KEPT].save())
+        return found
+
+    def planned(self, task: str) -> float:
+        with self.model.trace() as trace:
+            {"sweep": self.swept, "heads": self.swept_by_head}[task](trace)
+            return trace.plan().flops
 
     def attribution(self) -> Tensor:
         model = self.model
