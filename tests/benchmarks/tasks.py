@@ -24,7 +24,7 @@ ROWS = 60
 """How many runs share a batch where a library leaves batching to its user."""
 NEW_TOKENS = 32
 USERS = 16
-REQUESTS = 2
+REQUESTS = 5
 """How many requests every user makes, one after the other."""
 MATMUL_ROWS, MATMUL_REPEATS = 2048, 8
 """How many tokens go through a layer's MLP, and how often, to learn how fast this machine multiplies matrices: a thing

@@ -6,10 +6,10 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from patchwire import graph as g
@@ -35,13 +35,12 @@ def _passes(admitted: Admitted, part: Pass | Looping) -> Iterator[service_pb2.Pl
         return
     loop, body = admitted.graph.traces[part.trace].loop, admitted.bodies[part.trace]
     assert loop is not None
-    # Iterations whose rows are as long, and of which the same ones are equal, are planned alike.
+    # Iterations of whose rows the same ones begin alike, for as many tokens, are planned alike.
     alike: dict[tuple[object, ...], list[int]] = {}
     varies = any(invoke.batches for trace in body.graph.traces for invoke in trace.invokes)
     for number in range(loop.count if varies else 1):
         rows = [invoke.rows for trace in body.graph.at(number).traces for invoke in trace.invokes]
-        key = tuple((tuple(map(len, each)), rows.index(each)) for each in rows)
-        alike.setdefault(key, []).append(number)
+        alike.setdefault(_beginnings(rows), []).append(number)
     for numbers in alike.values():
         of_one = plan(replace(body, graph=body.graph.at(numbers[0])))
         for each in of_one.passes:
@@ -49,6 +48,17 @@ def _passes(admitted: Admitted, part: Pass | Looping) -> Iterator[service_pb2.Pl
             message = _pass(each)
             message.iterations = len(numbers) if varies else loop.count
             yield message
+
+
+def _beginnings(invokes: Iterable[Sequence[Sequence[int]]]) -> tuple[object, ...]:
+    """What is equal among the beginnings of rows, whatever the tokens are: a number for each beginning."""
+    known: dict[tuple[int, int], int] = {}
+
+    def numbers(row: Sequence[int]) -> tuple[int, ...]:
+        steps = accumulate(row, lambda before, token: known.setdefault((before, token), len(known) + 1), initial=0)
+        return tuple(steps)
+
+    return tuple(tuple(map(numbers, rows)) for rows in invokes)
 
 
 def _pass(each: Pass) -> service_pb2.PlannedPass:

@@ -26,6 +26,7 @@ from patchwire import graph as g
 from patchwire.errors import LimitError, OperationError, OrderError
 from patchwire.sites import Axis, Leaf, Order
 from patchwire_worker.admission import Admitted, at
+from patchwire_worker.idle import idle_writes
 from patchwire_worker.models.costs import Size
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.placing import Group, Invoke, Pass, placed
@@ -227,10 +228,11 @@ def _needed(admitted: Admitted) -> set[torch.fx.Node]:
 
     last_read: dict[int, _Moment] = defaultdict(tuple)
     writes: dict[int, list[tuple[_Moment, torch.fx.Node]]] = defaultdict(list)
+    idle = idle_writes(admitted)
     for node in admitted.graph.fx.nodes:
         if node.target in g.SINKS or (node.target is g.loop and _saves(admitted, node)):
             need(node)
-        elif node.target in (g.write, g.assign):
+        elif node.target in (g.write, g.assign) and node not in idle:
             writes[_trace_of(node)].append((_moment(admitted, node), node))
     for trace in sorted(writes, reverse=True):
         # A write matters if something may be read after it that matters; and its value may need what is read later yet.

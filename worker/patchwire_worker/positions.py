@@ -73,6 +73,46 @@ def edited(write: torch.fx.Node) -> torch.fx.Node | None:
     return value if isinstance(value, torch.fx.Node) and value.target is g.read else None
 
 
+def copied(write: torch.fx.Node, length: int) -> tuple[torch.fx.Node, Positions] | None:
+    """The read of which a write copies some positions, of all rows, to where they are in its own tensor.
+
+    Args:
+        write: Puts back its own tensor with that change: `x[:, 3] = y[:, 3]`.
+        length: How many positions both tensors have.
+
+    Returns:
+        The read of the other tensor, and the positions; None if the write does anything else.
+    """
+    value = write.args[1]
+    own = value.args[0] if isinstance(value, torch.fx.Node) and value.target is g.edit else None
+    if not isinstance(own, torch.fx.Node) or own.target is not g.read or own.args[0] != write.args[0]:
+        return None
+    assert isinstance(value, torch.fx.Node)
+    change: Any
+    _, views, change = value.args
+    name, arguments, _ = change
+    if views or name != _SET or len(arguments) != 2:
+        return None
+    index, put = arguments
+    if not isinstance(put, torch.fx.Node) or put.target is not operator.getitem:
+        return None
+    source, its_index = put.args
+    if not isinstance(source, torch.fx.Node) or source.target is not g.read:
+        return None
+    plain = isinstance(index, tuple) and all(map(_is_plain, index)) and index[:1] == (slice(None),)
+    if not plain or index != its_index:
+        return None
+    positions = _index(index, length)
+    return None if positions is None else (source, positions)
+
+
+def _is_plain(each: Any) -> bool:
+    """Whether a part of an index is numbers and nothing else, so that it may be compared."""
+    if isinstance(each, slice):
+        return all(part is None or type(part) is int for part in (each.start, each.stop, each.step))
+    return type(each) is int
+
+
 def _is_of(user: torch.fx.Node, target: Any, node: torch.fx.Node) -> bool:
     """Whether a user of a node does this to it, and needs it for nothing else."""
     others: list[torch.fx.Node] = []

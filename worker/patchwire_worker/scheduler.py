@@ -124,9 +124,11 @@ _LOOK_SECONDS = 0.02
 _WAKE_BYTES = 64 * 1024
 _STOP_SECONDS = 0.1
 _TELL_SECONDS = 0.05
-_LINGER = 0.1
-"""The part of the last pass's time that a request may wait for others that were in it."""
-_LONGEST_LINGER = 0.02
+_LINGER = 0.25
+"""The part of the last pass's time that a request may wait for others that were there."""
+_LONGEST_LINGER = 0.1
+_LONGEST_GAP = 0.02
+"""How long it waits for the next of them, who may have left."""
 _LINGER_STEP = 0.0005
 _TAKEN_AT_ONCE = MIB
 _AHEAD_BYTES = 64 * MIB
@@ -419,7 +421,7 @@ class Scheduler:
                 job.wake()
         began = time.perf_counter()
         outcomes = self._outcomes(jobs, gathering)
-        self._last = len(jobs), time.perf_counter() - began
+        self._last = len(jobs) + len(self._waiting), time.perf_counter() - began
         # In this order: whoever asks after hearing of the end finds the model free.
         self._running = []
         for job, outcome in zip(jobs, outcomes, strict=True):
@@ -443,14 +445,20 @@ class Scheduler:
         return jobs, gathering
 
     def _linger(self) -> None:
-        """Wait a little for those whose requests have just run together: most will ask again at once, and run together.
+        """Wait a little for those who were there when the last pass ended, of whom most will ask again at once.
 
-        Whoever is the first of them waits for a small part of what a pass takes. A lone user never waits.
+        Whoever waits already waits for a small part of what a pass takes, and only while more come. A lone user never
+        waits.
         """
         count, seconds = self._last
-        until = time.perf_counter() + min(seconds * _LINGER, _LONGEST_LINGER)
-        while 0 < len(self._waiting) < count and time.perf_counter() < until:
+        now = last = time.perf_counter()
+        until, gap = now + min(seconds * _LINGER, _LONGEST_LINGER), min(seconds * _LINGER, _LONGEST_GAP)
+        waiting = len(self._waiting)
+        while 0 < waiting < count and now < until and now - last < gap:
             time.sleep(_LINGER_STEP)
+            now, before, waiting = time.perf_counter(), waiting, len(self._waiting)
+            if waiting != before:
+                last = now
 
     def _outcomes(self, jobs: Sequence[_Job], gathering: Gathering) -> list[Done | Exception]:
         queued = [time.perf_counter() - job.arrived for job in jobs]
