@@ -18,7 +18,6 @@ from patchwire.methods.prompts import Prompt, prompt_of, span, token_of
 from patchwire.methods.result import Origin, Result, layers_axis, tokens_axis
 from patchwire.methods.sweeping import sweep
 from patchwire.model import Model
-from patchwire.proxy import Value
 from patchwire.tracing import Trace
 
 
@@ -62,16 +61,16 @@ class _Corrupted:
 class _Runs:
     """What the cells of one request need."""
 
-    clean: dict[int, Value]
+    clean: dict[int, Any]
     """The states of each layer at the place, `[1, tokens, width]`."""
-    logits: Value
+    logits: Any
     """The clean run's last logits, `[1, vocabulary]`."""
-    streams: dict[int, Value]
+    streams: dict[int, Any]
     """The residual stream of the corrupted runs from which a layer's cells go on, `[samples, tokens, width]`."""
-    frozen: dict[int, Value]
+    frozen: dict[int, Any]
     """What is held at the corrupted runs, of each layer."""
-    source: Value
-    base: Value
+    source: Any
+    base: Any
 
 
 def causal_trace(
@@ -142,7 +141,7 @@ def causal_trace(
             base = metric(model.logits[:, -1], logits).mean().save()
         return _Runs(states, logits, streams, frozen, source, base)
 
-    def measure(trace: Trace, runs: _Runs, cell: tuple[int, int]) -> Value:
+    def measure(trace: Trace, runs: _Runs, cell: tuple[int, int]) -> Any:
         layer, token = cell
         restored = around(layer)
         first = restored.start
@@ -223,13 +222,13 @@ def _answer(model: Model, clean: Prompt, answer: str | int | None) -> int:
     return int(best)
 
 
-def _begin(model: Model, place: Place, layer: int) -> Value:
+def _begin(model: Model, place: Place, layer: int) -> Any:
     """The residual stream from which a run can go on: after a layer if that is restored, or else before it."""
-    found: Value = model.layers[layer].output if place == "resid" else model.layers[layer].input
+    found: Any = model.layers[layer].output if place == "resid" else model.layers[layer].input
     return found
 
 
-def _go_on(model: Model, place: Place, layer: int, stream: Value) -> None:
+def _go_on(model: Model, place: Place, layer: int, stream: Any) -> None:
     if place == "resid":
         model.layers[layer].output[:] = stream
     else:

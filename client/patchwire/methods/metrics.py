@@ -8,9 +8,7 @@ say which to take: the logit difference sees parts of a model that work against 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
-
-from patchwire.proxy import Value
+from typing import Any, Protocol
 
 
 class Metric(Protocol):
@@ -24,7 +22,7 @@ class Metric(Protocol):
     def signed(self) -> bool:
         """Whether they mean something below zero."""
 
-    def __call__(self, logits: Value, clean: Value) -> Value:
+    def __call__(self, logits: Any, clean: Any) -> Any:
         """A number for each row.
 
         Args:
@@ -47,7 +45,7 @@ class Probability:
     def unit(self) -> str:
         return "probability"
 
-    def __call__(self, logits: Value, clean: Value) -> Value:
+    def __call__(self, logits: Any, clean: Any) -> Any:
         return logits.float().softmax(-1)[:, self.answer]
 
 
@@ -62,7 +60,7 @@ class LogProbability:
     def unit(self) -> str:
         return "log probability (nats)"
 
-    def __call__(self, logits: Value, clean: Value) -> Value:
+    def __call__(self, logits: Any, clean: Any) -> Any:
         return logits.float().log_softmax(-1)[:, self.answer]
 
 
@@ -78,7 +76,7 @@ class LogitDifference:
     def unit(self) -> str:
         return "logit difference"
 
-    def __call__(self, logits: Value, clean: Value) -> Value:
+    def __call__(self, logits: Any, clean: Any) -> Any:
         return (logits[:, self.answer] - logits[:, self.foil]).float()
 
 
@@ -92,7 +90,7 @@ class KL:
     def unit(self) -> str:
         return "KL from the clean run (nats)"
 
-    def __call__(self, logits: Value, clean: Value) -> Value:
+    def __call__(self, logits: Any, clean: Any) -> Any:
         expected = clean.float().log_softmax(-1)
         return (expected.exp() * (expected - logits.float().log_softmax(-1))).sum(-1)
 
@@ -108,5 +106,5 @@ class Rank:
     def unit(self) -> str:
         return "rank"
 
-    def __call__(self, logits: Value, clean: Value) -> Value:
+    def __call__(self, logits: Any, clean: Any) -> Any:
         return (logits > logits[:, self.answer][:, None]).sum(-1).float()

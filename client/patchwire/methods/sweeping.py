@@ -16,7 +16,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from patchwire.model import Model
-from patchwire.proxy import Value
 from patchwire.results import Stats
 from patchwire.tracing import Trace
 
@@ -32,7 +31,7 @@ def sweep(
     cells: Sequence[Cell],
     tokens: int,
     before: Callable[[Trace], Runs],
-    measure: Callable[[Trace, Runs, Cell], Value],
+    measure: Callable[[Trace, Runs, Cell], Any],
     *,
     what: str = "cells",
 ) -> tuple[Tensor, list[Runs], Stats]:
@@ -50,7 +49,7 @@ def sweep(
         The numbers, `[cells, …]`; what `before` gave for each request, whose saved values are there now; and the cost.
     """
     size = max(1, _TOKENS // max(1, tokens))
-    found: list[Value] = []
+    found: list[Any] = []
     runs: list[Runs] = []
     costs: list[Stats] = []
     with _bar(what, len(cells), shown=len(cells) > size) as advance:
