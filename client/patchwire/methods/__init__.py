@@ -6,8 +6,33 @@ tensors, a `table()` for the terminal and a `plot()`.
 
 from __future__ import annotations
 
+from patchwire.methods.causal import Noise, Replacement, causal_trace, embedding_std
 from patchwire.methods.lens import LogitLens, logit_lens
 from patchwire.methods.measured import Measured
+from patchwire.methods.metrics import KL, LogitDifference, LogProbability, Metric, Probability, Rank
 from patchwire.methods.patching import ResidualPatching, residual_patching
+from patchwire.methods.places import PLACES
+from patchwire.methods.result import Axis, Origin, Result, load
 
-__all__ = ["LogitLens", "Measured", "ResidualPatching", "logit_lens", "residual_patching"]
+__all__ = [
+    "KL",
+    "PLACES",
+    "Axis",
+    "LogProbability",
+    "LogitDifference",
+    "LogitLens",
+    "Measured",
+    "Metric",
+    "Noise",
+    "Origin",
+    "Probability",
+    "Rank",
+    "Replacement",
+    "ResidualPatching",
+    "Result",
+    "causal_trace",
+    "embedding_std",
+    "load",
+    "logit_lens",
+    "residual_patching",
+]

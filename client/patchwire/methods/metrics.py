@@ -1,0 +1,110 @@
+"""Metrics: what is measured of a run, computed on the server from the last token's logits.
+
+A metric is a formula over logits `[rows, vocabulary]` that gives a number for each row, so that no logits travel. Some
+compare with the clean run's logits. Zhang and Nanda (2024), "Towards Best Practices of Activation Patching", section 3,
+say which to take: the logit difference sees parts of a model that work against the answer, a probability hardly does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+class Metric(Protocol):
+    """A formula over the last token's logits."""
+
+    @property
+    def unit(self) -> str:
+        """What its numbers are."""
+
+    @property
+    def signed(self) -> bool:
+        """Whether they mean something below zero."""
+
+    def __call__(self, logits: Any, clean: Any) -> Any:
+        """A number for each row.
+
+        Args:
+            logits: `[rows, vocabulary]`, of the last token.
+            clean: `[1, vocabulary]`, the clean run's.
+
+        Returns:
+            `[rows]` float32.
+        """
+
+
+@dataclass(frozen=True)
+class Probability:
+    """The probability of a token: softmax(logits)[answer]."""
+
+    answer: int
+    signed: bool = False
+
+    @property
+    def unit(self) -> str:
+        return "probability"
+
+    def __call__(self, logits: Any, clean: Any) -> Any:
+        return logits.float().softmax(-1)[:, self.answer]
+
+
+@dataclass(frozen=True)
+class LogProbability:
+    """The natural logarithm of a token's probability."""
+
+    answer: int
+    signed: bool = True
+
+    @property
+    def unit(self) -> str:
+        return "log probability (nats)"
+
+    def __call__(self, logits: Any, clean: Any) -> Any:
+        return logits.float().log_softmax(-1)[:, self.answer]
+
+
+@dataclass(frozen=True)
+class LogitDifference:
+    """The logit of the answer less that of the foil."""
+
+    answer: int
+    foil: int
+    signed: bool = True
+
+    @property
+    def unit(self) -> str:
+        return "logit difference"
+
+    def __call__(self, logits: Any, clean: Any) -> Any:
+        return (logits[:, self.answer] - logits[:, self.foil]).float()
+
+
+@dataclass(frozen=True)
+class KL:
+    """The Kullback-Leibler divergence of the run from the clean run, D(clean ‖ run), in nats."""
+
+    signed: bool = False
+
+    @property
+    def unit(self) -> str:
+        return "KL from the clean run (nats)"
+
+    def __call__(self, logits: Any, clean: Any) -> Any:
+        expected = clean.float().log_softmax(-1)
+        return (expected.exp() * (expected - logits.float().log_softmax(-1))).sum(-1)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """How many tokens have a higher logit than the answer: 0 for the likeliest."""
+
+    answer: int
+    signed: bool = False
+
+    @property
+    def unit(self) -> str:
+        return "rank"
+
+    def __call__(self, logits: Any, clean: Any) -> Any:
+        return (logits > logits[:, self.answer][:, None]).sum(-1).float()

@@ -1,0 +1,104 @@
+"""Prompts of experiments: their tokens, where in them a subject stands, and the token that an answer begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from patchwire.errors import InputError, here
+from patchwire.model import Model
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, as a model sees it."""
+
+    given: Any
+    """A text, or token ids, as it was given."""
+    ids: tuple[int, ...]
+    """Its token ids."""
+    tokens: tuple[str, ...]
+    """Their texts; "#id" where the model has no tokenizer here."""
+
+    @property
+    def rows(self) -> list[list[int]]:
+        """The prompt as the one row of a trace."""
+        return [list(self.ids)]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def prompt_of(model: Model, given: Any) -> Prompt:
+    """A prompt.
+
+    Raises:
+        InputError: it is several, or the model cannot take it.
+    """
+    rows = model.tokenize(given)
+    if len(rows) != 1:
+        raise InputError(f"This takes one prompt, not {len(rows)}.", lines=here())
+    return Prompt(given, tuple(rows[0]), texts(model, rows[0]))
+
+
+def texts(model: Model, ids: Sequence[int]) -> tuple[str, ...]:
+    """The text of each token; its id where the model has no tokenizer here."""
+    return tuple(f"#{each}" for each in ids) if model.tokenizer.backend is None else tuple(model.tokenizer.tokens(ids))
+
+
+def span(prompt: Prompt, part: str | range | Sequence[int]) -> range:
+    """The tokens of a prompt that a part of it stands in, from the first to the last.
+
+    Args:
+        prompt: The prompt.
+        part: Words of its text, which must be there once; or positions of tokens, which follow each other.
+
+    Raises:
+        InputError: the words are not there, or several times; or there are no such tokens.
+    """
+    if not isinstance(part, str):
+        positions = list(part)
+        if not positions or positions != list(range(positions[0], positions[-1] + 1)):
+            raise InputError(f"{positions} are no tokens that follow each other.", lines=here())
+        if positions[0] < 0 or positions[-1] >= len(prompt):
+            raise InputError(f"The prompt has {len(prompt)} tokens, and none at {positions[-1]}.", lines=here())
+        return range(positions[0], positions[-1] + 1)
+    whole = "".join(prompt.tokens)
+    first = whole.find(part)
+    if not part or first < 0 or whole.find(part, first + 1) >= 0:
+        often = "not" if first < 0 else "several times"
+        raise InputError(
+            f"“{part}” is {often} in the tokens “{'|'.join(prompt.tokens)}”.",
+            hint="Give words that are there once, or the positions of their tokens: `range(1, 4)`.",
+            lines=here(),
+        )
+    ends, at = [], 0
+    for token in prompt.tokens:
+        at += len(token)
+        ends.append(at)
+    begin = next(index for index, end in enumerate(ends) if end > first)
+    last = next(index for index, end in enumerate(ends) if end >= first + len(part))
+    return range(begin, last + 1)
+
+
+def token_of(model: Model, prompt: Prompt, answer: str | int) -> int:
+    """The token id of an answer: itself, or the first token with which the text goes on.
+
+    Raises:
+        InputError: the text does not go on like that, or the prompt is token ids.
+    """
+    if isinstance(answer, int):
+        return answer
+    if not isinstance(prompt.given, str):
+        raise InputError(
+            "Token ids go on with a token id, not with a text.", hint="Give the answer's id.", lines=here()
+        )
+    whole = model.tokenize(prompt.given + answer)[0]
+    if len(whole) <= len(prompt) or tuple(whole[: len(prompt)]) != prompt.ids:
+        raise InputError(
+            f"“{answer}” is not how “{prompt.given}” goes on: together they are other tokens.",
+            hint="Begin it with a space where a new word begins, or give a token id.",
+            lines=here(),
+        )
+    return whole[len(prompt)]
