@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import patchwire
+import tiny
 from conformance.hooks import Place, assert_same, changed_logits, record
 
 A = [3, 14, 15, 9, 26, 5]
@@ -220,3 +221,20 @@ def test_a_gradient_flows_through_a_copy_that_changes_nothing(model: patchwire.M
             model.layers[0].output[:, 0] = state[:, 0]
             gradient = patchwire.grad(model.logits[0, -1, 7], state).save()
     assert gradient.value[:, 0].abs().max() > 0
+
+
+def test_a_model_that_looks_ahead_has_other_states_from_the_first_token_on() -> None:
+    config = tiny.CONFIGS["gemma3_text"]()
+    config.use_bidirectional_attention, config.sliding_window = True, 64
+    torch.manual_seed(0)
+    module = AutoModelForCausalLM.from_config(config).eval()
+    for layer in range(config.num_hidden_layers):
+        model, found = patchwire.local(module), {}
+        for exact in (False, True):
+            with model.trace(exact=exact) as trace:
+                with trace.invoke(A):
+                    state = model.layers[layer].output
+                with trace.invoke(B):
+                    model.layers[layer].output[:, :BEGIN] = state[:, :BEGIN]
+                    found[exact] = model.logits.save()
+        assert_same(found[False].value, found[True].value, layer)

@@ -76,7 +76,7 @@ def detached(model: patchwire.Model, ids: list[int] = IDS) -> patchwire.Job:
 
 def endless(model: patchwire.Model) -> patchwire.Job:
     """A job of many minutes of work."""
-    with model.trace(IDS, blocking=False) as trace:
+    with model.trace(IDS, blocking=False, exact=True) as trace:
         value = model.layers[0].output.save().new_ones(2048, 2048)
         for _ in range(3_000):
             value = value @ value

@@ -55,7 +55,7 @@ class Request:
             catalogue=self.catalogue,
             entries=[],
             entries_after_past=[],
-            same_after_past=frozenset(),
+            looking_back=frozenset(),
             seconds_like=lambda rows, seq, end: rows * seq * end,
             fits=lambda size: True,
             interleaver=SimpleNamespace(goes_stepwise=lambda ways: False),

@@ -19,12 +19,17 @@ T = TypeVar("T")
 def apart(work: Callable[[], T]) -> T:
     """What `work` returns or raises, done on a thread that ends with it."""
     future = Future[T]()
+    threading.Thread(target=_run, args=(work, future), name="apart", daemon=True).start()
+    try:
+        return future.result()
+    finally:
+        del future  # or an error would keep this frame, and this frame the error
 
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
 
-    threading.Thread(target=run, name="apart", daemon=True).start()
-    return future.result()
+def _run(work: Callable[[], T], future: Future[T]) -> None:
+    try:
+        future.set_result(work())
+    except BaseException as error:
+        future.set_exception(error)
+    finally:
+        del future

@@ -54,7 +54,7 @@ def _source(admitted: Admitted, write: torch.fx.Node) -> _Invoke | None:
     site = write.args[0]
     assert isinstance(site, g.Site)
     leaf = admitted.leaves[site]
-    if site.step or (leaf.location, leaf.path) not in admitted.models[site.trace].same_after_past:
+    if site.step or (leaf.location, leaf.path) not in admitted.models[site.trace].looking_back:
         return None
     rows = admitted.graph.traces[site.trace].invokes[site.invoke].rows
     found = copied(write, len(rows[0]))

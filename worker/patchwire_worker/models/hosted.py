@@ -100,7 +100,8 @@ class HostedModel:
         self.overwritten = frozenset(learner.overwritten)
         self.entries = learner.entries(self.catalogue)
         self.trimmed = learner.trimmed(_POSITIONS) if self._takes(_POSITIONS) else None
-        self.entries_after_past, self.same_after_past = learner.after_past(self.catalogue, self.entries)
+        after = learner.after_past(self.catalogue, self.entries)
+        self.entries_after_past, self.same_after_past, self.looking_back = after
         self._memory.restore()
         self.costs = self._metered()
         self.pass_bytes = _pass_bytes(self.device)

@@ -201,14 +201,15 @@ class Learner:
 
     def after_past(
         self, catalogue: Catalogue, usual: Sequence[Entry]
-    ) -> tuple[list[Entry], frozenset[tuple[Location, Path]]]:
-        """Where rows can fork in a pass over later tokens only, and the tensors that are then what they are otherwise.
+    ) -> tuple[list[Entry], frozenset[tuple[Location, Path]], frozenset[tuple[Location, Path]]]:
+        """Where rows can fork in a pass over later tokens only, the tensors that are then what they are otherwise, and
+        those of them that at any position depend on the tokens until then alone.
 
         Nowhere and none, if the model does not remember the tokens before in the way that it should. Rows that
         begin with the same tokens are compared with rows that go on from what is remembered of these.
         """
         if not usual or argument(self.module) is None:
-            return [], frozenset()
+            return [], frozenset(), frozenset()
         before = self._ids(1, _PAST)
         whole = [torch.cat([before.expand(ids.shape[0], -1), ids], dim=1) for ids in self.prompts()[: len(SHAPES)]]
         try:
@@ -217,6 +218,7 @@ class Learner:
             expected = self._run(whole[-1])
             others = self._ids(2, _PAST)[1:].expand(whole[-1].shape[0], -1)
             different = self._run(torch.cat([others, whole[-1][:, _PAST:]], dim=1))
+            ends_otherwise = self._run(torch.cat([whole[-1][:, :_PAST], whole[-1][:, _PAST:].flip(1)], dim=1))
             places = []
             for place in usual:
                 given = _leaves(place.location.module, runs, runs[-1])
@@ -227,8 +229,9 @@ class Learner:
                 raise ValueError("rows would have other numbers")
         except Exception as error:  # a model fails in whatever way it likes
             log.info("%s: the first tokens are computed each time (%s)", catalogue.model, first_line(error))
-            return [], frozenset()
-        return places, frozenset(_same_later(expected, different, runs[-1]))
+            return [], frozenset(), frozenset()
+        same = frozenset(_same_later(expected, different, runs[-1]))
+        return places, same, frozenset(each for each in same if _looks_back(each, expected, ends_otherwise))
 
     def _run_after(self, ids: Tensor, past: Past) -> _Seen:
         past.rows = ids.shape[0]
@@ -436,6 +439,22 @@ def _same_later(whole: _Seen, different: _Seen, later: _Seen) -> Iterator[tuple[
             if error > influence / 10 + noise:
                 continue
         yield place
+
+
+def _looks_back(place: tuple[Location, Path], whole: _Seen, ends_otherwise: _Seen) -> bool:
+    """Whether a tensor `[batch, seq, …]` is the same at the first positions, whatever tokens come later.
+
+    A layer that looks ahead may go on from its keys and values all the same: the first ones depend on one token each.
+    """
+    value, other = whole.values[place], ends_otherwise.values.get(place)
+    if other is None or other.shape != value.shape or not is_same(value[:, :_PAST], other[:, :_PAST]):
+        return False
+    if not value.is_floating_point():
+        return True
+    error = (value - other)[:, :_PAST].double().abs().max()
+    influence = (value - other)[:, _PAST:].double().abs().max()
+    noise = _ROUNDINGS * torch.finfo(value.dtype).eps * value.double().abs().max()
+    return bool(error <= influence / 10 + noise)
 
 
 def is_same(one: Tensor, other: Tensor) -> bool:
