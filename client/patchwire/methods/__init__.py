@@ -7,6 +7,17 @@ tensors, a `table()` for the terminal and a `plot()`.
 from __future__ import annotations
 
 from patchwire.methods.causal import Noise, Replacement, causal_trace, embedding_std
+from patchwire.methods.editing import (
+    PROJECTIONS,
+    Mention,
+    Projection,
+    RankOneEdit,
+    SecondMoment,
+    rank_one_edit,
+    sampled_prefixes,
+    second_moment,
+    with_update,
+)
 from patchwire.methods.lens import LogitLens, logit_lens
 from patchwire.methods.measured import Measured
 from patchwire.methods.metrics import KL, LogitDifference, LogProbability, Metric, Probability, Rank
@@ -17,22 +28,31 @@ from patchwire.methods.result import Axis, Origin, Result, load
 __all__ = [
     "KL",
     "PLACES",
+    "PROJECTIONS",
     "Axis",
     "LogProbability",
     "LogitDifference",
     "LogitLens",
     "Measured",
+    "Mention",
     "Metric",
     "Noise",
     "Origin",
     "Probability",
+    "Projection",
     "Rank",
+    "RankOneEdit",
     "Replacement",
     "ResidualPatching",
     "Result",
+    "SecondMoment",
     "causal_trace",
     "embedding_std",
     "load",
     "logit_lens",
+    "rank_one_edit",
     "residual_patching",
+    "sampled_prefixes",
+    "second_moment",
+    "with_update",
 ]

@@ -1,0 +1,186 @@
+"""Rank-one editing: every step against plain PyTorch on the Hugging Face module; on the zoo what the papers claim."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import patchwire
+import tiny
+from patchwire import methods
+
+PROMPT = [3, 14, 15, 9, 26, 5]
+SUBJECT = range(1, 3)
+PREFIXES = [[7, 8], [50, 41, 32, 1]]
+ESSENCE = methods.Mention([3, 14, 15, 30], SUBJECT)
+TARGET = [7, 12]
+LAYER = 1
+DATA = [tiny.prompt(3 + index % 12, seed=index) for index in range(60)]
+CASES = [("gpt2", "mlp"), ("llama", "mlp"), ("mamba", "ssm_out"), ("mamba", "ssm_in"), ("mamba", "ssm_gate")]
+
+
+@dataclass
+class Reference:
+    """A projection of a Hugging Face model."""
+
+    model: PreTrainedModel
+    module: nn.Module
+    transposed: bool
+    """Whether the weight is `[d_key, d_value]`."""
+    part: slice
+    """Which of its outputs are the projection's."""
+
+    @property
+    def weight(self) -> Tensor:
+        weight = self.module.weight if self.transposed else self.module.weight.T
+        return weight[:, self.part]
+
+    def run(self, ids: list[int], delta: Tensor | None = None, place: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """The keys, values and logits of one prompt, with something added to the value at a token."""
+        seen: list[Tensor] = []
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            seen.extend((args[0][0], output[0, :, self.part]))
+            if delta is not None:
+                output = output.clone()
+                output[:, place, self.part] += delta
+            return output
+
+        handle = self.module.register_forward_hook(hook)
+        try:
+            logits = self.model(torch.tensor([ids]), use_cache=False).logits[0]
+        finally:
+            handle.remove()
+        return seen[0], seen[1], logits
+
+    def moment(self) -> Tensor:
+        keys = torch.cat([self.run(ids)[0] for ids in DATA]).double()
+        return keys.T @ keys / len(keys)
+
+    def delta(self, steps: int, lr: float, kl_factor: float, weight_decay: float, clamp: float, enough: float) -> Any:
+        """The search for v*, as the paper's authors wrote it."""
+        place = SUBJECT[-1]
+        value = self.run(PROMPT)[1][place]
+        usual = self.run(list(ESSENCE.prompt))[2][-1].log_softmax(-1)
+        delta = torch.zeros_like(value, requires_grad=True)
+        optimiser = torch.optim.Adam([delta], lr=lr)
+        losses = []
+        for step in range(steps):
+            nll = []
+            for prefix in ([], *PREFIXES):
+                ids = [*prefix, *PROMPT, *TARGET[:-1]]
+                said = self.run(ids, delta, place + len(prefix))[2].log_softmax(-1)
+                nll += [-said[len(prefix) + len(PROMPT) - 1 + index, token] for index, token in enumerate(TARGET)]
+            now = self.run(list(ESSENCE.prompt), delta, place)[2][-1].log_softmax(-1)
+            kl = nn.functional.kl_div(usual, now, log_target=True, reduction="sum")
+            loss = torch.stack(nll).mean() + kl_factor * kl + weight_decay * delta.norm() / value.norm() ** 2
+            losses.append(loss.detach())
+            if loss < enough or step == steps - 1:
+                break
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            with torch.no_grad():
+                if delta.norm() > clamp * value.norm():
+                    delta *= clamp * value.norm() / delta.norm()
+        return delta.detach(), value, losses
+
+
+@pytest.fixture(params=CASES, ids="-".join)
+def case(request: pytest.FixtureRequest) -> tuple[str, str]:
+    return request.param
+
+
+@pytest.fixture
+def model(served: Mapping[str, patchwire.Model], case: tuple[str, str]) -> patchwire.Model:
+    return served[case[0]]
+
+
+@pytest.fixture
+def reference(references: Mapping[str, PreTrainedModel], case: tuple[str, str]) -> Reference:
+    name, projection = case
+    module = references[name]
+    base = module.base_model
+    layer = (base.h if hasattr(base, "h") else base.layers)[LAYER]
+    if name == "gpt2":
+        return Reference(module, layer.mlp.c_proj, True, slice(None))
+    if name == "llama":
+        return Reference(module, layer.mlp.down_proj, False, slice(None))
+    half = layer.mixer.intermediate_size
+    linear = layer.mixer.out_proj if projection == "ssm_out" else layer.mixer.in_proj
+    return Reference(
+        module, linear, False, {"ssm_in": slice(0, half), "ssm_gate": slice(half, None)}.get(projection, slice(None))
+    )
+
+
+@pytest.mark.parametrize("keep", [None, 60.0])
+def test_the_second_moment_is_that_of_all_tokens(
+    model: patchwire.Model, reference: Reference, case: tuple[str, str], keep: float | None
+) -> None:
+    found = methods.second_moment(model, LAYER, DATA, projection=case[1], batch_size=7, keep=keep)
+    matrix = found.matrix
+    if not isinstance(matrix, Tensor):
+        with model.session(), model.trace(PROMPT):
+            back = (found.matrix * 1.0).save()
+        matrix.forget()
+        matrix = back.value
+
+    assert found.count == sum(map(len, DATA))
+    torch.testing.assert_close(matrix, reference.moment(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("clamp", "enough"), [(4.0, 0.0), (0.3, 0.0), (4.0, 2.5)], ids=["free", "clamped", "stopped early"]
+)
+def test_each_step_gives_what_pytorch_gives(
+    model: patchwire.Model, reference: Reference, case: tuple[str, str], clamp: float, enough: float
+) -> None:
+    moment = methods.SecondMoment(LAYER, case[1], reference.moment(), sum(map(len, DATA)))
+    told: dict[str, Any] = {"steps": 8, "lr": 0.05, "kl_factor": 0.5, "weight_decay": 0.7, "clamp": clamp}
+    found = methods.rank_one_edit(
+        model, PROMPT, SUBJECT, TARGET, moment, prefixes=PREFIXES, essence=[ESSENCE], enough_loss=enough, **told
+    )
+
+    place = SUBJECT[-1]
+    key = torch.stack([reference.run([*each, *PROMPT])[0][len(each) + place] for each in ([], *PREFIXES)]).mean(0)
+    direction = torch.linalg.solve(reference.moment(), key.double())
+    direction = (direction / direction.norm()).float()
+    delta, value, losses = reference.delta(enough=enough, **told)
+    own = reference.run(PROMPT)[0][place]
+    close: dict[str, float] = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(found.key, key, **close)
+    torch.testing.assert_close(found.direction, direction, **close)
+    torch.testing.assert_close(found.losses.values[: len(losses), 0], torch.stack(losses), **close)
+    torch.testing.assert_close(found.value, value + delta, **close)
+    torch.testing.assert_close(found.update, delta / (own @ direction), **close)
+
+
+def test_the_edited_model_is_one_whose_weight_is_edited_and_the_others_stay(
+    model: patchwire.Model, reference: Reference, case: tuple[str, str]
+) -> None:
+    def logits(model: patchwire.Model) -> Tensor:
+        with model.trace(PROMPT):
+            found = model.logits.save()
+        return found.value
+
+    before = logits(model)
+    generator = torch.Generator().manual_seed(0)
+    direction, update = (torch.randn(size, generator=generator) / 8 for size in reference.weight.shape)
+    edited = methods.with_update(model, LAYER, direction, update, projection=case[1])
+    found = logits(edited)
+
+    weight = reference.weight
+    was = weight.clone()
+    with torch.no_grad():
+        weight += torch.outer(direction, update)
+        expected = reference.run(PROMPT)[2]
+        weight.copy_(was)
+    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
+    assert (found - before).abs().max() > 0.01
+    assert torch.equal(logits(model), before)
