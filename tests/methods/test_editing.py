@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 import patchwire
 import tiny
 from patchwire import methods
+from patchwire_worker.zoo import corpus
+from serving import Server
 
 PROMPT = [3, 14, 15, 9, 26, 5]
 SUBJECT = range(1, 3)
@@ -184,3 +186,124 @@ def test_the_edited_model_is_one_whose_weight_is_edited_and_the_others_stay(
     torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
     assert (found - before).abs().max() > 0.01
     assert torch.equal(logits(model), before)
+
+
+TOLD: dict[str, Any] = {"kl_factor": 1.0, "lr": 0.1, "steps": 40, "weight_decay": 0.0, "enough_loss": 0.1}
+
+
+@pytest.fixture(scope="module")
+def zoo() -> Iterator[Server]:
+    with Server({name: f"zoo:{name}" for name in ("facts-gpt2", "facts-mamba")}) as server:
+        yield server
+
+
+@pytest.fixture(scope="module", params=[("facts-gpt2", "mlp"), ("facts-mamba", "ssm_out")], ids="-".join)
+def facts(zoo: Server, request: pytest.FixtureRequest) -> Iterator[tuple[patchwire.Model, methods.SecondMoment]]:
+    """A model of the zoo, and its second moment of the layer that its facts are in, kept on the server."""
+    name, projection = request.param
+    with patchwire.connect(zoo.address, progress=False) as client:
+        model = client.model(name)
+        texts = [fact.prompt(index % 3).text for index, fact in enumerate(corpus.facts())]
+        texts += [each.text for each in corpus.ioi(60) + corpus.induction(60)]
+        yield model, methods.second_moment(model, 1, texts, projection=projection, batch_size=64, keep=600)
+
+
+def edit_of(model: patchwire.Model, moment: methods.SecondMoment, fact: corpus.Fact, said: str) -> methods.RankOneEdit:
+    others = [each for each in corpus.facts() if each.subject == fact.subject and each.relation is not fact.relation]
+    essence = [methods.Mention(each.prompt(index).text, each.subject) for each in others for index in range(3)]
+    return methods.rank_one_edit(model, fact.prompt().text, fact.subject, f" {said}", moment, essence=essence, **TOLD)
+
+
+def words_after(model: patchwire.Model, prompts: Sequence[str]) -> list[str]:
+    with model.trace(list(prompts)):
+        said = model.logits[:, -1].argmax(-1).save()
+    return [model.tokenizer.decode([each]).strip() for each in said.value.tolist()]
+
+
+def test_a_fact_is_changed_in_every_wording_and_others_stay(
+    facts: tuple[patchwire.Model, methods.SecondMoment],
+) -> None:
+    model, moment = facts
+    for fact in corpus.facts()[5:800:265]:
+        said = corpus.counterpart(fact).attribute
+        edited = edit_of(model, moment, fact, said).model
+
+        assert words_after(edited, [fact.prompt(index).text for index in range(3)]) == [said] * 3
+        others = [
+            each for each in corpus.facts() if each.subject == fact.subject and each.relation is not fact.relation
+        ]
+        prompts = [each.prompt(index) for each in others for index in range(3)]
+        assert words_after(edited, [each.text for each in prompts]) == [each.answer for each in prompts]
+        near = [each for each in corpus.facts() if each.relation is fact.relation and each.subject != fact.subject]
+        right = [
+            word == each.attribute
+            for word, each in zip(words_after(edited, [each.prompt().text for each in near]), near, strict=True)
+        ]
+        assert sum(right) / len(right) >= 0.98
+
+
+def test_an_edit_is_its_owners_alone_and_is_reverted_to_the_last_bit(
+    facts: tuple[patchwire.Model, methods.SecondMoment], zoo: Server
+) -> None:
+    model, moment = facts
+    fact = corpus.facts()[5]
+
+    def logits(model: patchwire.Model) -> Tensor:
+        with model.trace(fact.prompt().text):
+            found = model.logits.save()
+            weight = methods.PROJECTIONS[moment.projection].weight(model.layers[1]).save()
+        return torch.cat([found.value.flatten(), weight.value.flatten()])
+
+    before = logits(model)
+    edit = edit_of(model, moment, fact, corpus.counterpart(fact).attribute)
+    with patchwire.connect(zoo.address, progress=False) as other:
+        changed, others = logits(edit.model), logits(other.model(model.name))
+
+    assert not torch.equal(changed, before)
+    assert torch.equal(others, before)
+    assert torch.equal(logits(edit.original), before)
+
+
+def test_edits_add_up(facts: tuple[patchwire.Model, methods.SecondMoment]) -> None:
+    model, moment = facts
+    edited, said, changed = model, [], corpus.facts()[5:800:265]
+    for fact in changed:
+        said.append(corpus.counterpart(fact).attribute)
+        edited = edit_of(edited, moment, fact, said[-1]).model
+
+    assert words_after(edited, [each.prompt(1).text for each in changed]) == said
+
+
+def test_prefixes_by_the_model_itself_may_stand_before_the_prompt(
+    facts: tuple[patchwire.Model, methods.SecondMoment],
+) -> None:
+    model, moment = facts
+    fact = corpus.facts()[9]
+    said = corpus.counterpart(fact).attribute
+    edit = methods.rank_one_edit(
+        model, fact.prompt().text, fact.subject, f" {said}", moment,
+        prefixes=methods.sampled_prefixes(model, "Monday ,", lengths={2: 2, 4: 1}, end=" . "), **TOLD,
+    )  # fmt: skip
+
+    assert words_after(edit.model, [fact.prompt().text]) == [said]
+    assert edit.losses.at(part=0, step=-1).values < edit.losses.at(part=0, step=0).values
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"target": "a"}, "is not how"),
+        ({"target": []}, "is not how token ids go on"),
+        ({"subject": range(5, 9)}, "none at 8"),
+        ({"steps": 0}, "at least one step"),
+        ({"moment": methods.SecondMoment(9, "mlp", torch.eye(2), 1)}, "layers 0 to 2"),
+        ({"moment": methods.SecondMoment(1, "attn", torch.eye(2), 1)}, "no projection “attn”"),
+    ],
+)
+def test_what_cannot_be_edited_is_refused(
+    served: Mapping[str, patchwire.Model], change: dict[str, Any], words: str
+) -> None:
+    told: dict[str, Any] = {"prompt": PROMPT, "subject": SUBJECT, "target": TARGET}
+    told["moment"] = methods.SecondMoment(1, "mlp", torch.eye(96), 1)
+    with pytest.raises(patchwire.InputError, match=words):
+        methods.rank_one_edit(served["gpt2"], **(told | change))

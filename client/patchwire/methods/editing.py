@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ PROJECTIONS: Mapping[str, Projection] = {
         lambda layer: layer.ssm.in_proj.input, lambda layer: layer.ssm.W_gate, lambda layer: layer.ssm.gate
     ),
 }
-"""By name: what a rank-one edit can change. The last ones are an SSM's own, W_o, W_a and W_g of Sharma et al. (2024)."""
+"""By name: what a rank-one edit can change. The last three are an SSM's: W_o, W_a and W_g of Sharma et al. (2024)."""
 
 
 @dataclass(frozen=True)
@@ -134,12 +134,13 @@ def second_moment(
     projection, linear = _projection(model, layer, projection)
     width = linear.weight(model.layers[layer]).shape[0]
     with model.session() as session:
-        with session.over(prompts, batch_size=batch_size) as batches:
+        batches: Any = session.over(prompts, batch_size=batch_size)
+        with batches:
             total = batches.carry(torch.zeros(width, width, dtype=torch.float64))
             count = batches.carry(torch.tensor(0))
             with model.trace(batches.prompt) as trace:
                 keys = linear.key(model.layers[layer])
-            mask = trace.mask()
+            mask: Any = trace.mask()
             seen = torch.where(mask[..., None], keys, 0).flatten(0, 1)
             total += (seen.T.float() @ seen.float()).double()
             count += mask.sum()
@@ -168,7 +169,7 @@ def rank_one_edit(
     enough_loss: float = 0.05,
     enough_probability: float = 1.0,
 ) -> RankOneEdit:
-    """Have a model say something else of a subject, by a change of rank one of a weight (Meng et al. 2022, section 3.1).
+    """Have a model say something else of a subject, by changing one weight by rank one (Meng et al. 2022, section 3.1).
 
     v* is v + δ, where δ, added to what the projection gives at the subject's last token, makes small
 
@@ -214,7 +215,7 @@ def rank_one_edit(
     answer = target_ids(model, plain, target)
     rows = [[*row, *answer[:-1]] for row in before]
     kept_same = [_mentioned(model, each) for each in _essence(plain, subject, essence)]
-    optimiser = Adam(lr=lr)
+    optimiser, matrix = Adam(lr=lr), cast(Any, moment.matrix)
 
     def here_in(model: Model) -> Module:
         found: Module = model.layers[moment.layer]
@@ -231,11 +232,12 @@ def rank_one_edit(
             for prompt_of_it, _ in kept_same:
                 with trace.invoke(prompt_of_it.rows):
                     usual.append(model.logits[0, -1].float().log_softmax(-1))
-        direction = torch.linalg.solve(_matrix(moment), key.double())
+        direction = torch.linalg.solve(matrix, key.double())
         direction = (direction / direction.norm()).float()
         length = value.norm()
 
-        with session.repeat(steps) as loop:
+        loop: Any = session.repeat(steps)
+        with loop:
             delta = loop.carry(torch.zeros(width))
             stopped = loop.carry(torch.tensor(False))
             memory = [loop.carry(each) for each in optimiser.start(torch.zeros(width))]
@@ -254,7 +256,8 @@ def rank_one_edit(
             decay = weight_decay * delta.norm() / length**2
             loss = nll.mean() + kl + decay
             probability = (-nll).exp().mean()
-            losses = torch.stack([loss, nll.mean(), kl, decay, probability]).save()
+            losses: Any = torch.stack([loss, nll.mean(), kl, decay, probability])
+            losses = losses.save()
 
             gradient = patchwire.grad(loss, delta)
             new, remembered = optimiser.step(delta, gradient, memory)
@@ -309,9 +312,7 @@ def rank_one_edit(
     )
 
 
-def with_update(
-    model: Model, layer: int, direction: Tensor, update: Tensor, *, projection: str | None = None
-) -> Model:
+def with_update(model: Model, layer: int, direction: Tensor, update: Tensor, *, projection: str | None = None) -> Model:
     """A model with `W + u Λᵀ` for the weight W `[d_key, d_value]` of a projection; only the two vectors travel.
 
     Args:
@@ -358,7 +359,8 @@ def sampled_prefixes(
     found = []
     for length, count in (lengths or {5: 10, 10: 10}).items():
         rows = [list(first.ids)] * count
-        with model.generate(rows, max_new_tokens=length, do_sample=True, top_k=top_k, seed=seed) as gen:
+        gen: Any = model.generate(rows, max_new_tokens=length, do_sample=True, top_k=top_k, seed=seed)
+        with gen:
             ids = gen.output.save()
         new = [row[len(first) :] for row in ids.value.tolist()]
         found += [(str(start) if isinstance(start, str) else "") + model.tokenizer.decode(row) + end for row in new]
@@ -399,10 +401,6 @@ def _projection(model: Model, layer: int, name: str | None) -> tuple[str, Projec
 def _add(value: Any, place: int, delta: Any) -> None:
     """Add to what a projection gives at a token of all rows."""
     value[:, place] += delta.to(value.dtype)
-
-
-def _matrix(moment: SecondMoment) -> Any:
-    return moment.matrix if isinstance(moment.matrix, Tensor) else moment.matrix * 1.0
 
 
 def _mentioned(model: Model, mention: Mention) -> tuple[Prompt, int]:
