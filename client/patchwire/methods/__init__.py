@@ -23,13 +23,23 @@ from patchwire.methods.measured import Measured
 from patchwire.methods.metrics import KL, LogitDifference, LogProbability, Metric, Probability, Rank
 from patchwire.methods.patching import ResidualPatching, residual_patching
 from patchwire.methods.places import PLACES
+from patchwire.methods.relations import LinearRelation, linear_relation
 from patchwire.methods.result import Axis, Origin, Result, load
+from patchwire.methods.scores import (
+    consistency,
+    edit_scores,
+    generated_texts,
+    harmonic_mean,
+    ngram_entropy,
+    overall,
+)
 
 __all__ = [
     "KL",
     "PLACES",
     "PROJECTIONS",
     "Axis",
+    "LinearRelation",
     "LogProbability",
     "LogitDifference",
     "LogitLens",
@@ -47,9 +57,16 @@ __all__ = [
     "Result",
     "SecondMoment",
     "causal_trace",
+    "consistency",
+    "edit_scores",
     "embedding_std",
+    "generated_texts",
+    "harmonic_mean",
+    "linear_relation",
     "load",
     "logit_lens",
+    "ngram_entropy",
+    "overall",
     "rank_one_edit",
     "residual_patching",
     "sampled_prefixes",
