@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 import patchwire
 from patchwire import methods
+from patchwire_worker.zoo import corpus
 from serving import Server
 
 NAMES = ["gpt2", "llama", "mamba"]
@@ -173,3 +174,17 @@ def test_what_a_model_writes_is_drawn_with_a_seed(zoo: Mapping[str, patchwire.Mo
     assert all(text.startswith(prompt) and len(text) > len(prompt) for text, prompt in zip(texts, prompts, strict=True))
     assert methods.generated_texts(zoo["facts-gpt2"], prompts, max_new_tokens=6) == texts
     assert methods.ngram_entropy(texts) > 1
+
+
+@pytest.mark.parametrize("name", ["facts-gpt2", "facts-mamba"])
+def test_a_relation_of_the_zoo_is_more_linear_than_chance_in_the_middle(
+    zoo: Mapping[str, patchwire.Model], name: str
+) -> None:
+    city = [each for each in corpus.facts() if each.relation.name == "city"]
+    mentions = [methods.Mention(each.prompt().text, each.subject) for each in city]
+    relation = methods.linear_relation(zoo[name], mentions[::25], 1, rows=32)
+
+    held_out = mentions[3::8]
+    faithful = relation.faithfulness(held_out, beta=2.25)
+    assert len(faithful.values) == 25
+    assert faithful.numbers["faithfulness"] >= 0.5  # of 16 cities

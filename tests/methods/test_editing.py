@@ -188,6 +188,15 @@ def test_the_edited_model_is_one_whose_weight_is_edited_and_the_others_stay(
     assert torch.equal(logits(model), before)
 
 
+def test_the_last_layer_is_edited_only_where_it_looks_back(
+    model: patchwire.Model, reference: Reference, case: tuple[str, str]
+) -> None:
+    moment = methods.second_moment(model, tiny.LAYERS - 1, DATA, projection=case[1])
+    found = methods.rank_one_edit(model, PROMPT, SUBJECT, TARGET, moment, essence=[], steps=3)
+
+    assert bool(found.update.any()) == (case[1] == "ssm_in")  # what the scan reads; all else is of one token
+
+
 TOLD: dict[str, Any] = {"kl_factor": 1.0, "lr": 0.1, "steps": 40, "weight_decay": 0.0, "enough_loss": 0.1}
 
 
