@@ -65,10 +65,15 @@ class Reference:
         keys = torch.cat([self.run(ids)[0] for ids in DATA]).double()
         return keys.T @ keys / len(keys)
 
-    def delta(self, steps: int, lr: float, kl_factor: float, weight_decay: float, clamp: float, enough: float) -> Any:
+    def value(self) -> Tensor:
+        return self.run(PROMPT)[1][SUBJECT[-1]]
+
+    def delta(
+        self, steps: int, lr: float, kl_factor: float, weight_decay: float, clamp: float, enough: float = 0.0
+    ) -> Any:
         """The search for v*, as the paper's authors wrote it."""
         place = SUBJECT[-1]
-        value = self.run(PROMPT)[1][place]
+        value = self.value()
         usual = self.run(list(ESSENCE.prompt))[2][-1].log_softmax(-1)
         delta = torch.zeros_like(value, requires_grad=True)
         optimiser = torch.optim.Adam([delta], lr=lr)
@@ -137,14 +142,18 @@ def test_the_second_moment_is_that_of_all_tokens(
     torch.testing.assert_close(matrix, reference.moment(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("clamp", "enough"), [(4.0, 0.0), (0.3, 0.0), (4.0, 2.5)], ids=["free", "clamped", "stopped early"]
-)
+@pytest.mark.parametrize("end", ["of steps", "of room", "as it is enough"])
 def test_each_step_gives_what_pytorch_gives(
-    model: patchwire.Model, reference: Reference, case: tuple[str, str], clamp: float, enough: float
+    model: patchwire.Model, reference: Reference, case: tuple[str, str], end: str
 ) -> None:
     moment = methods.SecondMoment(LAYER, case[1], reference.moment(), sum(map(len, DATA)))
-    told: dict[str, Any] = {"steps": 8, "lr": 0.05, "kl_factor": 0.5, "weight_decay": 0.7, "clamp": clamp}
+    told: dict[str, Any] = {"steps": 8, "lr": 0.05, "kl_factor": 0.5, "weight_decay": 0.7, "clamp": 4.0}
+    if end == "of room":
+        told["clamp"] = 0.5 * float(torch.linalg.vector_norm(reference.delta(**told)[0]) / reference.value().norm())
+    enough = 0.0
+    if end == "as it is enough":
+        told["weight_decay"] = 0.0  # with which the loss falls from the first step on
+        enough = float(reference.delta(**told)[2][4]) + 1e-3
     found = methods.rank_one_edit(
         model, PROMPT, SUBJECT, TARGET, moment, prefixes=PREFIXES, essence=[ESSENCE], enough_loss=enough, **told
     )
@@ -154,6 +163,9 @@ def test_each_step_gives_what_pytorch_gives(
     direction = torch.linalg.solve(reference.moment(), key.double())
     direction = (direction / direction.norm()).float()
     delta, value, losses = reference.delta(enough=enough, **told)
+    if end == "of room":
+        assert float(delta.norm() / value.norm()) == pytest.approx(told["clamp"], rel=1e-4)
+    assert len(losses) == (5 if end == "as it is enough" else 8)
     own = reference.run(PROMPT)[0][place]
     close: dict[str, float] = {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(found.key, key, **close)

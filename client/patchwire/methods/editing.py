@@ -239,7 +239,6 @@ def rank_one_edit(
         loop: Any = session.repeat(steps)
         with loop:
             delta = loop.carry(torch.zeros(width))
-            stopped = loop.carry(torch.tensor(False))
             memory = [loop.carry(each) for each in optimiser.start(torch.zeros(width))]
             with model.trace() as trace:
                 with trace.invoke(rows):
@@ -262,9 +261,8 @@ def rank_one_edit(
             gradient = patchwire.grad(loss, delta)
             new, remembered = optimiser.step(delta, gradient, memory)
             new = new * (clamp * length / new.norm()).clamp(max=1.0)
-            done = stopped | (loss < enough_loss) | (probability > enough_probability) | (loop.index == steps - 1)
+            done = (loss < enough_loss) | (probability > enough_probability) | (loop.index == steps - 1)
             loop.update(delta, torch.where(done, delta, new))
-            loop.update(stopped, done)
             for each, then in zip(memory, remembered, strict=True):
                 loop.update(each, then)
         found = loop.result(delta)
