@@ -7,32 +7,69 @@ tensors, a `table()` for the terminal and a `plot()`.
 from __future__ import annotations
 
 from patchwire.methods.causal import Noise, Replacement, causal_trace, embedding_std
+from patchwire.methods.editing import (
+    PROJECTIONS,
+    Mention,
+    Projection,
+    RankOneEdit,
+    SecondMoment,
+    rank_one_edit,
+    sampled_prefixes,
+    second_moment,
+    with_update,
+)
 from patchwire.methods.lens import LogitLens, logit_lens
 from patchwire.methods.measured import Measured
 from patchwire.methods.metrics import KL, LogitDifference, LogProbability, Metric, Probability, Rank
 from patchwire.methods.patching import ResidualPatching, residual_patching
 from patchwire.methods.places import PLACES
+from patchwire.methods.relations import LinearRelation, linear_relation
 from patchwire.methods.result import Axis, Origin, Result, load
+from patchwire.methods.scores import (
+    consistency,
+    edit_scores,
+    generated_texts,
+    harmonic_mean,
+    ngram_entropy,
+    overall,
+)
 
 __all__ = [
     "KL",
     "PLACES",
+    "PROJECTIONS",
     "Axis",
+    "LinearRelation",
     "LogProbability",
     "LogitDifference",
     "LogitLens",
     "Measured",
+    "Mention",
     "Metric",
     "Noise",
     "Origin",
     "Probability",
+    "Projection",
     "Rank",
+    "RankOneEdit",
     "Replacement",
     "ResidualPatching",
     "Result",
+    "SecondMoment",
     "causal_trace",
+    "consistency",
+    "edit_scores",
     "embedding_std",
+    "generated_texts",
+    "harmonic_mean",
+    "linear_relation",
     "load",
     "logit_lens",
+    "ngram_entropy",
+    "overall",
+    "rank_one_edit",
     "residual_patching",
+    "sampled_prefixes",
+    "second_moment",
+    "with_update",
 ]
