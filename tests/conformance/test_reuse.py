@@ -23,6 +23,8 @@ DEFAULT = (*tiny.CORE, "falcon_mamba", "falcon_h1", "gemma2")
 NOT_REUSED = ("bloom", "recurrent_gemma", "recurrent_gemma_wide", "granitemoehybrid", "bamba", "odd")
 WINDOWS = ("mistral", "gemma2", "gemma3_text")
 """Models with sliding windows that are shorter than the prompt: they do not remember all of it."""
+STATES = ("mamba", "jamba", "bamba", "falcon_h1", "nemotron", "zamba")
+"""What models with states have in their names: of a state a pass shows only the last."""
 FAMILIES = [
     pytest.param(name, marks=[] if name in DEFAULT else [pytest.mark.slow])
     for name in tiny.CONFIGS
@@ -38,13 +40,17 @@ class Counted:
         self.reference: Any = tiny.build(name).requires_grad_(False)
         served: Any = tiny.build(name).requires_grad_(False)
         self.model = patchwire.local(served, progress=False)
-        self.tokens = 0
+        self.tokens = self.passes = 0
+        served.base_model.register_forward_pre_hook(self._count_pass)
         for path in self.model.catalogue.layers:
             served.get_submodule(path).register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, module: Any, args: Any, kwargs: Any) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         self.tokens += hidden.shape[0] * hidden.shape[1]
+
+    def _count_pass(self, *_: Any) -> None:
+        self.passes += 1
 
     def place(self, index: int) -> Any:
         """Where a layer's output is, for plain hooks."""
@@ -54,7 +60,7 @@ class Counted:
     def sweep(self, positions: Any, *, exact: bool = False) -> tuple[dict[tuple[int, int], Any], Any]:
         """Every layer's state at some positions of A patched into B: the last token's logits."""
         model, found = self.model, {}
-        self.tokens = 0
+        self.tokens = self.passes = 0
         with model.session(exact=exact) as session:
             with model.trace(A):
                 clean = [layer.output for layer in model.layers]
@@ -81,6 +87,8 @@ def test_a_sweep_over_positions_has_the_numbers_of_runs_of_their_own(counted: Co
     else:
         assert 1 < stats.passes <= 8, "the prompt is divided, but not into as many parts as it has tokens"
         assert counted.tokens < 0.85 * with_forks_alone
+    if not any(each in counted.name for each in STATES):
+        assert counted.passes == stats.passes, "what later passes go on from is noted in the first"
 
     seen = record(counted.reference, A)
     for (index, position), logits in found.items():

@@ -56,6 +56,7 @@ class Request:
             entries=[],
             entries_after_past=[],
             looking_back=frozenset(),
+            noted_at=None,
             seconds_like=lambda rows, seq, end: rows * seq * end,
             fits=lambda size: True,
             interleaver=SimpleNamespace(goes_stepwise=lambda ways: False),

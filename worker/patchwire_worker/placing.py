@@ -198,6 +198,9 @@ class Pass:
     """The weights that it runs with instead of the model's own."""
     past: tuple[int, ...] = ()
     """The tokens before those of `ids`, the same in all rows; what the model remembers of them is used."""
+    unchanged: Mapping[tuple[int, ...], Mapping[int, int]] = field(default_factory=dict)
+    """The tokens of rows in which nothing is changed that the model remembers, and where each is: of so many rows, this
+    one."""
 
     @property
     def forks(self) -> list[tuple[Location, int]]:
@@ -262,7 +265,22 @@ def placed(groups: Sequence[Group]) -> Pass:
     skipped = len(model.catalogue.entries) - bisect_right(model.catalogue.entries, ordered[-1].order) if ordered else 0
     computed = tuple(position - past for position in positions) or None
     before = first.rows(first.invokes[0])[0][:past]
-    return Pass(groups, model, ids, ordered, skipped, batch, computed, weights=weights, past=before)
+    unchanged = {} if past or len(groups) > 1 else _unchanged(first, keys, rows)
+    return Pass(groups, model, ids, ordered, skipped, batch, computed, None, weights, before, unchanged)
+
+
+def _unchanged(group: Group, keys: Sequence[_Key], rows: Forks) -> dict[tuple[int, ...], dict[int, int]]:
+    """The tokens of rows in which nothing is changed that the model remembers, and where each is at every moment."""
+    noted_at = group.model.noted_at
+    if noted_at is None:
+        return {}
+    found: dict[tuple[int, ...], dict[int, int]] = {}
+    for key in keys:
+        tokens, *others = group.rows(key[1:])
+        writes = (node for node in group.accesses.get(key[1:], ()) if node.target is g.write)
+        if not others and all(group.leaf(node).order >= noted_at for node in writes):
+            found[tokens] = {stage.batch: stage.starts[key] for stage in rows.stages}
+    return found
 
 
 def _is_logits(leaf: Leaf) -> bool:

@@ -126,7 +126,8 @@ def _divided(model: HostedModel, length: int, firsts: Mapping[Invoke, tuple[int,
     rows = [0.0] * (len(places) + 1)
     for first, share in firsts.values():
         rows[bisect_right(places, first)] += share
-    chosen = _cheapest([0, *places], rows, length, model.overhead_tokens)
+    remembering = 0 if model.noted_at else model.overhead_tokens + length
+    chosen = _cheapest([0, *places], rows, length, model.overhead_tokens, remembering)
     found: dict[int, list[Invoke]] = defaultdict(list)
     for invoke, (first, _) in firsts.items():
         start = chosen[bisect_right(chosen, first) - 1]
@@ -135,14 +136,16 @@ def _divided(model: HostedModel, length: int, firsts: Mapping[Invoke, tuple[int,
     return found
 
 
-def _cheapest(places: Sequence[int], rows: Sequence[float], length: int, overhead: int) -> list[int]:
+def _cheapest(
+    places: Sequence[int], rows: Sequence[float], length: int, overhead: int, remembering: int
+) -> list[int]:
     """Where rows that may begin at some places best begin; they may begin at the first for nothing."""
     count = len(places)
     # cost[i]: of all rows from the i-th place on, if some of them begin there.
     cost, follower = [0.0] * (count + 1), [count] * count
     for i in reversed(range(count)):
-        # Their pass has a row of what they share; what is remembered is found out in a pass of its own.
-        begins = overhead + length - places[i] + (overhead + length) / count if places[i] else 0
+        # Their pass has a row of what they share; what is remembered may be found out in a pass of its own, for all.
+        begins = overhead + length - places[i] + remembering / count if places[i] else 0
         options, inside = [], 0.0
         for j in range(i + 1, count + 1):
             inside += rows[j - 1]

@@ -180,7 +180,9 @@ def _attempt(each: Pass, executions: Sequence[Execution]) -> None:
     waiting = {(work.step, work.location): work for work in each.works}
     to_the_end = each.generation is not None and bool(each.generation.results)
     stopping = executions[0].stopping if len(executions) == 1 else _AllStopping(executions)
-    past = executions[0].remembered.get(each.model, each.past) if each.past else None
+    remembered = executions[0].remembered
+    past = remembered.get(each.model, each.past) if each.past else None
+    noting = remembered.noting(each.model, each.unchanged) if len(executions) == 1 else None
     if past is not None:
         past.rows = each.ids.shape[0]
 
@@ -197,7 +199,9 @@ def _attempt(each: Pass, executions: Sequence[Execution]) -> None:
     generated = None
     with each.model.weights(executions[0].weights(each.weights)):
         if each.generation is None:
-            each.model.run(each.ids, steps[0], stopping, each.positions, past)
+            each.model.run(each.ids, steps[0], stopping, each.positions, past or noting)
+            if noting is not None:
+                remembered.note(each.model, noting)
         else:
             tell = partial(executions[0].listener.tokens, each.generation.trace, each.generation.invoke)
             generated = each.model.generate(each.ids, each.generation.options, steps, stopping, tell)

@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicCache
 
 from patchwire.errors import GraphError, InputError
 from patchwire.graph import Generation, same_storage
-from patchwire.sites import INPUT, Axis, Inside, Order, Source
+from patchwire.sites import INPUT, OUTPUT, Axis, Catalogue, Inside, Order, Source
 from patchwire.tensors import dtype_to_proto
 from patchwire.v1 import model_pb2
 from patchwire_worker.computing import apart
@@ -37,7 +37,7 @@ from patchwire_worker.models.detecting import family_of
 from patchwire_worker.models.learning import POSITIONS, Learner, pads
 from patchwire_worker.models.loading import Loaded, load
 from patchwire_worker.models.metering import meter
-from patchwire_worker.models.remembered import Past, remember
+from patchwire_worker.models.remembered import Noting, Past, remember
 from patchwire_worker.models.standins import prompts_of
 from patchwire_worker.models.texts import choosing_attention
 
@@ -68,6 +68,8 @@ class HostedModel:
         trimmed: The modules that see fewer positions when the logits of some alone are computed; None if none do.
         pads: Whether rows of different lengths may share a pass.
         overwritten: The tensors (a location and a path in it) that the model changes in place later.
+        noted_at: When a pass has noted all that a later one may go on from: what follows changes nothing of it. None if
+            its passes cannot note that.
         costs: What passes of any size compute and hold.
         lock: Held while the model runs.
         pass_bytes: How many bytes of activations a pass may hold, before it is split.
@@ -101,7 +103,8 @@ class HostedModel:
         self.entries = learner.entries(self.catalogue)
         self.trimmed = learner.trimmed(_POSITIONS) if self._takes(_POSITIONS) else None
         after = learner.after_past(self.catalogue, self.entries)
-        self.entries_after_past, self.same_after_past, self.looking_back = after
+        self.entries_after_past, self.same_after_past, self.looking_back = after.entries, after.same, after.looking_back
+        self.noted_at = _noted_at(self.catalogue) if after.notes else None
         self._memory.restore()
         self.costs = self._metered()
         self.pass_bytes = _pass_bytes(self.device)
@@ -218,13 +221,21 @@ class HostedModel:
             finally:
                 self._memory.restore()
 
+    def noting(self, rows: Mapping[tuple[int, ...], Mapping[int, int]]) -> Noting | None:
+        """What notes what a pass over whole rows remembers of their first tokens; None if this model's cannot.
+
+        Args:
+            rows: The tokens, and which row begins with them: of so many rows, this one.
+        """
+        return Noting(self.config, rows) if rows and self.noted_at else None
+
     def run(
         self,
         ids: Tensor,
         mediators: Sequence[SiteMediator],
         stopping: Stopping,
         positions: Sequence[int] | None = None,
-        past: Past | None = None,
+        past: Past | Noting | None = None,
     ) -> None:
         """One forward pass.
 
@@ -233,7 +244,7 @@ class HostedModel:
             mediators: Who waits where.
             stopping: Ends it early.
             positions: Those whose logits are computed; None for all.
-            past: What is remembered of the tokens before.
+            past: What is remembered of the tokens before, or what notes what is remembered of these.
         """
         ids = ids.to(self.device)
         more: dict[str, Any] = {} if positions is None else {_POSITIONS: torch.tensor(positions, device=self.device)}
@@ -505,6 +516,14 @@ class HostedModel:
         return hashlib.sha256(json.dumps([tree, self._config_json()]).encode()).digest()
 
 
+def _noted_at(catalogue: Catalogue) -> Order | None:
+    """When the last layer has mixed tokens, or has run."""
+    name = f"layers.{catalogue.num_layers - 1}"
+    last = next((catalogue.names[each] for each in (f"{name}.mixer", name) if each in catalogue.names), None)
+    leaves = catalogue.modules[last.module].side(OUTPUT) if last is not None else []
+    return leaves[0].order if leaves else None
+
+
 _Slot = tuple[nn.Module, dict[str, Any], str, Tensor, Tensor]
 """A module, its table of parameters or buffers, a name in it, the model's own tensor and the one in its place."""
 
@@ -587,6 +606,24 @@ class Remembered:
         self.wanted = +self.wanted
         for key in [key for key in self._known if key[1] not in self.wanted]:
             del self._known[key]
+
+    def noting(self, model: HostedModel, rows: Mapping[tuple[int, ...], Mapping[int, int]]) -> Noting | None:
+        """What notes, in a pass over whole rows, what is wanted of their first tokens; None if there is nothing.
+
+        Args:
+            model: The model.
+            rows: The token ids of rows, and where each is: of so many rows, this one.
+        """
+        found = {}
+        for whole, places in rows.items():
+            wanted = [each for each in self.wanted if each and whole[: len(each)] == each]
+            if wanted:
+                found[max(wanted, key=len)] = places
+        return model.noting(found)
+
+    def note(self, model: HostedModel, noting: Noting) -> None:
+        """Keep what a pass has noted."""
+        self._known |= {(model, tokens): past for tokens, past in noting.noted().items()}
 
     def get(self, model: HostedModel, tokens: tuple[int, ...]) -> Past:
         """What a model remembers of tokens; a part of what it does of more, where it is the same."""

@@ -30,7 +30,7 @@ from patchwire_worker.interleaving import PassInterleaver, SiteMediator, Stoppin
 from patchwire_worker.models.detecting import completed
 from patchwire_worker.models.families import Family
 from patchwire_worker.models.naming import names
-from patchwire_worker.models.remembered import Past, argument, remember
+from patchwire_worker.models.remembered import Noting, Past, argument, remember, same_noted
 from patchwire_worker.models.texts import choosing_attention
 from patchwire_worker.rows import Rows
 
@@ -92,6 +92,20 @@ class _Seen:
         found = {place for place, (tensor, version) in self.versions.items() if tensor._version != version}
         self.versions.clear()
         return found
+
+
+@dataclass(frozen=True)
+class AfterPast:
+    """What a pass over later tokens only is like; nothing is known of a model that does not remember as it should."""
+
+    entries: Sequence[Entry] = ()
+    """Where rows can fork."""
+    same: frozenset[tuple[Location, Path]] = frozenset()
+    """The tensors that are what they are in a pass over all tokens."""
+    looking_back: frozenset[tuple[Location, Path]] = frozenset()
+    """Those of them that at any position depend on the tokens until then alone."""
+    notes: bool = False
+    """Whether a pass over all tokens can note what the model remembers of the first."""
 
 
 class Learner:
@@ -199,17 +213,17 @@ class Learner:
             log.info("%s: rows do not fork at %d places: numbers would be others", catalogue.model, len(places))
         return places if same else []
 
-    def after_past(
-        self, catalogue: Catalogue, usual: Sequence[Entry]
-    ) -> tuple[list[Entry], frozenset[tuple[Location, Path]], frozenset[tuple[Location, Path]]]:
-        """Where rows can fork in a pass over later tokens only, the tensors that are then what they are otherwise, and
-        those of them that at any position depend on the tokens until then alone.
+    def after_past(self, catalogue: Catalogue, usual: Sequence[Entry]) -> AfterPast:
+        """What a pass over later tokens only is like.
 
-        Nowhere and none, if the model does not remember the tokens before in the way that it should. Rows that
-        begin with the same tokens are compared with rows that go on from what is remembered of these.
+        Rows that begin with the same tokens are compared with rows that go on from what is remembered of these.
+
+        Args:
+            catalogue: The model's modules.
+            usual: Where rows fork in other passes.
         """
         if not usual or argument(self.module) is None:
-            return [], frozenset(), frozenset()
+            return AfterPast()
         before = self._ids(1, _PAST)
         whole = [torch.cat([before.expand(ids.shape[0], -1), ids], dim=1) for ids in self.prompts()[: len(SHAPES)]]
         try:
@@ -229,9 +243,31 @@ class Learner:
                 raise ValueError("rows would have other numbers")
         except Exception as error:  # a model fails in whatever way it likes
             log.info("%s: the first tokens are computed each time (%s)", catalogue.model, first_line(error))
-            return [], frozenset(), frozenset()
+            return AfterPast()
         same = frozenset(_same_later(expected, different, runs[-1]))
-        return places, same, frozenset(each for each in same if _looks_back(each, expected, ends_otherwise))
+        looking_back = frozenset(each for each in same if _looks_back(each, expected, ends_otherwise))
+        return AfterPast(places, same, looking_back, self._notes(whole[-1], past, expected))
+
+    def _notes(self, ids: Tensor, past: Past, expected: _Seen) -> bool:
+        """Whether a pass can note what it remembers, and is what it would be without.
+
+        Args:
+            ids: Rows that begin with the same tokens.
+            past: What the model remembers of these.
+            expected: What there is in a pass that notes nothing.
+        """
+        tokens, count = tuple(ids[0, : past.length].tolist()), ids.shape[0]
+        noting, seen = Noting(getattr(self.module, "config", None), {tokens: {count: count - 1}}), _Seen(self.sides)
+        if past.first(1) is None or past.argument != noting.argument:
+            return False
+        self.look(ids, seen.observe, more={noting.argument: noting})
+        noted = noting.noted().get(tokens)
+        return (
+            noted is not None
+            and same_noted(past, noted, is_same)
+            and seen.values.keys() == expected.values.keys()
+            and all(is_same(value, expected.values[each]) for each, value in seen.values.items())
+        )
 
     def _run_after(self, ids: Tensor, past: Past) -> _Seen:
         past.rows = ids.shape[0]

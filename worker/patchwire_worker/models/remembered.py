@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from patchwire.sites import INPUT, OUTPUT, Location
 from patchwire_worker.interleaving import SiteMediator
@@ -120,6 +126,62 @@ class Past(Cache):
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor:
         """The state after the tokens before; a copy."""
         return self._for_all(self.layers[layer_idx].recurrent_states[state_idx]).clone()
+
+
+class Noting(DynamicCache):
+    """Notes what a pass over whole rows remembers of the first tokens of some of them.
+
+    To the model it is empty all the time, so that the pass is what it would be without. Only attention can be noted:
+    of a state there is no more than the last.
+    """
+
+    def __init__(self, config: Any, rows: Mapping[tuple[int, ...], Mapping[int, int]]) -> None:
+        """
+        Args:
+            config: The model's configuration.
+            rows: The tokens, and which row begins with them: of so many rows, this one.
+        """
+        super().__init__(config=config)
+        self.argument = ARGUMENTS[0]
+        self._rows = rows
+        self._noted = {tokens: DynamicCache(config=config) for tokens in rows}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Note keys and values of a layer."""
+        for tokens, cache in self._noted.items():
+            row = self._rows[tokens][key_states.shape[0]]
+            first = (slice(row, row + 1), slice(None), slice(len(tokens)))
+            cache.update(key_states[first], value_states[first], layer_idx)
+        return key_states, value_states
+
+    def mediators(self) -> list[SiteMediator]:
+        """Nothing has to happen in the pass."""
+        return []
+
+    def noted(self) -> dict[tuple[int, ...], Past]:
+        """What it has noted of which tokens, if all layers have run."""
+        return {
+            tokens: Past(self.argument, cache.layers, len(tokens))
+            for tokens, cache in self._noted.items()
+            if cache.layers and all(getattr(layer, "is_initialized", False) for layer in cache.layers)
+        }
+
+
+def same_noted(past: Past, noted: Past, same: Callable[[Tensor, Tensor], bool]) -> bool:
+    """Whether what was noted is what a model remembers.
+
+    Args:
+        past: What it remembers.
+        noted: What was noted of the same tokens.
+        same: Whether two tensors are the same.
+    """
+    if [*map(type, past.layers)] != [*map(type, noted.layers)]:
+        return False
+    kept = [(getattr(one, name), getattr(other, name)) for one, other in zip(past.layers, noted.layers, strict=True)
+            for name in ("keys", "values")]  # fmt: skip
+    return all(one.shape == other.shape and same(one, other) for one, other in kept)
 
 
 def argument(module: nn.Module) -> str | None:
