@@ -21,6 +21,7 @@ from patchwire.methods.editing import (
 from patchwire.methods.lens import LogitLens, logit_lens
 from patchwire.methods.measured import Measured
 from patchwire.methods.metrics import KL, LogitDifference, LogProbability, Metric, Probability, Rank
+from patchwire.methods.neurons import NEURONS, Neurons, scale_coefficients, set_coefficients
 from patchwire.methods.patching import ResidualPatching, residual_patching
 from patchwire.methods.places import PLACES
 from patchwire.methods.relations import LinearRelation, linear_relation
@@ -33,9 +34,11 @@ from patchwire.methods.scores import (
     ngram_entropy,
     overall,
 )
+from patchwire.methods.triggering import Triggers, triggers
 
 __all__ = [
     "KL",
+    "NEURONS",
     "PLACES",
     "PROJECTIONS",
     "Axis",
@@ -46,6 +49,7 @@ __all__ = [
     "Measured",
     "Mention",
     "Metric",
+    "Neurons",
     "Noise",
     "Origin",
     "Probability",
@@ -56,6 +60,7 @@ __all__ = [
     "ResidualPatching",
     "Result",
     "SecondMoment",
+    "Triggers",
     "causal_trace",
     "consistency",
     "edit_scores",
@@ -70,6 +75,9 @@ __all__ = [
     "rank_one_edit",
     "residual_patching",
     "sampled_prefixes",
+    "scale_coefficients",
     "second_moment",
+    "set_coefficients",
+    "triggers",
     "with_update",
 ]
