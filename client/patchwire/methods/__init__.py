@@ -35,6 +35,8 @@ from patchwire.methods.scores import (
     overall,
 )
 from patchwire.methods.triggering import Triggers, triggers
+from patchwire.methods.values import SubUpdates, ValueProjections, sub_updates, value_projections
+from patchwire.methods.vocabulary import TopTokens
 
 __all__ = [
     "KL",
@@ -60,7 +62,10 @@ __all__ = [
     "ResidualPatching",
     "Result",
     "SecondMoment",
+    "SubUpdates",
+    "TopTokens",
     "Triggers",
+    "ValueProjections",
     "causal_trace",
     "consistency",
     "edit_scores",
@@ -78,6 +83,8 @@ __all__ = [
     "scale_coefficients",
     "second_moment",
     "set_coefficients",
+    "sub_updates",
     "triggers",
+    "value_projections",
     "with_update",
 ]
