@@ -22,6 +22,7 @@ from patchwire.methods.lens import LogitLens, logit_lens
 from patchwire.methods.measured import Measured
 from patchwire.methods.metrics import KL, LogitDifference, LogProbability, Metric, Probability, Rank
 from patchwire.methods.neurons import NEURONS, Neurons, scale_coefficients, set_coefficients
+from patchwire.methods.parameters import PARAMETERS, Interaction, TopPairs, Vectors, project_to_vocabulary
 from patchwire.methods.patching import ResidualPatching, residual_patching
 from patchwire.methods.places import PLACES
 from patchwire.methods.relations import LinearRelation, linear_relation
@@ -41,9 +42,11 @@ from patchwire.methods.vocabulary import TopTokens
 __all__ = [
     "KL",
     "NEURONS",
+    "PARAMETERS",
     "PLACES",
     "PROJECTIONS",
     "Axis",
+    "Interaction",
     "LinearRelation",
     "LogProbability",
     "LogitDifference",
@@ -63,9 +66,11 @@ __all__ = [
     "Result",
     "SecondMoment",
     "SubUpdates",
+    "TopPairs",
     "TopTokens",
     "Triggers",
     "ValueProjections",
+    "Vectors",
     "causal_trace",
     "consistency",
     "edit_scores",
@@ -77,6 +82,7 @@ __all__ = [
     "logit_lens",
     "ngram_entropy",
     "overall",
+    "project_to_vocabulary",
     "rank_one_edit",
     "residual_patching",
     "sampled_prefixes",
