@@ -204,6 +204,33 @@ def test_an_edit_is_projected_as_it_stands(planted: tuple[patchwire.Model, Tenso
     assert found.scores.values.tolist() == [0, 0, 0]
 
 
+# --- how much is there at once --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def strict(checkpoints: dict[str, str]) -> Iterator[patchwire.Model]:
+    """A server on which no value may have as many bytes as the vocabulary times itself, or times the neurons."""
+    limits = {"value_bytes": 12_000}
+    with (
+        Server({"gpt2": checkpoints["gpt2"]}, limits=limits) as server,
+        patchwire.connect(server.address, progress=False) as client,
+    ):
+        yield client.model("gpt2")
+
+
+def test_no_matrix_of_the_vocabulary_is_ever_made(strict: patchwire.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary, "BLOCK", 1000)
+    with pytest.raises(patchwire.LimitError), strict.trace([[0]]):
+        (strict.layers[LAYER].mlp.W_out @ strict.W_U).save()
+    with pytest.raises(patchwire.LimitError), strict.trace([[0]]):
+        (strict.W_E @ strict.W_U).save()
+
+    for parameter, head in (("ov", 1), ("qk", 1), ("mlp_in", None), ("mlp_out", None)):
+        for inputs in INPUTS:
+            methods.project_to_vocabulary(strict, LAYER, parameter, head=head, top=5, inputs=inputs)  # type: ignore[arg-type]
+    methods.value_projections(strict, LAYER, top=5)
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 

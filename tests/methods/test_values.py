@@ -208,3 +208,31 @@ def test_the_last_layer_raises_the_answer_by_a_few_sub_updates(zoo: dict[str, pa
         raised.append(found.values.sum(1))
     early, last = torch.stack(raised).mean(0)[1], torch.stack(raised).mean(0)[-1]
     assert float(last) > max(0.2, 5 * float(abs(early)))
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, patchwire.Model]]:
+    """A model that multiplies what its MLPs return, and one with a mixture of experts."""
+    root = tmp_path_factory.mktemp("others")
+    specs = {name: tiny.save(name, root / name) for name in ("falcon_h1", "mixtral")}
+    with Server(specs) as server, patchwire.connect(server.address, progress=False) as client:
+        yield {name: client.model(name) for name in specs}
+
+
+def test_sub_updates_that_do_not_add_up_are_said_to(others: dict[str, patchwire.Model]) -> None:
+    with pytest.warns(patchwire.errors.PatchwireWarning, match="is not the sum of its sub-updates alone"):
+        found = methods.sub_updates(others["falcon_h1"], PROMPT)
+
+    assert float(found.gap.values.max()) > 1e-2
+    assert float(methods.sub_updates(others["falcon_h1"], PROMPT, kind="ssm").gap.values.max()) <= 1e-5
+
+
+def test_a_mixture_of_experts_has_no_neurons_of_its_own(others: dict[str, patchwire.Model]) -> None:
+    model = others["mixtral"]
+    for call in (
+        lambda: methods.sub_updates(model, PROMPT),
+        lambda: methods.value_projections(model, 0),
+        lambda: methods.triggers(model, 0, [PROMPT]),
+    ):
+        with pytest.raises(patchwire.SiteError, match="is not in mixtral"):
+            call()
