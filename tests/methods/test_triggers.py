@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -124,6 +126,40 @@ def test_of_an_ssm_can_be_those_of_its_scan_or_its_gate(
             best.append(getattr(model.layers[LAYER].mixer, site)[0].save())
     expected = torch.cat([each.value for each in best]).amax(0)
     torch.testing.assert_close(found.coefficients.values[:, 0], expected, rtol=1e-4, atol=1e-5)
+
+
+PROGRAM = """
+import os, signal, sys, threading, time, patchwire
+from patchwire import methods
+from patchwire.methods import triggering
+
+triggering._BATCHES = 5_000
+model = patchwire.connect(sys.argv[1], progress=False).model("gpt2")
+
+def interrupt():
+    while signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # until the request is under way
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGINT)
+
+def data():
+    yield from [[1, 2, 3]] * 4_999
+    threading.Thread(target=interrupt, daemon=True).start()
+    yield [1, 2, 3]
+    sys.exit("goes on")
+
+found = methods.triggers(model, 1, data(), top=2, batch_size=1)
+print("tokens", int(found.statistics.numbers["tokens"]), found.prefix(0))
+"""
+
+
+def test_ctrl_c_keeps_what_has_been_found(server: Server) -> None:
+    program = subprocess.run(
+        [sys.executable, "-c", PROGRAM, server.address], capture_output=True, text=True, timeout=120, check=False
+    )
+
+    word, tokens, *_ = program.stdout.split() or [""]
+    assert (word, program.stderr) == ("tokens", "")
+    assert 3 <= int(tokens) < 15_000
 
 
 def refusals(served: Mapping[str, patchwire.Model]) -> list[tuple[type[Exception], str, Any]]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from patchwire.errors import InputError, here
+from patchwire.kept import Kept
 from patchwire.methods.neurons import chosen_of, layer_of, neurons_of
 from patchwire.methods.prompts import texts
 from patchwire.methods.result import Axis, Origin, Result
@@ -93,7 +94,7 @@ def triggers(
     """The examples of a data set that most activate each neuron of a layer (Geva et al. 2021, section 3.1).
 
     The model runs once over the data, no further than the layer. Beside the answer, `top` numbers for each neuron, only
-    token ids are held here.
+    token ids are held here. Ctrl-C ends it after its batch: then it is of what has been run.
 
     Args:
         model: Any model with the neurons: those of an MLP, or the channels of an SSM.
@@ -131,7 +132,7 @@ def triggers(
     rows: list[tuple[int, ...]] = []
     met: dict[tuple[int, int], int] = {}
     costs: list[Stats] = []
-    for part, last in _parts(model, examples, batch_size):
+    for part in _parts(model, examples, batch_size):
         # Texts of about one length share a batch: less is padded.
         order = sorted(range(len(part)), key=lambda index: len(part[index]))
         numbers = torch.tensor(order) + len(rows)
@@ -141,39 +142,31 @@ def triggers(
         with model.session() as session:
             batches: Any = session.over([part[index] for index in order], batch_size=batch_size)
             with batches:
-                best, place, sums, count = (batches.carry(each) for each in state)
+                carried = [batches.carry(each) for each in state]
                 with model.trace(batches.prompt) as trace:
-                    found = site.coefficients(model.layers[layer])
-                    found = (found if neurons is None else found[..., which]).float()
+                    seen = site.coefficients(model.layers[layer])
+                    seen = (seen if neurons is None else seen[..., which]).float()
                 mask: Any = trace.mask()
                 positions = mask.long().cumsum(1) - 1
                 row = batches.index * batch_size + mask[:, -1].long().cumsum(0) - 1
                 counted = mask & torch.index_select(counts, 0, row).gather(1, positions.clamp(min=0))
-                here_at = torch.index_select(numbers, 0, row)[:, None] * _SPAN + positions
-
-                new = torch.where(counted[..., None], found, -torch.inf).flatten(0, 1).T
-                most, index = torch.cat([best, new], 1).topk(top, 1)
-                older = place.gather(1, index.clamp(max=top - 1))
-                newer = here_at.flatten()[(index - top).clamp(min=0)]
-                batches.update(place, torch.where(index < top, older, newer))
-                batches.update(best, most)
-
-                all_of_them = torch.where(mask[..., None], found, 0.0).flatten(0, 1).double()
-                moments = [(all_of_them > 0).double(), all_of_them, all_of_them**2]
-                sums += torch.stack([each.sum(0) for each in moments])
-                count += mask.sum()
-            ends: list[Any] = [batches.result(each) for each in (best, place, sums, count)]
-            state = [each.save() if last else each.keep(seconds=_SECONDS) for each in ends]
+                places = torch.index_select(numbers, 0, row)[:, None] * _SPAN + positions
+                for each, then in zip(carried, _next(carried, seen, mask, counted, places), strict=True):
+                    batches.update(each, then)
+            state = [batches.result(each).keep(seconds=_SECONDS) for each in carried]
         assert session.stats is not None
         costs.append(session.stats)
-        for each in before:
-            if not isinstance(each, Tensor):
-                each.forget()
+        _forget(before)
+        if batches.iterations < batches.count:  # Ctrl-C: what has been found is the result
+            break
     if not rows:
         raise InputError("There are no examples.", hint="Give texts, or lists of token ids.", lines=here())
+    with model.trace([[0]]):
+        saved = [each.save() for each in state]
+    _forget(state)
 
-    values, places, sums, count = (each.value for each in state)
-    there = values > -torch.inf
+    best, found, sums, count = (each.value for each in saved)
+    there = best > -torch.inf
     active, mean, square = sums / count
     origin = Origin.of(
         "triggers", model, layer=layer, kind=kind, neurons=neurons, top=top, examples=len(rows), distinct=distinct
@@ -181,15 +174,15 @@ def triggers(
     axis, stats = Axis("neuron", tuple(map(str, which))), Stats.sum(costs)
     return Triggers(
         coefficients=Result(
-            values=values.masked_fill(~there, torch.nan),
+            values=best.masked_fill(~there, torch.nan),
             axes=(axis, Axis("rank", tuple(map(str, range(top))))),
             unit="coefficient",
             origin=origin,
             signed=True,
             stats=stats,
         ),
-        examples=torch.where(there, places // _SPAN, -1),
-        positions=torch.where(there, places % _SPAN, -1),
+        examples=torch.where(there, found // _SPAN, -1),
+        positions=torch.where(there, found % _SPAN, -1),
         statistics=Result(
             values=torch.stack([active, mean, (square - mean**2).clamp(min=0).sqrt()], 1).float(),
             axes=(axis, Axis("statistic", ("active", "mean", "std"))),
@@ -206,8 +199,38 @@ def triggers(
     )
 
 
-def _parts(model: Model, examples: Iterable[Any], batch_size: int) -> Iterator[tuple[list[list[int]], bool]]:
-    """The token ids of as many examples as a request has, and whether these are the last.
+def _next(carried: Sequence[Any], seen: Any, mask: Any, counted: Any, places: Any) -> list[Any]:
+    """What has been found after another batch: the largest coefficients of each neuron, where they are, the sums of the
+    statistics, and the number of tokens.
+
+    Args:
+        carried: The same before it.
+        seen: The coefficients of the batch, `[rows, tokens, neurons]`.
+        mask: Which of its positions are tokens, `[rows, tokens]`.
+        counted: Which of these are examples.
+        places: The number of each.
+    """
+    best, place, sums, count = carried
+    top = best.shape[1]
+    new = torch.where(counted[..., None], seen, -torch.inf).flatten(0, 1).T
+    most, index = torch.cat([best, new], 1).topk(top, 1)
+    older = place.gather(1, index.clamp(max=top - 1))
+    newer = places.flatten()[(index - top).clamp(min=0)]
+    tokens = torch.where(mask[..., None], seen, 0.0).flatten(0, 1)
+    moments = [(tokens > 0), tokens, tokens**2]
+    sums = sums + torch.stack([each.sum(0, dtype=torch.float64) for each in moments])
+    return [most, torch.where(index < top, older, newer), sums, count + mask.sum()]
+
+
+def _forget(state: Sequence[Any]) -> None:
+    """Have the server drop what it keeps."""
+    for each in state:
+        if isinstance(each, Kept):
+            each.forget()
+
+
+def _parts(model: Model, examples: Iterable[Any], batch_size: int) -> Iterator[list[list[int]]]:
+    """The token ids of as many examples as a request has.
 
     Raises:
         InputError: this is one text, or the model cannot take one of them.
@@ -215,11 +238,8 @@ def _parts(model: Model, examples: Iterable[Any], batch_size: int) -> Iterator[t
     if isinstance(examples, (str, Mapping)):
         raise InputError(f"A {type(examples).__name__} is no data set.", hint="Give a list of texts.", lines=here())
     rest = iter(examples)
-    part = list(islice(rest, _BATCHES * batch_size))
-    while part:
-        following = list(islice(rest, _BATCHES * batch_size))
-        yield model.tokenize([each.tolist() if isinstance(each, Tensor) else each for each in part]), not following
-        part = following
+    while part := list(islice(rest, _BATCHES * batch_size)):
+        yield model.tokenize([each.tolist() if isinstance(each, Tensor) else each for each in part])
 
 
 def _counts(rows: Sequence[Sequence[int]], met: dict[tuple[int, int], int] | None) -> Tensor:
