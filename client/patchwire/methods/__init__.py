@@ -21,6 +21,8 @@ from patchwire.methods.editing import (
 from patchwire.methods.lens import LogitLens, logit_lens
 from patchwire.methods.measured import Measured
 from patchwire.methods.metrics import KL, LogitDifference, LogProbability, Metric, Probability, Rank
+from patchwire.methods.neurons import NEURONS, Neurons, scale_coefficients, set_coefficients
+from patchwire.methods.parameters import PARAMETERS, Interaction, TopPairs, Vectors, project_to_vocabulary
 from patchwire.methods.patching import ResidualPatching, residual_patching
 from patchwire.methods.places import PLACES
 from patchwire.methods.relations import LinearRelation, linear_relation
@@ -33,12 +35,18 @@ from patchwire.methods.scores import (
     ngram_entropy,
     overall,
 )
+from patchwire.methods.triggering import Triggers, triggers
+from patchwire.methods.values import SubUpdates, ValueProjections, sub_updates, value_projections
+from patchwire.methods.vocabulary import TopTokens
 
 __all__ = [
     "KL",
+    "NEURONS",
+    "PARAMETERS",
     "PLACES",
     "PROJECTIONS",
     "Axis",
+    "Interaction",
     "LinearRelation",
     "LogProbability",
     "LogitDifference",
@@ -46,6 +54,7 @@ __all__ = [
     "Measured",
     "Mention",
     "Metric",
+    "Neurons",
     "Noise",
     "Origin",
     "Probability",
@@ -56,6 +65,12 @@ __all__ = [
     "ResidualPatching",
     "Result",
     "SecondMoment",
+    "SubUpdates",
+    "TopPairs",
+    "TopTokens",
+    "Triggers",
+    "ValueProjections",
+    "Vectors",
     "causal_trace",
     "consistency",
     "edit_scores",
@@ -67,9 +82,15 @@ __all__ = [
     "logit_lens",
     "ngram_entropy",
     "overall",
+    "project_to_vocabulary",
     "rank_one_edit",
     "residual_patching",
     "sampled_prefixes",
+    "scale_coefficients",
     "second_moment",
+    "set_coefficients",
+    "sub_updates",
+    "triggers",
+    "value_projections",
     "with_update",
 ]
