@@ -18,10 +18,11 @@ from patchwire.methods.editing import (
     second_moment,
     with_update,
 )
+from patchwire.methods.grids import Blocks
 from patchwire.methods.lens import LogitLens, logit_lens
 from patchwire.methods.measured import Measured
 from patchwire.methods.metrics import KL, LogitDifference, LogProbability, Metric, Probability, Rank
-from patchwire.methods.patching import ResidualPatching, residual_patching
+from patchwire.methods.patching import activation_patching
 from patchwire.methods.places import PLACES
 from patchwire.methods.relations import LinearRelation, linear_relation
 from patchwire.methods.result import Axis, Origin, Result, load
@@ -39,6 +40,7 @@ __all__ = [
     "PLACES",
     "PROJECTIONS",
     "Axis",
+    "Blocks",
     "LinearRelation",
     "LogProbability",
     "LogitDifference",
@@ -53,9 +55,9 @@ __all__ = [
     "Rank",
     "RankOneEdit",
     "Replacement",
-    "ResidualPatching",
     "Result",
     "SecondMoment",
+    "activation_patching",
     "causal_trace",
     "consistency",
     "edit_scores",
@@ -68,7 +70,6 @@ __all__ = [
     "ngram_entropy",
     "overall",
     "rank_one_edit",
-    "residual_patching",
     "sampled_prefixes",
     "second_moment",
     "with_update",
