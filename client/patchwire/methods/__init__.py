@@ -6,6 +6,7 @@ tensors, a `table()` for the terminal and a `plot()`.
 
 from __future__ import annotations
 
+from patchwire.methods.attribution import Agreement, agreement, attribution_patching, integrated_gradients
 from patchwire.methods.causal import Noise, Replacement, causal_trace, embedding_std
 from patchwire.methods.editing import (
     PROJECTIONS,
@@ -39,6 +40,7 @@ __all__ = [
     "KL",
     "PLACES",
     "PROJECTIONS",
+    "Agreement",
     "Axis",
     "Blocks",
     "LinearRelation",
@@ -58,12 +60,15 @@ __all__ = [
     "Result",
     "SecondMoment",
     "activation_patching",
+    "agreement",
+    "attribution_patching",
     "causal_trace",
     "consistency",
     "edit_scores",
     "embedding_std",
     "generated_texts",
     "harmonic_mean",
+    "integrated_gradients",
     "linear_relation",
     "load",
     "logit_lens",
