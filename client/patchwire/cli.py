@@ -538,7 +538,7 @@ def compare(
     one token, is copied into the corrupt run. Without it, the logit lens: the probability of the likeliest next token.
     """
     from patchwire import plots
-    from patchwire.methods import logit_lens, residual_patching
+    from patchwire.methods import activation_patching, logit_lens
 
     if save is not None:
         plots.require()
@@ -552,7 +552,7 @@ def compare(
     def experiment(model: patchwire.Model) -> object:
         if other is None:
             return logit_lens(model, prompt, top=1)
-        return residual_patching(model, prompt, other, wanted)
+        return activation_patching(model, prompt, other, answer=wanted)
 
     one, two = (_model(each, server, token, _tls(tls, tls_ca), device, dtype) for each in (first, second))
     found = patchwire.compare(one, two, experiment)

@@ -106,14 +106,14 @@ def compare(first: Model, second: Model, experiment: Callable[[Model], Any]) -> 
         first: A model.
         second: Another, of any architecture; it may be on another server.
         experiment: Called with each model. Returns `patchwire.methods.Measured`, or what `logit_lens` and
-            `residual_patching` return.
+            `activation_patching` return.
 
     Raises:
         InputError: the experiment returns something else, or the two results cannot be aligned.
 
     Example:
         >>> def experiment(model):
-        ...     return patchwire.methods.residual_patching(model, clean, corrupt, " Paris")
+        ...     return patchwire.methods.activation_patching(model, clean, corrupt, answer=" Paris")
         >>> patchwire.compare(gpt2, mamba, experiment).plot()
     """
     models = (first, second)

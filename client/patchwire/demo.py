@@ -27,7 +27,7 @@ import patchwire
 from patchwire import plots
 from patchwire.errors import ModelNotFoundError
 from patchwire.methods.lens import LogitLens, logit_lens
-from patchwire.methods.patching import residual_patching
+from patchwire.methods.patching import activation_patching
 from patchwire.model import Model
 from patchwire.results import Stats
 
@@ -140,10 +140,10 @@ def experiment(
         f"“{corrupt}” runs; one state of “{clean}” is copied into it: after one layer, at one position. "
         f"Each cell is the probability of {name} then.",
     )
-    patching = residual_patching(model, clean, corrupt, answer)
+    patching = activation_patching(model, clean, corrupt, answer=answer)
     cost = _sum(cost, patching.stats)
     console.print(patching.table(width=console.width))
-    console.print(Text(f"Without a patch: {_number(patching.unpatched)}.", style="dim"))
+    console.print(Text(f"Without a patch: {_number(patching.numbers['base'])}.", style="dim"))
     figures = [
         plots.save(lens.plot(title=f"{model.name}: logit lens"), output / f"{_file(model)}-logit-lens.png"),
         plots.save(
@@ -154,13 +154,13 @@ def experiment(
     console.print()
     console.print(
         Text(
-            f"{model.num_layers * (len(patching.tokens) + 1) + len(prompts) + 1} experiments in {cost.passes} "
+            f"{model.num_layers * (len(patching.axes[1]) + 1) + len(prompts) + 1} experiments in {cost.passes} "
             f"forward passes ({cost.rows} rows), {cost.seconds_running:.1f} s on the worker, "
             f"{cost.result_bytes / 1024:.0f} KiB came back.",
             style="green",
         )
     )
-    return Findings(answers, probabilities, lens, ablated, patching.probabilities, patching.unpatched, figures, cost)
+    return Findings(answers, probabilities, lens, ablated, patching.values, patching.numbers["base"], figures, cost)
 
 
 def likeliest(model: Model, prompts: Sequence[str], top: int = 3) -> tuple[Tensor, Tensor, Stats]:

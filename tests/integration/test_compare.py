@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import patchwire
 from integration.refusals import refused
 from patchwire import cli
-from patchwire.methods import Measured, logit_lens, residual_patching
+from patchwire.methods import Measured, activation_patching, logit_lens
 from serving import Server
 
 CLEAN, CORRUPT, ANSWER = "the red cat sat", "the big cat sat", " dog"
@@ -89,7 +89,7 @@ def patched(module: Any, layer: Any, clean: list[int], corrupt: list[int], posit
 
 
 def experiment(model: patchwire.Model) -> Any:
-    return residual_patching(model, CLEAN, CORRUPT, ANSWER)
+    return activation_patching(model, CLEAN, CORRUPT, answer=ANSWER)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_a_cell_of_each_model_is_what_hooks_give(
 
 def test_layers_are_aligned_by_relative_depth(found: patchwire.Comparison) -> None:
     torch.testing.assert_close(found.depth, torch.tensor([1 / 6, 3 / 6, 5 / 6]))
-    shallow, deep = (result.probabilities for result in found.results)
+    shallow, deep = (result.values for result in found.results)
 
     assert (len(shallow), len(deep)) == (2, 3)
     column, (one, other) = found.tokens.index(" sat"), (-1, -1)
@@ -123,7 +123,7 @@ def test_layers_are_aligned_by_relative_depth(found: patchwire.Comparison) -> No
 
 def test_tokens_of_the_same_characters_share_a_column(found: patchwire.Comparison) -> None:
     assert found.tokens == ("<s>", "th", "e", " red", " c", "at", " sat")
-    words, letters = (result.probabilities for result in found.results)
+    words, letters = (result.values for result in found.results)
 
     torch.testing.assert_close(found.first[2], words[1][[0, 1, 1, 2, 3, 3, 4]])
     torch.testing.assert_close(found.second[2, 1:], letters[2])
@@ -131,11 +131,11 @@ def test_tokens_of_the_same_characters_share_a_column(found: patchwire.Compariso
 
 
 def test_token_ids_are_aligned_by_position(pair: Any) -> None:
-    found = patchwire.compare(*pair, lambda model: residual_patching(model, [6, 4, 1], [6, 5, 1], 3))
+    found = patchwire.compare(*pair, lambda model: activation_patching(model, [6, 4, 1], [6, 5, 1], answer=3))
 
     assert found.tokens == ("#6", "#4", "#1")
-    torch.testing.assert_close(found.first[0], found.results[0].probabilities[0])
-    torch.testing.assert_close(found.second, found.results[1].probabilities)
+    torch.testing.assert_close(found.first[0], found.results[0].values[0])
+    torch.testing.assert_close(found.second, found.results[1].values)
 
 
 def test_a_logit_lens_is_compared_from_the_embeddings_on(pair: Any) -> None:
@@ -185,18 +185,17 @@ def test_what_an_experiment_returns_has_to_say_what_it_measured(pair: Any) -> No
 
 def test_an_answer_has_to_go_on_the_clean_prompt(pair: Any) -> None:
     with refused(patchwire.InputError, "is not how", hint="space", line=False):
-        residual_patching(pair[1], "t", "c", "h")
+        activation_patching(pair[1], "t", "c", answer="h")
     with refused(patchwire.InputError, "not with a text", hint="id", line=False):
-        residual_patching(pair[1], [1], [2], " dog")
+        activation_patching(pair[1], [1], [2], answer=" dog")
 
 
 def test_without_an_answer_it_is_what_the_model_says(pair: Any, references: dict[str, Any]) -> None:
-    found = residual_patching(pair[0], CLEAN, CORRUPT)
+    found = activation_patching(pair[0], CLEAN, CORRUPT)
 
     with torch.no_grad():
         logits = references["small"](torch.tensor([pair[0].tokenizer(CLEAN)])).logits[0, -1]
-    assert found.answer == int(logits.argmax())
-    assert float(found.probabilities[-1, -1]) == pytest.approx(float(logits.softmax(-1).max()), abs=TOLERANCE)
+    assert float(found.values[-1, -1]) == pytest.approx(float(logits.softmax(-1).max()), abs=TOLERANCE)
 
 
 def test_the_figure_has_both_panels_with_one_scale(found: patchwire.Comparison) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import patchwire
 from patchwire import demo, plots
-from patchwire.methods import logit_lens, patching, residual_patching
+from patchwire.methods import activation_patching, logit_lens, sweeping
 
 WORDS = ["the", "a", "cat", "dog", "bird", "sat", "ran", "flew", "on", "in", "mat", "tree"]
 CLEAN, CORRUPT, OTHER = "the cat sat on a", "the bird flew in a", "a dog ran"
@@ -326,19 +326,19 @@ def test_the_experiment_tells_what_it_found(make: Callable[[], nn.Module], tmp_p
 
 def test_prompts_of_different_lengths_cannot_be_patched_into_each_other() -> None:
     with pytest.raises(patchwire.InputError, match="same number of tokens"):
-        residual_patching(local(made(gpt2)), CLEAN, OTHER, answer=0)
+        activation_patching(local(made(gpt2)), CLEAN, OTHER, answer=0)
 
 
 def test_a_sweep_larger_than_a_pass_is_the_same_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     model = local(made(llama))
-    whole = residual_patching(model, CLEAN, CORRUPT, answer=3)
+    whole = activation_patching(model, CLEAN, CORRUPT, answer=3)
 
-    monkeypatch.setattr(patching, "ROWS_PER_PASS", 4)
-    parts = residual_patching(model, CLEAN, CORRUPT, answer=3)
+    monkeypatch.setattr(sweeping, "_TOKENS", 4 * 5)
+    parts = activation_patching(model, CLEAN, CORRUPT, answer=3)
 
     assert parts.stats.passes == 4
-    torch.testing.assert_close(parts.probabilities, whole.probabilities, atol=1e-6, rtol=1e-5)
-    assert parts.unpatched == pytest.approx(whole.unpatched, abs=1e-6)
+    torch.testing.assert_close(parts.values, whole.values, atol=1e-6, rtol=1e-5)
+    assert parts.numbers == pytest.approx(whole.numbers, abs=1e-6)
 
 
 def test_the_script_that_the_demo_proposes_runs(tmp_path: Path) -> None:

@@ -153,6 +153,71 @@ def test_what_is_severed_stays_as_in_the_corrupted_run(
     torch.testing.assert_close(found.values, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("severed", ["scan", "gate"])
+@pytest.mark.parametrize("name", ["mamba"], indirect=True)
+def test_paths_through_an_ssm_are_blocked(model: patchwire.Model, reference: Reference, severed: str) -> None:
+    """Sharma et al. (2024), section 4: a part of every layer is held at the token whose residual stream is restored."""
+    found = methods.causal_trace(model, PROMPT, SUBJECT, methods.Replacement(OTHER), answer=ANSWER, severed=severed)
+
+    other, clean = torch.tensor([OTHER]), reference.seen(torch.tensor([PROMPT]), "resid")
+    held = halves(reference, other)
+    for layer in range(len(reference.layers)):
+        for token in range(len(PROMPT)):
+
+            def restore(value: Tensor, source: Tensor = clean[layer], token: int = token) -> Tensor:
+                value[:, token] = source[:, token]
+                return value
+
+            seen = {}
+            handles = [
+                handle
+                for index, each in enumerate(reference.layers)
+                for handle in hold(each.get_submodule("mixer"), seen, index, severed, held[index], token)
+            ]
+            expected = reference.run(other, {reference.layers[layer]: restore})
+            for handle in handles:
+                handle.remove()
+            torch.testing.assert_close(found.values[layer, token], expected, rtol=1e-4, atol=1e-6)
+
+
+def halves(reference: Reference, rows: Tensor) -> list[dict[str, Tensor]]:
+    """The scan and the gate of every layer; their product is what the output projection is given."""
+    seen: dict[int, dict[str, Tensor]] = {}
+    handles = [
+        handle
+        for index, each in enumerate(reference.layers)
+        for handle in hold(each.get_submodule("mixer"), seen, index)
+    ]
+    reference.run(rows, {})
+    for handle in handles:
+        handle.remove()
+    return [seen[index] for index in range(len(reference.layers))]
+
+
+def hold(
+    mixer: Any,
+    seen: dict[int, dict[str, Tensor]],
+    index: int,
+    half: str | None = None,
+    to: Mapping[str, Tensor] | None = None,
+    token: int = 0,
+) -> list[Any]:
+    """Hooks that see a mixer's scan and gate, and make one of them at a token another."""
+
+    def projected(module: nn.Module, args: Any, output: Tensor) -> None:
+        seen[index] = {"gate": mixer.act(output.chunk(2, -1)[1])}
+
+    def product(module: nn.Module, args: Any) -> Any:
+        parts = seen[index]
+        parts["scan"] = args[0] / parts["gate"]
+        if half is None or to is None:
+            return None
+        parts[half][:, token] = to[half][:, token]
+        return (parts["scan"] * parts["gate"],)
+
+    return [mixer.in_proj.register_forward_hook(projected), mixer.out_proj.register_forward_pre_hook(product)]
+
+
 def test_restoring_everything_before_the_first_change_restores_the_answer(model: patchwire.Model) -> None:
     found = methods.causal_trace(model, PROMPT, SUBJECT, methods.Replacement(OTHER), answer=ANSWER)
 

@@ -136,9 +136,7 @@ def _divided(model: HostedModel, length: int, firsts: Mapping[Invoke, tuple[int,
     return found
 
 
-def _cheapest(
-    places: Sequence[int], rows: Sequence[float], length: int, overhead: int, remembering: int
-) -> list[int]:
+def _cheapest(places: Sequence[int], rows: Sequence[float], length: int, overhead: int, remembering: int) -> list[int]:
     """Where rows that may begin at some places best begin; they may begin at the first for nothing."""
     count = len(places)
     # cost[i]: of all rows from the i-th place on, if some of them begin there.

@@ -6,6 +6,7 @@ tensors, a `table()` for the terminal and a `plot()`.
 
 from __future__ import annotations
 
+from patchwire.methods.attribution import Agreement, agreement, attribution_patching, integrated_gradients
 from patchwire.methods.causal import Noise, Replacement, causal_trace, embedding_std
 from patchwire.methods.editing import (
     PROJECTIONS,
@@ -18,23 +19,17 @@ from patchwire.methods.editing import (
     second_moment,
     with_update,
 )
+from patchwire.methods.grids import Blocks
 from patchwire.methods.lens import LogitLens, logit_lens
 from patchwire.methods.measured import Measured
 from patchwire.methods.metrics import KL, LogitDifference, LogProbability, Metric, Probability, Rank
 from patchwire.methods.neurons import NEURONS, Neurons, scale_coefficients, set_coefficients
 from patchwire.methods.parameters import PARAMETERS, Interaction, TopPairs, Vectors, project_to_vocabulary
-from patchwire.methods.patching import ResidualPatching, residual_patching
+from patchwire.methods.patching import activation_patching
 from patchwire.methods.places import PLACES
 from patchwire.methods.relations import LinearRelation, linear_relation
 from patchwire.methods.result import Axis, Origin, Result, load
-from patchwire.methods.scores import (
-    consistency,
-    edit_scores,
-    generated_texts,
-    harmonic_mean,
-    ngram_entropy,
-    overall,
-)
+from patchwire.methods.scores import consistency, edit_scores, generated_texts, harmonic_mean, ngram_entropy, overall
 from patchwire.methods.triggering import Triggers, triggers
 from patchwire.methods.values import SubUpdates, ValueProjections, sub_updates, value_projections
 from patchwire.methods.vocabulary import TopTokens
@@ -45,7 +40,9 @@ __all__ = [
     "PARAMETERS",
     "PLACES",
     "PROJECTIONS",
+    "Agreement",
     "Axis",
+    "Blocks",
     "Interaction",
     "LinearRelation",
     "LogProbability",
@@ -62,7 +59,6 @@ __all__ = [
     "Rank",
     "RankOneEdit",
     "Replacement",
-    "ResidualPatching",
     "Result",
     "SecondMoment",
     "SubUpdates",
@@ -71,12 +67,16 @@ __all__ = [
     "Triggers",
     "ValueProjections",
     "Vectors",
+    "activation_patching",
+    "agreement",
+    "attribution_patching",
     "causal_trace",
     "consistency",
     "edit_scores",
     "embedding_std",
     "generated_texts",
     "harmonic_mean",
+    "integrated_gradients",
     "linear_relation",
     "load",
     "logit_lens",
@@ -84,7 +84,6 @@ __all__ = [
     "overall",
     "project_to_vocabulary",
     "rank_one_edit",
-    "residual_patching",
     "sampled_prefixes",
     "scale_coefficients",
     "second_moment",

@@ -1,179 +1,199 @@
-"""Residual patching: copy states of one run into another, and see which of them carry the answer.
+"""Activation patching: write states of one run into another, and measure which of them matter.
 
-Activation patching of the residual stream, as in Meng et al. (2022), "Locating and Editing Factual Associations in
-GPT", and Heimersheim and Nanda (2024), "How to use and interpret activation patching".
+Zhang and Nanda (2024), "Towards Best Practices of Activation Patching in Language Models: Metrics and Methods": two
+prompts of as many tokens, of which the corrupt one has another answer; every effect is that of one patch on a metric of
+the last token's logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
+from typing import Any, Literal
 
 from patchwire.errors import InputError, here
-from patchwire.methods.measured import LAYER, TOKEN, Measured
+from patchwire.methods.grids import At, Cell, Grid, Over
+from patchwire.methods.measured import LAYER, TOKEN
+from patchwire.methods.metrics import LogitDifference, Metric, Probability
+from patchwire.methods.prompts import Prompt, prompt_of, token_of
+from patchwire.methods.result import Origin, Result
+from patchwire.methods.sweeping import sweep
 from patchwire.model import Model
-from patchwire.results import Stats
+from patchwire.tracing import Trace
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from rich.table import Table
-
-ROWS_PER_PASS = 64
-"""How many states are copied in one request, each in a row of its own."""
+Direction = Literal["denoising", "noising"]
+"""What is patched: states of the clean run into the corrupt one, or of the corrupt run into the clean one."""
+LAYERS_AND_TOKENS = (LAYER, TOKEN)
 
 
-@dataclass(frozen=True, eq=False)
-class ResidualPatching:
-    """What copying each state of the clean run into the corrupt run does to the probability of the answer."""
+@dataclass(frozen=True)
+class Pair:
+    """The two runs of a patching experiment."""
 
-    layers: tuple[str, ...]
-    """"0", "1", …: the residual stream after each layer."""
-    tokens: tuple[str, ...]
-    """The clean prompt's tokens."""
-    corrupt: tuple[str, ...]
-    """The corrupt prompt's tokens."""
-    prompt: Any
-    """The clean prompt."""
-    answer: int
-    """The token id whose probability was measured."""
-    word: str
-    """The same as text."""
-    probabilities: Tensor
-    """`[layers, tokens]` float32: of the answer in the corrupt run, when the residual stream after that layer, at that
-    token, is the clean run's."""
-    unpatched: float
-    """The same without a patch."""
-    stats: Stats
-    """What the runs cost."""
+    clean: Prompt
+    corrupt: Prompt
+    direction: Direction
 
-    @property
-    def measured(self) -> Measured:
-        """The probabilities by layer and token."""
-        return Measured(self.probabilities, (LAYER, TOKEN), self.prompt, unit=f"probability of “{self.word}”")
-
-    def table(self, *, width: int | None = None) -> Table:
-        """A table for the terminal, each cell shaded by its probability.
-
-        Args:
-            width: How many characters wide; the last positions that fit are shown.
-        """
-        from patchwire import plots
-
-        return plots.grid(self.probabilities, rows=self.layers, columns=self._labels(), width=width)
-
-    def plot(self, *, title: str = "Residual stream patched, one (layer, token) at a time") -> Figure:
-        """A heatmap of the probabilities.
+    @classmethod
+    def of(cls, model: Model, clean: Any, corrupt: Any, direction: Direction) -> Pair:
+        """Two prompts.
 
         Raises:
-            PatchwireError: matplotlib is not installed.
+            InputError: one is several, they have not as many tokens, or there is no such direction.
         """
-        from patchwire import plots
+        one, other = prompt_of(model, clean), prompt_of(model, corrupt)
+        if len(one) != len(other):
+            raise InputError(
+                f"“{clean}” and “{corrupt}” do not have the same number of tokens.",
+                hint="Take two prompts that differ in some tokens; `model.tokenizer.tokens(text)` shows them.",
+                lines=here(),
+            )
+        if direction not in ("denoising", "noising"):
+            raise InputError(f"There is no direction “{direction}”; there are denoising and noising.", lines=here())
+        return cls(one, other, direction)
 
-        return plots.heatmap(
-            self.probabilities,
-            rows=self.layers,
-            columns=self._labels(),
-            title=title,
-            unit=f"probability of “{plots.visible(self.word)}”",
-            annotate="values",
-            column_axis="token (clean prompt / corrupt prompt)",
-        )
+    @property
+    def base(self) -> Prompt:
+        """The prompt whose run is patched."""
+        return self.corrupt if self.direction == "denoising" else self.clean
 
-    def _labels(self) -> list[str]:
-        """The token at each position, or both on two lines where the prompts differ."""
-        from patchwire import plots
+    @property
+    def source(self) -> Prompt:
+        """The prompt whose states are written."""
+        return self.clean if self.direction == "denoising" else self.corrupt
 
-        return [
-            plots.visible(one) if one == other else f"{plots.visible(one)}\n{plots.visible(other)}"
-            for one, other in zip(self.tokens, self.corrupt, strict=True)
-        ]
+    @property
+    def different(self) -> tuple[int, ...]:
+        """Where the prompts have different tokens."""
+        return tuple(at for at, (one, other) in enumerate(zip(self.clean.ids, self.corrupt.ids, strict=True))
+                     if one != other)  # fmt: skip
 
 
-def residual_patching(model: Model, clean: Any, corrupt: Any, answer: str | int | None = None) -> ResidualPatching:
-    """Copy the clean run's residual stream into the corrupt run, one (layer, token) at a time.
+@dataclass(frozen=True)
+class Runs:
+    """What the two runs give, without a patch."""
 
-    Every cell is a row of its own, and so is the clean prompt: its states flow to the other rows inside the pass.
+    states: dict[int, Any]
+    """The source run's, of each layer of the grid."""
+    clean: Any
+    """The clean run's last logits, `[1, vocabulary]`."""
+    base: Any
+    source: Any
+
+    @classmethod
+    def record(cls, model: Model, trace: Trace, pair: Pair, grid: Grid, metric: Metric) -> Runs:
+        """Record both runs, each in an invoke of its own."""
+        with trace.invoke(pair.clean.rows):
+            clean = model.logits[:, -1]
+            measured = [metric(clean, clean).mean().save()]
+            states = grid.values() if pair.direction == "denoising" else {}
+        with trace.invoke(pair.corrupt.rows):
+            measured.append(metric(model.logits[:, -1], clean).mean().save())
+            states = states or grid.values()
+        source, base = measured if pair.direction == "denoising" else reversed(measured)
+        return cls(states, clean, base, source)
+
+
+def activation_patching(
+    model: Model,
+    clean: Any,
+    corrupt: Any,
+    metric: Metric | None = None,
+    *,
+    answer: str | int | None = None,
+    foil: str | int | None = None,
+    at: At = "resid",
+    over: Over = LAYERS_AND_TOKENS,
+    direction: Direction = "denoising",
+    window: int = 1,
+) -> Result:
+    """Write states of one run into the other, a cell of a grid at a time (Zhang and Nanda 2024, sections 2 and 3).
+
+    `result.effect()` is by how much each patch moves the metric, and `result.normalised()` the same as a share of what
+    lies between the two runs: 0 if the patch does nothing, 1 if it does all. All cells are rows of a few passes: what
+    a cell has in common with the run that is patched, every layer before the first patch, is computed once.
 
     Args:
-        model: Any model with `layers`: attention or SSM alike.
+        model: Any model with the site: attention or SSM alike.
         clean: One prompt: a text, or token ids.
         corrupt: Another of as many tokens.
-        answer: Whose probability after the last token is measured: a token id, or how the clean text goes on, of which
-            the first token counts. What the model itself says after the clean prompt, if left out.
+        metric: What is measured of the last token's logits, instead of the answer's probability. KL is from the clean
+            run, in either direction.
+        answer: Whose probability is measured: how the clean text goes on, or a token id; what the model itself says
+            after the clean prompt if left out.
+        foil: Another answer, in the same way: then the metric is the difference of their logits, which Zhang and Nanda
+            recommend.
+        at: What is patched: one of `patchwire.methods.PLACES`, the name of a site in a layer (docs/sites.md): "attn.z",
+            "attn.pattern", "mlp.neurons", "ssm.scan"; or a function of a layer that gives a value.
+        over: The axes: "layer", and those dimensions that the site has: "token" (the query, of a pattern), "key",
+            "head", "neuron", "channel". A mapping has the indices of each: `{"layer": [3], "neuron": Blocks(64)}`.
+            Along what is not named, all is patched: without "layer" all layers.
+        direction: "denoising": states of the clean run into the corrupt run, what is sufficient; "noising": states of
+            the corrupt run into the clean run, what is necessary.
+        window: In how many layers around each: `[l - window // 2, l + (window + 1) // 2)`, clipped.
+
+    Returns:
+        A dimension for each axis, in their order, float32; `numbers` has "base", the run that is patched, and "source",
+        the other.
 
     Raises:
-        InputError: the prompts do not have the same number of tokens, or the answer is not one.
+        InputError: the prompts do not have the same number of tokens, the answer is no answer, or the site has no such
+            axis or index.
+        SiteError: the model has no such site, or it cannot be written.
 
     Example:
-        >>> found = residual_patching(
-        ...     model, "The Eiffel Tower is in the city of", "The Colosseum is in the city of", " Paris"
-        ... )
-        >>> found.probabilities[5, 2]  # after layer 5, at the third token
+        >>> clean, corrupt = "The Eiffel Tower is in the city of", "The Lisbon Tower is in the city of"
+        >>> found = activation_patching(model, clean, corrupt, answer=" Paris", foil=" Lisbon")
+        >>> heads = activation_patching(model, clean, corrupt, answer=" Paris", at="attn.z", over=("layer", "head"))
+        >>> heads.normalised().plot().savefig("heads.png")
     """
-    rows, others = model.tokenize(clean), model.tokenize(corrupt)
-    if len(rows) != 1 or len(others) != 1 or len(rows[0]) != len(others[0]):
-        raise InputError(
-            f"“{clean}” and “{corrupt}” do not have the same number of tokens.",
-            hint="Take two prompts that differ in some tokens; `model.tokenizer.tokens(text)` shows them.",
-            lines=here(),
-        )
-    costs: list[Stats] = []
-    token = answer if isinstance(answer, int) else _token(model, clean, answer, rows[0], costs)
-    length = len(rows[0])
-    cells = [(layer, position) for layer in range(model.num_layers) for position in range(length)]
-    probabilities = []
-    for start in range(0, len(cells), ROWS_PER_PASS):
-        part = cells[start : start + ROWS_PER_PASS]
-        with model.trace() as trace:
-            with trace.invoke(others):
-                unpatched = model.logits[0, -1].float().softmax(-1)[token].save()
-            with trace.invoke(rows):
-                states = {layer: model.layers[layer].output for layer, _ in part}
-            for layer, position in part:
-                with trace.invoke(others):
-                    model.layers[layer].output[:, position] = states[layer][:, position]
-                    probabilities.append(model.logits[0, -1].float().softmax(-1)[token].save())
-        assert trace.stats is not None
-        costs.append(trace.stats)
-    return ResidualPatching(
-        layers=tuple(map(str, range(model.num_layers))),
-        tokens=_texts(model, rows[0]),
-        corrupt=_texts(model, others[0]),
-        prompt=clean,
-        answer=token,
-        word=_texts(model, [token])[0],
-        probabilities=torch.stack([each.value for each in probabilities]).reshape(-1, length),
-        unpatched=float(unpatched),
-        stats=Stats.sum(costs),
+    pair = Pair.of(model, clean, corrupt, direction)
+    metric = metric or metric_of(model, pair.clean, answer, foil)
+    grid = Grid.of(model, pair.clean, at, over, marked=pair.different).windows(window)
+
+    def measure(trace: Trace, runs: Runs, cell: Cell) -> Any:
+        with trace.invoke(pair.base.rows):
+            grid.patch(cell, runs.states)
+            return metric(model.logits[:, -1], runs.clean).mean()
+
+    def before(trace: Trace) -> Runs:
+        return Runs.record(model, trace, pair, grid, metric)
+
+    values, runs, stats = sweep(model, grid.cells, len(pair.clean), before, measure, what="patches")
+    return Result(
+        values=values.reshape([len(each) for each in grid.axes]),
+        axes=grid.axes,
+        unit=metric.unit,
+        origin=origin_of("activation_patching", model, pair, metric, at, grid, window=window),
+        numbers={"base": float(runs[0].base), "source": float(runs[0].source)},
+        signed=metric.signed,
+        stats=stats,
     )
 
 
-def _token(model: Model, clean: Any, answer: str | None, row: Sequence[int], costs: list[Stats]) -> int:
-    """The token id that an answer begins with, or that the model would say."""
+def metric_of(model: Model, clean: Prompt, answer: str | int | None, foil: str | int | None) -> Metric:
+    """The probability of an answer, or the difference of its logit from that of another.
+
+    Raises:
+        InputError: one of them is no answer.
+    """
     if answer is None:
-        with model.trace([list(row)]) as trace:
+        with model.trace(clean.rows):
             best = model.logits[0, -1].argmax().save()
-        assert trace.stats is not None
-        costs.append(trace.stats)
-        return int(best)
-    if not isinstance(clean, str):
-        raise InputError(
-            "Token ids go on with a token id, not with a text.", hint="Give the answer's id.", lines=here()
-        )
-    whole = model.tokenize(clean + answer)[0]
-    if len(whole) <= len(row) or whole[: len(row)] != list(row):
-        raise InputError(
-            f"“{answer}” is not how “{clean}” goes on: together they are other tokens.",
-            hint="Begin it with a space where a new word begins, or give a token id.",
-            lines=here(),
-        )
-    return whole[len(row)]
+        answer = int(best)
+    right = token_of(model, clean, answer)
+    return Probability(right) if foil is None else LogitDifference(right, token_of(model, clean, foil))
 
 
-def _texts(model: Model, row: Sequence[int]) -> tuple[str, ...]:
-    """The text of each token; its id where the model has no tokenizer here."""
-    return tuple(f"#{each}" for each in row) if model.tokenizer.backend is None else tuple(model.tokenizer.tokens(row))
+def origin_of(method: str, model: Model, pair: Pair, metric: Metric, at: At, grid: Grid, **more: Any) -> Origin:
+    """Where a result of patching is from."""
+    return Origin.of(
+        method,
+        model,
+        prompt=pair.clean.given,
+        corrupt=pair.corrupt.given,
+        metric=repr(metric),
+        at=at,
+        over={each.axis.name: each.steps for each in grid.along},
+        direction=pair.direction,
+        **more,
+    )
