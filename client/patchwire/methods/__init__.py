@@ -7,6 +7,7 @@ tensors, a `table()` for the terminal and a `plot()`.
 from __future__ import annotations
 
 from patchwire.methods.attribution import Agreement, agreement, attribution_patching, integrated_gradients
+from patchwire.methods.averaging import ROLES, by_role, stacked
 from patchwire.methods.causal import Noise, Replacement, causal_trace, embedding_std
 from patchwire.methods.editing import (
     PROJECTIONS,
@@ -22,6 +23,7 @@ from patchwire.methods.editing import (
 from patchwire.methods.grids import Blocks
 from patchwire.methods.lens import LogitLens, logit_lens
 from patchwire.methods.measured import Measured
+from patchwire.methods.mediation import mediation, relative_importance
 from patchwire.methods.metrics import KL, LogitDifference, LogProbability, Metric, Probability, Rank
 from patchwire.methods.neurons import NEURONS, Neurons, scale_coefficients, set_coefficients
 from patchwire.methods.parameters import PARAMETERS, Interaction, TopPairs, Vectors, project_to_vocabulary
@@ -40,6 +42,7 @@ __all__ = [
     "PARAMETERS",
     "PLACES",
     "PROJECTIONS",
+    "ROLES",
     "Agreement",
     "Axis",
     "Blocks",
@@ -70,6 +73,7 @@ __all__ = [
     "activation_patching",
     "agreement",
     "attribution_patching",
+    "by_role",
     "causal_trace",
     "consistency",
     "edit_scores",
@@ -80,14 +84,17 @@ __all__ = [
     "linear_relation",
     "load",
     "logit_lens",
+    "mediation",
     "ngram_entropy",
     "overall",
     "project_to_vocabulary",
     "rank_one_edit",
+    "relative_importance",
     "sampled_prefixes",
     "scale_coefficients",
     "second_moment",
     "set_coefficients",
+    "stacked",
     "sub_updates",
     "triggers",
     "value_projections",
