@@ -43,7 +43,7 @@ def role_of(token: int, subject: Sequence[int], length: int) -> str | None:
     if token == length - 1:
         return ROLES[5]
     if token <= last:
-        known = {last: ROLES[2], first: ROLES[0]}
+        known = {first: ROLES[0], last: ROLES[2]}
         return None if token < first else known.get(token, ROLES[1])
     return ROLES[3] if token == last + 1 else ROLES[4]
 
