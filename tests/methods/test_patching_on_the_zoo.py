@@ -104,3 +104,25 @@ def test_what_is_restored_early_goes_through_what_comes_after_it_at_the_subject(
     assert free[0] > 0.4
     assert blocked[0] < left * free[0]
     assert blocked[2] == pytest.approx(float(free[2]), abs=0.05)  # by then it has all been used
+
+
+def test_heads_for_indirect_objects_are_found_by_gradients_between_the_runs(models: dict[str, patchwire.Model]) -> None:
+    """The names are swapped, and every head is patched at all tokens; what is compared is the mean effect of each."""
+    model = models["facts-gpt2"]
+    effects = []
+    for prompt in corpus.ioi(8):
+        swapped = {prompt.answer: prompt.foil, prompt.foil: prompt.answer}
+        corrupt = " ".join(swapped.get(word, word) for word in prompt.words)
+        answer, foil = (model.tokenizer.encode(each)[0] for each in (prompt.answer, prompt.foil))
+        given = (model, prompt.text, corrupt, methods.LogitDifference(answer, foil))
+        ways = (methods.activation_patching, methods.attribution_patching, methods.integrated_gradients)
+        found = [way(*given, at="attn.z", over=("layer", "head")).effect().values.double().flatten() for way in ways]
+        effects.append(torch.stack(found))
+    exact, one, between = torch.stack(effects).mean(0)
+    large = exact.abs() > 0.05 * exact.abs().max()
+
+    correlations = torch.corrcoef(torch.stack([exact, one, between]))[0]
+    assert correlations[2] > 0.98
+    assert correlations[2] > correlations[1]
+    assert large.sum() >= 4
+    assert torch.equal(between[large].sign(), exact[large].sign())
