@@ -334,11 +334,13 @@ def with_half(
 
 def test_a_sweep_of_many_requests_is_the_same_sweep(model: patchwire.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = methods.activation_patching(model, CLEAN, CORRUPT, answer=ANSWER, foil=FOIL)
-    monkeypatch.setattr("patchwire.methods.sweeping._TOKENS", 7 * len(CLEAN))
-    parts = methods.activation_patching(model, CLEAN, CORRUPT, answer=ANSWER, foil=FOIL)
-
-    torch.testing.assert_close(parts.values, whole.values, rtol=1e-4, atol=1e-5)
-    assert parts.numbers == pytest.approx(whole.numbers, rel=1e-4)
+    for limit, most in (("_TOKENS", 7 * len(CLEAN)), ("_WRITES", 7)):
+        with monkeypatch.context() as limited:
+            limited.setattr(f"patchwire.methods.sweeping.{limit}", most)
+            parts = methods.activation_patching(model, CLEAN, CORRUPT, answer=ANSWER, foil=FOIL)
+        torch.testing.assert_close(parts.values, whole.values, rtol=1e-4, atol=1e-5)
+        assert parts.numbers == pytest.approx(whole.numbers, rel=1e-4)
+        assert parts.stats.passes > whole.stats.passes
 
 
 def test_without_an_answer_it_is_what_the_model_says(model: patchwire.Model, reference: Reference) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -125,6 +126,14 @@ class Grid:
     def cells(self) -> list[Cell]:
         """Every cell, the last axis fastest."""
         return list(itertools.product(*(range(len(each.steps)) for each in self.along)))
+
+    @property
+    def writes(self) -> int:
+        """How many slices a cell is, at most."""
+        layers = 1 if any(each.dim is None for each in self.along) else len(self.layers)
+        return layers * math.prod(
+            max(len(step) if each.dim is None else len(_runs(step)) for step in each.steps) for each in self.along
+        )
 
     def windows(self, size: int) -> Grid:
         """With this many layers around each: `[l - size // 2, l + (size + 1) // 2)`, clipped.

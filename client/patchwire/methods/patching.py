@@ -158,7 +158,7 @@ def activation_patching(
     def before(trace: Trace) -> Runs:
         return Runs.record(model, trace, pair, grid, metric)
 
-    values, runs, stats = sweep(model, grid.cells, len(pair.clean), before, measure, what="patches")
+    values, runs, stats = sweep(model, grid.cells, len(pair.clean), before, measure, writes=grid.writes, what="patches")
     return Result(
         values=values.reshape([len(each) for each in grid.axes]),
         axes=grid.axes,

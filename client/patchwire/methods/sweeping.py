@@ -21,6 +21,8 @@ from patchwire.tracing import Trace
 
 _TOKENS = 1 << 16
 """How many tokens all cells of a request have together."""
+_WRITES = 1 << 14
+"""How many writes; a server takes so many nodes in a graph, of which each write is a few."""
 
 Cell = TypeVar("Cell")
 Runs = TypeVar("Runs")
@@ -33,6 +35,7 @@ def sweep(
     before: Callable[[Trace], Runs],
     measure: Callable[[Trace, Runs, Cell], Any],
     *,
+    writes: int = 1,
     what: str = "cells",
 ) -> tuple[Tensor, list[Runs], Stats]:
     """Measure every cell.
@@ -43,12 +46,13 @@ def sweep(
         tokens: How many tokens a cell's rows have together.
         before: Records what all cells of a request need; is called once for each request.
         measure: Records a cell and gives its number, or numbers, of the same shape for all.
+        writes: How many parts of sites a cell writes.
         what: What the cells are, for the bar.
 
     Returns:
         The numbers, `[cells, …]`; what `before` gave for each request, whose saved values are there now; and the cost.
     """
-    size = max(1, _TOKENS // max(1, tokens))
+    size = max(1, min(_TOKENS // max(1, tokens), _WRITES // max(1, writes)))
     found: list[Any] = []
     runs: list[Runs] = []
     costs: list[Stats] = []
