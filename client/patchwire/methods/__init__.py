@@ -24,7 +24,7 @@ from patchwire.methods.metrics import KL, LogitDifference, LogProbability, Metri
 from patchwire.methods.patching import ResidualPatching, residual_patching
 from patchwire.methods.places import PLACES
 from patchwire.methods.relations import LinearRelation, linear_relation
-from patchwire.methods.result import Axis, Origin, Result, load
+from patchwire.methods.result import Axis, Origin, Result, load, side_by_side
 from patchwire.methods.scores import (
     consistency,
     edit_scores,
@@ -71,5 +71,6 @@ __all__ = [
     "residual_patching",
     "sampled_prefixes",
     "second_moment",
+    "side_by_side",
     "with_update",
 ]
