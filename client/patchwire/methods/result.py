@@ -49,7 +49,7 @@ class Axis:
 
     @property
     def shown(self) -> list[str]:
-        """The labels as figures show them: with a * where they are marked, and with visible spaces if they are tokens."""
+        """The labels as figures show them: with a * where they are marked, and with visible spaces in tokens."""
         from patchwire import plots
 
         labels = map(plots.visible, self.labels) if self.name == TOKEN else self.labels
