@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,13 +49,23 @@ def test_the_blocks_of_a_guide_run(guide: Path, model: patchwire.Model, zoo: Ser
     monkeypatch.chdir(tmp_path)
     connect = patchwire.connect
     monkeypatch.setattr(patchwire, "connect", lambda address, **options: connect(THERE[address](zoo), **options))
-    text = guide.read_text()
-    names = {"model": model}
+    run(guide, {"model": model})
 
-    for block in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+
+def test_the_blocks_of_the_readme_about_the_zoo_run():
+    run(DOCS.parent / "README.md", {"patchwire": patchwire}, about='("zoo:')
+
+
+def run(page: Path, names: dict[str, Any], about: str = "") -> None:
+    """Run the blocks of a page that are about something, one after the other, in one namespace."""
+    text = page.read_text()
+    every = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    blocks = [each for each in every if about in each[1]]
+    assert blocks
+    for block in blocks:
         # As many lines before it as in the page, so that an error names the right one.
         code = "\n" * text[: block.start(1)].count("\n") + block[1]
-        exec(compile(code, str(guide), "exec"), names)
+        exec(compile(code, str(page), "exec"), names)
 
 
 def test_the_names_beside_those_of_other_libraries_are_there() -> None:
