@@ -6,8 +6,8 @@ Meng, Bau, Andonian and Belinkov (2022), "Locating and Editing Factual Associati
     python docs/examples/causal_tracing.py --server gpu-box:50051 --model gpt2-xl --window 10 \\
         --prompt "The Space Needle is in downtown" --subject "The Space Needle" --answer " Seattle"
 
-Noise on the subject's embeddings makes a model forget what it knows of the subject. Then one state of the undisturbed run
-is put back, one (token, layer) at a time. Where the answer comes back, the fact was on its way.
+Noise on the subject's embeddings makes a model forget what it knows of the subject. Then one state of the undisturbed
+run is put back, one (token, layer) at a time. Where the answer comes back, the fact was on its way.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from patchwire.methods import Result, causal_trace, side_by_side
 
 
 def experiment(model: patchwire.Model, prompt: str, subject: str, answer: str | None) -> dict[str, Result]:
-    """The trace of the residual stream, and what is left of it when MLPs, or attention, cannot work on what is restored.
+    """The trace of the residual stream, and what is left of it when MLPs, or mixers, cannot work on what is restored.
 
     A severed run holds each MLP (or mixer: attention, or the SSM of a Mamba) at the restored token at what it is in the
-    corrupted run. What the state does by itself remains; what it does through them is gone. All cells of a trace, each of
-    them ten rows of noise, are one request: rows that are alike are computed once, and only the numbers come back.
+    corrupted run. What the state does by itself remains; what it does through them is gone. All cells of a trace, each
+    of them ten rows of noise, are one request: rows that are alike are computed once, and only the numbers come back.
     """
     traces = {"the residual stream": causal_trace(model, prompt, subject, answer=answer)}
     for name, part in {"MLPs severed": "mlp", "mixers severed": "mixer"}.items():
@@ -36,7 +36,7 @@ def experiment(model: patchwire.Model, prompt: str, subject: str, answer: str | 
 
 
 def modules(model: patchwire.Model, prompt: str, subject: str, answer: str | None, window: int) -> dict[str, Result]:
-    """What the modules add, restored in `window` layers around each at once: one of them alone does little (figure 1)."""
+    """What modules add, restored in `window` layers around each at once: one of them alone does little (figure 1)."""
     places = ["mixer", "mlp"] if hasattr(model.layers[0], "mlp") else ["mixer"]
     return {
         f"{place}, {window} layers": causal_trace(model, prompt, subject, answer=answer, place=place, window=window)
@@ -63,8 +63,8 @@ def main(
 
     # `effect()` is the indirect effect: by how much a restored state raises it. The zoo's model has two sites, as large
     # GPTs do: an early one at the subject's last token, and a late one at the end. MLPs severed, the early site loses
-    # most of its effect in its first layer. Attention counts there too in this model, as it puts the two names together;
-    # in GPT-2 XL the paper finds much less of that.
+    # most of its effect in its first layer. Attention counts there too in this model, as it puts the two names
+    # together; in GPT-2 XL the paper finds much less of that.
     last = trace.axes[1].marked[-1]
     for name, each in found.items():
         by_layer = each.effect().at(token=last).values.tolist()

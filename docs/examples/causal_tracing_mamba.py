@@ -7,9 +7,9 @@ Sharma, Atkinson and Bau (2024), "Locating and Editing Factual Associations in M
         --prompt "The Space Needle is in the city of" --subject "The Space Needle" \\
         --other "The Colosseum is in the city of" --answer " Seattle"
 
-A layer of a Mamba adds `o = W_o (s * g)` to the residual stream: s comes from the selective scan, which is all that moves
-information from token to token, and g is a gate that sees its own token only. The paper corrupts with another subject of as
-many tokens, and not with noise.
+A layer of a Mamba adds `o = W_o (s * g)` to the residual stream: s comes from the selective scan, which is all that
+moves information from token to token, and g is a gate that sees its own token only. The paper corrupts with another
+subject of as many tokens, and not with noise.
 """
 
 from __future__ import annotations
@@ -32,18 +32,12 @@ def experiment(
 
     `normalised()` is the paper's measure: 0 is the run about the other subject, 1 the undisturbed run.
     """
-    return {
-        name: causal_trace(
-            model,
-            prompt,
-            subject,
-            Replacement(other),
-            answer=answer,
-            place=place,
-            window=1 if place == "resid" else window,
-        ).normalised()
-        for name, place in PLACES.items()
-    }
+    found = {}
+    for name, place in PLACES.items():
+        around = 1 if place == "resid" else window
+        trace = causal_trace(model, prompt, subject, Replacement(other), answer=answer, place=place, window=around)
+        found[name] = trace.normalised()
+    return found
 
 
 def blocked(model: patchwire.Model, prompt: str, subject: str, other: str, answer: str | None) -> dict[str, Result]:
@@ -78,7 +72,8 @@ def main(
         print(each.table())
 
     # The other way round: without scan, or gate, at the restored token, what is left of the early site? In layer 0 next
-    # to nothing, as the later layers still work on the subject; after that it is complete, and only read by other tokens.
+    # to nothing, as the later layers still work on the subject; after that it is complete, and only read by other
+    # tokens.
     paths = blocked(proxy, prompt, subject, other, answer)
     last = found["states"].axes[1].marked[-1]
     for name, each in ({"states": found["states"]} | paths).items():

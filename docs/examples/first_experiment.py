@@ -3,8 +3,8 @@
     python docs/examples/first_experiment.py
     python docs/examples/first_experiment.py --server gpu-box:50051 --model gpt2
 
-The model is a hub id, a directory, a .gguf file or zoo:NAME; with --server, the name of one that it serves. Left out, it is
-the model of `patchwire demo`. The script names nothing that only one architecture has: give it a Mamba.
+The model is a hub id, a directory, a .gguf file or zoo:NAME; with --server, the name of one that it serves. Left out,
+it is the model of `patchwire demo`. The script names nothing that only one architecture has: give it a Mamba.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ Sharma, Atkinson and Bau (2024), "Locating and Editing Factual Associations in M
     python docs/examples/linear_relations.py --server gpu-box:50051 --model gpt-j-6b --layer 10 --layer 15 --layer 20 \\
         --prompt "The capital of {} is" --subjects "France,Peru,Kenya,Japan,Norway,Chile,Egypt,Italy"
 
-What a model says at the end of "The capital of {} is" depends on the subject's state s after some layer: o = F(s). Expanded
-around a few examples it is `o = b + β J s`. If for other subjects that says what the model says, the relation is linear.
+What a model says at the end of "The capital of {} is" depends on the subject's state s after some layer: o = F(s).
+Expanded around a few examples it is `o = b + β J s`. If for other subjects that says what the model says, the relation
+is linear.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from patchwire.methods import Axis, Mention, Origin, Result, linear_relation, si
 def experiment(model: patchwire.Model, prompt: str, subjects: Sequence[str], layer: int, examples: int = 5) -> float:
     """The faithfulness of a relation: for which share of held-out subjects the map says what the model says.
 
-    J is a mean of Jacobians. The server computes them, some rows in a pass; J and b are all that comes back. The mean of
-    several makes a map that is too short, and β makes it longer.
+    J is a mean of Jacobians. The server computes them, some rows in a pass; J and b are all that comes back. The mean
+    of several makes a map that is too short, and β makes it longer.
     """
     mentions = [Mention(prompt.format(each), each) for each in subjects]
     relation = linear_relation(model, mentions[:examples], layer, rows=128)
@@ -60,8 +61,8 @@ def main(
         print(f"[bold]{proxy.name}[/]")
         print(found[proxy.name].table())
 
-    # Of 16 attributes, chance is 1/16. For most relations the maps are best in the middle: before, the two names are not
-    # joined yet, and later the fact has left the subject.
+    # Of 16 attributes, chance is 1/16. For most relations the maps are best in the middle: before, the two names are
+    # not joined yet, and later the fact has left the subject.
     side_by_side(found, title="How linear is what follows the subject?").savefig(out, dpi=110)
     print(f"The figure is in {out}.")
 

@@ -26,7 +26,7 @@ import patchwire
 from patchwire.methods import Axis, Mention, Origin, Result, edit_scores, rank_one_edit, second_moment, side_by_side
 
 SEARCH = {"steps": 40, "lr": 0.1, "kl_factor": 1.0, "weight_decay": 0.0, "enough_loss": 0.1}
-"""How v* is searched for in the zoo's models, which know little else than their facts. Left out, it is the paper's way."""
+"""How v* is searched for in the zoo's models, which know little else than facts. Left out, it is the paper's way."""
 MEASURED = ("efficacy", "paraphrase", "neighbourhood")
 
 
@@ -81,7 +81,8 @@ def main(
         for at in layers:
             edited, scored = experiment(proxy, at, corpus, fact, others, {} if texts else SEARCH)
             scores.append(scored.at(measure=1).values)
-            shares = ", ".join(f"{name} {share:.0%}" for name, share in zip(MEASURED, scored.at(measure=0).values))
+            rates = zip(MEASURED, scored.at(measure=0).values, strict=True)
+            shares = ", ".join(f"{name} {rate:.0%}" for name, rate in rates)
             print(f"{proxy.name}, layer {at}: {said(edited, prompt)}; {shares}")
         print(f"{proxy.name} itself, as ever: {said(proxy, prompt)}")
         found[proxy.name] = Result(
@@ -93,8 +94,9 @@ def main(
         )
 
     # The score of prompts is the share of those that say what they should: the new answer, in all wordings, and of the
-    # neighbours still the old one. The figure shows by how much: the magnitudes. An edit succeeds in the layers after which the
-    # fact still is at the subject, or leaves it. It fails in the last, where no other token reads what is added.
+    # neighbours still the old one. The figure shows by how much: the magnitudes. An edit succeeds in the layers after
+    # which the fact still is at the subject, or leaves it. It fails in the last, where no other token reads what is
+    # added.
     side_by_side(found, title=f"“{prompt}{target}”: scores by edited layer").savefig(out, dpi=110)
     print(f"The figure is in {out}.")
 
@@ -107,7 +109,7 @@ def said(model: patchwire.Model, prompt: str) -> str:
 
 
 def of_the_zoo(fact: dict[str, str], others: dict[str, list[str]]) -> list[str]:
-    """The texts for C, and prompts about the same subject, in other words, and about neighbours: others of that city."""
+    """The texts for C; and prompts about the subject, in other words, and about neighbours: others of that city."""
     from patchwire_worker.zoo.corpus import facts
 
     for each in facts():

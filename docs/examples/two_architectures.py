@@ -21,8 +21,8 @@ from patchwire.methods import Result, causal_trace, side_by_side
 def experiment(model: patchwire.Model, prompt: str, subject: str, answer: str | None) -> Result:
     """By how much each restored state raises the answer's probability, `[layers, tokens]`.
 
-    Nothing here is of one architecture: `model.embed`, where the noise is, and `layers[i].output`, which is restored, are
-    there in both.
+    Nothing here is of one architecture: `model.embed`, where the noise is, and `layers[i].output`, which is restored,
+    are there in both.
     """
     return causal_trace(model, prompt, subject, answer=answer).effect()
 
