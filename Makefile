@@ -26,10 +26,9 @@ bench: $(STAMP) $(ENVIRONMENTS:%=.venv-bench/%/.installed)  ## Measure everythin
 lint: static  ## Formatting, lint and types of the Python code, and the rules for the proto files
 	@$(BIN)/python -m pytest -q tests/unit/test_protos.py
 
-docs: $(STAMP)  ## Run the examples of the documentation
-	@for file in docs/examples/*.py; do \
-		[ -e "$$file" ] || { echo "no examples in docs/examples" >&2; break; }; \
-		echo "== $$file" >&2; $(BIN)/python "$$file" || exit 1; \
+docs: $(STAMP)  ## Run the examples of the documentation; their figures go to demo-output
+	@mkdir -p demo-output; for file in docs/examples/*.py; do \
+		echo "== $$file" >&2; (cd demo-output && $(CURDIR)/$(BIN)/python "$(CURDIR)/$$file") || exit 1; \
 	done
 
 clean:  ## Remove everything that is not in git: .venv, generated stubs, caches, outputs

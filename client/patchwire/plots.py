@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -252,6 +254,75 @@ def panels(
     return figure
 
 
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """One matrix of a figure that has several, with labels of its own."""
+
+    title: str
+    values: Tensor
+    """`[rows, columns]`, any real dtype; NaN stays white."""
+    rows: Labels
+    columns: Labels
+    row_axis: str
+    column_axis: str
+    downwards: bool = False
+    """The first row is on top, and not at the bottom."""
+
+
+def side_by_side(parts: Sequence[Panel], *, title: str = "", unit: str = "", signed: bool = False) -> Figure:
+    """Heatmaps of any shapes as one figure, beside each other, with one colour scale.
+
+    Args:
+        parts: At least one. One whose rows are those of the one before it has no row labels of its own.
+        title: Written above all of them.
+        unit: What the values are. Stands at the colour bar.
+        signed: Colour by sign, white at 0, instead of by size.
+
+    Returns:
+        A figure that belongs to no window.
+
+    Raises:
+        ShapeError: labels do not fit the values.
+        PatchwireError: matplotlib is not installed.
+    """
+    values = [_checked(each.values, each.rows, each.columns, None) for each in parts]
+    most = max((float(each.nan_to_num().abs().max()) for each in values if each.numel()), default=1.0) or 1.0
+    shared = [False, *(one.rows == other.rows and one.row_axis == other.row_axis for one, other in pairwise(parts))]
+    widths = [
+        min(max(1.3, (0.22 if _numbered(each.columns) else 0.5) * len(each.columns)), 9.0) + 0.06 * len(each.title) / 2
+        for each in parts
+    ]
+    labels = sum(
+        0.6 + 0.08 * max(map(cell_len, each.rows), default=0)
+        for each, left in zip(parts, shared, strict=True)
+        if not left
+    )
+    height = max(2.6, 1.3 + 0.24 * min(max(len(each.rows) for each in parts), 64))
+    figure = _figure()(figsize=(max(3.6, sum(widths) + labels + 1.1), height), layout="constrained")
+    every = figure.subplots(1, len(parts), squeeze=False, width_ratios=widths)[0]
+    for axes, each, numbers, left in zip(every, parts, values, shared, strict=True):
+        image = axes.imshow(
+            numbers.numpy(),
+            aspect="auto",
+            origin="upper" if each.downwards else "lower",
+            interpolation="nearest",
+            cmap="RdBu_r" if signed else "Blues",
+            vmin=-most if signed else 0.0,
+            vmax=most,
+        )
+        _label(axes, each.rows, each.columns, each.title, each.row_axis, each.column_axis)
+        if left:
+            axes.set_ylabel("")
+            axes.tick_params("y", labelleft=False)
+    bar = figure.colorbar(image, ax=list(every), pad=0.02, fraction=0.05, aspect=25)
+    bar.set_label(unit, fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    bar.outline.set_visible(False)
+    if title:
+        figure.suptitle(_plain(title), fontsize=11)
+    return figure
+
+
 def bands(
     series: Sequence[tuple[str, Sequence[float]]], *, title: str = "", axis: str = "layer", unit: str = "rows"
 ) -> Figure:
@@ -294,7 +365,8 @@ def _label(axes: Any, rows: Labels, columns: Labels, title: str, row_axis: str, 
     step = max(1, math.ceil(len(rows) / 64))
     axes.set_yticks(range(0, len(rows), step), [_plain(each) for each in rows[::step]], fontsize=8)
     long = max((len(line) for label in columns for line in label.split("\n")), default=0) > 5
-    axes.set_xticks(range(len(columns)), [_plain(each) for each in columns], fontsize=8)
+    across = max(1, math.ceil(len(columns) / 16)) if _numbered(columns) else 1
+    axes.set_xticks(range(0, len(columns), across), [_plain(each) for each in columns[::across]], fontsize=8)
     if long:
         axes.tick_params("x", rotation=40)
         for label in axes.get_xticklabels():
@@ -309,6 +381,11 @@ def _label(axes: Any, rows: Labels, columns: Labels, title: str, row_axis: str, 
     axes.tick_params(which="minor", length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
+
+
+def _numbered(labels: Labels) -> bool:
+    """Whether some may be left out, since everybody knows what is between them."""
+    return all(each.isdigit() for each in labels)
 
 
 def _annotate(axes: Any, strengths: Tensor, texts: Texts) -> None:

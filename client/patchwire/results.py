@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
+from rich import get_console
 from rich.progress import BarColumn, DownloadColumn, ProgressColumn, TaskID, TextColumn, TransferSpeedColumn
 from rich.progress import Progress as RichProgress
 from torch import Tensor
@@ -142,7 +143,9 @@ class Progress:
                 DownloadColumn(),
                 TransferSpeedColumn(),
             ]
-            self._bar = RichProgress(*columns, transient=True)
+            console = get_console()  # in a file, a bar would leave nothing but empty lines
+            shown = console.is_terminal or console.is_jupyter
+            self._bar = RichProgress(*columns, console=console, transient=True, disable=not shown)
             self._bar.start()
             self._task = self._bar.add_task(text, total=None)
         assert self._task is not None

@@ -24,6 +24,8 @@ from typer.testing import CliRunner, Result
 import patchwire
 from integration.refusals import refused
 from patchwire import cli
+from patchwire.cli.terminal import ids_of
+from patchwire.methods import load
 
 COMMAND = Path(sys.executable).parent / "patchwire"
 SECONDS = 120
@@ -154,13 +156,13 @@ def test_help_names_every_command_and_shows_examples() -> None:
     result = run("--help")
 
     assert result.returncode == 0
-    for command in ("serve", "models", "jobs", "lens", "sites", "verify", "compare", "zoo", "demo", "doctor"):
+    for command in ("serve", "models", "jobs", "trace", "lens", "compare", "sites", "verify", "zoo", "demo", "doctor"):
         assert re.search(rf"│ {command}\b", result.stdout)
     assert "Examples" in result.stdout
 
 
 @pytest.mark.parametrize(
-    "command", ["serve", "models", "jobs", "lens", "sites", "verify", "compare", "zoo", "demo", "doctor"]
+    "command", ["serve", "models", "jobs", "trace", "lens", "compare", "sites", "verify", "zoo", "demo", "doctor"]
 )
 def test_every_command_has_help(command: str) -> None:
     result = CliRunner().invoke(cli.app, [command, "--help"], prog_name="patchwire")
@@ -355,8 +357,10 @@ def expected_answer(checkpoint: Path, prompt: str) -> tuple[str, float]:
     return tokenizer.decode(int(best.indices)), float(best.values)
 
 
-def test_lens_ends_with_what_the_model_says(serving: Serving, checkpoint: Path) -> None:
-    result = call("lens", "tiny", "the cat sat on", "--server", serving.address)
+def test_lens_ends_with_what_the_model_says(serving: Serving, checkpoint: Path, tmp_path: Path) -> None:
+    result = call(
+        "lens", "tiny", "--prompt", "the cat sat on", "--server", serving.address, "--out", tmp_path / "a.svg"
+    )
 
     word, probability = expected_answer(checkpoint, "the cat sat on")
     assert result.exit_code == 0
@@ -366,45 +370,50 @@ def test_lens_ends_with_what_the_model_says(serving: Serving, checkpoint: Path) 
 
 
 def test_lens_with_an_embedded_worker_saves_a_figure(checkpoint: Path, tmp_path: Path) -> None:
-    result = call("lens", checkpoint, "the cat sat on", "--top", "2", "--png", tmp_path / "lens.png")
+    result = call("lens", checkpoint, "--prompt", "the cat sat on", "--top", "2", "--out", tmp_path / "lens.png")
 
     word, probability = expected_answer(checkpoint, "the cat sat on")
     assert result.exit_code == 0, result.stderr
     assert re.search(rf"^{word} +{probability:.4f}$", result.stdout, re.MULTILINE)
     assert (tmp_path / "lens.png").read_bytes().startswith(b"\x89PNG")
+    numbers = load(tmp_path / "lens.safetensors")
+    assert [each.name for each in numbers.axes] == ["layer", "token"]
+    assert float(numbers.values[-1, -1]) == pytest.approx(probability, abs=1e-5)
     assert "%|" not in result.stderr
 
 
-def test_lens_takes_token_ids(serving: Serving, checkpoint: Path) -> None:
-    result = call("lens", "tiny", "0 2 5", "--ids", "--server", serving.address)
+def test_lens_takes_token_ids(serving: Serving, checkpoint: Path, tmp_path: Path) -> None:
+    to = tmp_path / "lens.safetensors"
+    result = call("lens", "tiny", "--prompt", "0 2 5", "--ids", "--server", serving.address, "--out", to)
 
     word, probability = expected_answer(checkpoint, "the cat sat")
     assert re.search(rf"^{word} +{probability:.4f}$", result.stdout, re.MULTILINE)
 
 
-def test_lens_fits_the_width_of_the_terminal(serving: Serving) -> None:
-    result = run("lens", "tiny", "the cat sat on a mat in the tree", "--server", serving.address, COLUMNS="40")
+def test_lens_fits_the_width_of_the_terminal(serving: Serving, tmp_path: Path) -> None:
+    asked = ["lens", "tiny", "--prompt", "the cat sat on a mat in the tree", "--server", serving.address]
+    result = run(*asked, "--out", tmp_path / "lens.png", COLUMNS="40")
 
-    assert max(len(line) for line in result.stdout.splitlines()) <= 40
+    assert max(len(line) for line in result.stdout.splitlines() if "Saved" not in line) <= 40
     assert "of 9 columns" in result.stdout
 
 
 def test_lens_names_the_models_near_an_unknown_one(serving: Serving) -> None:
-    assert "`tiny`" in refusal("lens", "tinny", "the cat", "--server", serving.address)
+    assert "`tiny`" in refusal("lens", "tinny", "--prompt", "the cat", "--server", serving.address)
 
 
 def test_lens_refuses_ids_that_are_words(serving: Serving) -> None:
-    assert "numbers" in refusal("lens", "tiny", "the cat", "--ids", "--server", serving.address)
+    assert "numbers" in refusal("lens", "tiny", "--prompt", "the cat", "--ids", "--server", serving.address)
 
 
 def test_ids_that_are_words_are_refused_before_anything_is_connected() -> None:
     with refused(patchwire.InputError, "With --ids", hint="12 7 3", line=False):
-        cli._ids("the cat")
-    assert cli._ids("1, 2 3") == [1, 2, 3]
+        ids_of("the cat")
+    assert ids_of("1, 2 3") == [1, 2, 3]
 
 
 def test_lens_without_matplotlib_says_what_to_install() -> None:
-    result = run_without("matplotlib", "lens", "gpt2", "the cat", "--png", "lens.png")
+    result = run_without("matplotlib", "lens", "gpt2", "--prompt", "the cat")
 
     assert_one_message(result, 'pip install "patchwire[demo]"')
 

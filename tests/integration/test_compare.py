@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +10,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
 import patchwire
 from integration.refusals import refused
-from patchwire import cli
 from patchwire.methods import Measured, activation_patching, logit_lens
 from serving import Server
 
@@ -205,40 +202,3 @@ def test_the_figure_has_both_panels_with_one_scale(found: patchwire.Comparison) 
     assert [axes.get_title(loc="left") for axes in panels] == ["small", "deep"]
     assert panels[0].images[0].get_clim() == panels[1].images[0].get_clim()
     assert repr(found).splitlines()[0].split()[:3] == ["depth", "model", "<s>"]
-
-
-def test_the_command_prints_both_and_writes_the_figure(compared: Server, tmp_path: Path) -> None:
-    result = CliRunner().invoke(
-        cli.app,
-        [
-            *f"compare small deep --server {compared.address} --save {tmp_path / 'compare.png'}".split(),
-            "--clean",
-            CLEAN,
-            "--corrupt",
-            CORRUPT,
-            "--answer",
-            ANSWER,
-        ],
-    )
-
-    assert result.exit_code == 0, result.output
-    assert "0.17" in result.output
-    assert "small" in result.output
-    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_command_compares_lenses_and_takes_token_ids(compared: Server) -> None:
-    result = CliRunner().invoke(
-        cli.app, ["compare", "small", "deep", "--clean", "6 4 1", "--ids", "--server", compared.address]
-    )
-
-    assert result.exit_code == 0, result.output
-    assert "Logit lens" in result.output
-    assert "#4" in result.output
-
-
-def test_the_command_wants_a_corrupt_prompt_for_an_answer() -> None:
-    result = CliRunner().invoke(cli.app, ["compare", "a", "b", "--clean", "x", "--answer", "y"])
-
-    assert isinstance(result.exception, patchwire.InputError)
-    assert "corrupt" in result.exception.message

@@ -382,7 +382,7 @@ def test_the_command_prints_every_check_and_ends_well(server: Server) -> None:
 def test_the_command_ends_with_one_if_something_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = tiny.build("gpt2")
     module.lm_head.__class__ = Shifting
-    monkeypatch.setattr(cli, "_model", lambda *_: local(module))
+    monkeypatch.setattr(cli.looking, "opened", lambda *_: local(module))
 
     result = CliRunner().invoke(cli.app, ["verify", "gpt2"])
 

@@ -30,7 +30,7 @@ from patchwire.methods.parameters import PARAMETERS, Interaction, TopPairs, Vect
 from patchwire.methods.patching import activation_patching
 from patchwire.methods.places import PLACES
 from patchwire.methods.relations import LinearRelation, linear_relation
-from patchwire.methods.result import Axis, Origin, Result, load
+from patchwire.methods.result import Axis, Origin, Result, load, side_by_side
 from patchwire.methods.scores import consistency, edit_scores, generated_texts, harmonic_mean, ngram_entropy, overall
 from patchwire.methods.triggering import Triggers, triggers
 from patchwire.methods.values import SubUpdates, ValueProjections, sub_updates, value_projections
@@ -94,6 +94,7 @@ __all__ = [
     "scale_coefficients",
     "second_moment",
     "set_coefficients",
+    "side_by_side",
     "stacked",
     "sub_updates",
     "triggers",

@@ -49,10 +49,11 @@ class Axis:
 
     @property
     def shown(self) -> list[str]:
-        """The labels as figures show them: with visible spaces, and a * where they are marked."""
+        """The labels as figures show them: with a * where they are marked, and with visible spaces in tokens."""
         from patchwire import plots
 
-        return [plots.visible(label) + ("*" if index in self.marked else "") for index, label in enumerate(self.labels)]
+        labels = map(plots.visible, self.labels) if self.name == TOKEN else self.labels
+        return [label + ("*" if index in self.marked else "") for index, label in enumerate(labels)]
 
 
 @dataclass(frozen=True)
@@ -197,25 +198,14 @@ class Result:
         return plots.grid(values, rows=rows.shown, columns=columns.shown, corner=rows.name, width=width)
 
     def plot(self, *, title: str = "") -> Figure:
-        """A heatmap in the look of the field's figures, the first axis upwards and the second to the right.
+        """A heatmap in the look of the field's figures: tokens down and layers across; of other axes, the first upwards
+        and the second to the right.
 
         Raises:
             InputError: it has more than two axes: take a mean, or one index, of the others.
             PatchwireError: matplotlib is not installed.
         """
-        from patchwire import plots
-
-        values, rows, columns = self._matrix()
-        return plots.heatmap(
-            values,
-            rows=rows.shown,
-            columns=columns.shown,
-            title=title or self.origin.method.replace("_", " "),
-            unit=self.unit,
-            row_axis=rows.name,
-            column_axis=columns.name,
-            signed=self.signed,
-        )
+        return side_by_side({title or self.origin.method.replace("_", " "): self})
 
     def _matrix(self) -> tuple[Tensor, Axis, Axis]:
         if len(self.axes) == 2:
@@ -286,6 +276,42 @@ def load(path: str | Path) -> Result:
         return Result(values, axes, about["unit"], Origin(**about["origin"]), about["numbers"], about["signed"])
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise PatchwireError(f"{path} is no result of Patchwire: {error}") from error
+
+
+def side_by_side(results: Mapping[str, Result], *, title: str = "") -> Figure:
+    """Results as panels of one figure, with one colour scale: of several models, places or corruptions.
+
+    Args:
+        results: By what is written above each. They may have other tokens and layers than each other.
+        title: Written above all.
+
+    Raises:
+        InputError: there are none, they are of different units, or one has more than two axes.
+        PatchwireError: matplotlib is not installed.
+
+    Example:
+        >>> found = {each.name: causal_trace(each, prompt, subject).effect() for each in (gpt2, mamba)}
+        >>> side_by_side(found).savefig("compared.png")
+    """
+    from patchwire import plots
+
+    units = {each.unit for each in results.values()}
+    if len(units) != 1:
+        raise InputError(
+            f"One colour scale is for results of one unit, not of {len(units)}: {', '.join(sorted(units))}.",
+            hint="Plot each alone, or take `effect()` or `normalised()` of all.",
+            lines=here(),
+        )
+    parts = []
+    for name, each in results.items():
+        values, rows, columns = each._matrix()
+        tokens_down = (rows.name, columns.name) == (LAYER, TOKEN)
+        if tokens_down:
+            values, rows, columns = values.T, columns, rows
+        across = columns.shown if columns.name else [""]
+        parts.append(plots.Panel(name, values, rows.shown, across, rows.name, columns.name, tokens_down))
+    signed = any(each.signed for each in results.values())
+    return plots.side_by_side(parts, title=title, unit=units.pop(), signed=signed)
 
 
 def layers_axis(model: Model) -> Axis:
