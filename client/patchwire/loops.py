@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 import torch.fx
@@ -319,7 +319,7 @@ class Loop:
         """How many iterations it came to; None until the session has ended."""
         return (self._recorder.iterations or None) if self._recorder else None
 
-    def __enter__(self) -> Loop:
+    def __enter__(self) -> Self:
         self._request.check_open()
         outer = self._request.recorder
         if outer.inner is not None:

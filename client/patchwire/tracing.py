@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 import torch.fx
@@ -147,7 +147,7 @@ class Trace(Block):
         self._caches: list[Cache] = []
         self._edited_weights: dict[torch.fx.Node, torch.fx.Node] = {}
 
-    def __enter__(self) -> Trace:
+    def __enter__(self) -> Self:
         if recording():
             raise GraphError(
                 "A trace cannot be opened inside another.",

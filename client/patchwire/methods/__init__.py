@@ -28,6 +28,7 @@ from patchwire.methods.metrics import KL, LogitDifference, LogProbability, Metri
 from patchwire.methods.neurons import NEURONS, Neurons, scale_coefficients, set_coefficients
 from patchwire.methods.parameters import PARAMETERS, Interaction, TopPairs, Vectors, project_to_vocabulary
 from patchwire.methods.patching import activation_patching
+from patchwire.methods.patchscope import IDENTITY, Patchscope, patchscope, patchscope_text
 from patchwire.methods.places import PLACES
 from patchwire.methods.relations import LinearRelation, linear_relation
 from patchwire.methods.result import Axis, Origin, Result, load, side_by_side
@@ -37,6 +38,7 @@ from patchwire.methods.values import SubUpdates, ValueProjections, sub_updates, 
 from patchwire.methods.vocabulary import TopTokens
 
 __all__ = [
+    "IDENTITY",
     "KL",
     "NEURONS",
     "PARAMETERS",
@@ -57,6 +59,7 @@ __all__ = [
     "Neurons",
     "Noise",
     "Origin",
+    "Patchscope",
     "Probability",
     "Projection",
     "Rank",
@@ -87,6 +90,8 @@ __all__ = [
     "mediation",
     "ngram_entropy",
     "overall",
+    "patchscope",
+    "patchscope_text",
     "project_to_vocabulary",
     "rank_one_edit",
     "relative_importance",
