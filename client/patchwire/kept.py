@@ -90,6 +90,13 @@ class Kept:
         assert self._connection is not None
         self._connection.forget([handle])
 
+    def save(self, *args: Any, **kwargs: Any) -> Any:
+        """Have it here when the block has ended, as `Value.save`.
+
+        It is written out because nnsight, where it is in the same program, gives every object a `save` of its own.
+        """
+        return self._value().save(*args, **kwargs)
+
     def _value(self) -> Value:
         """The value that it is in the block that user code is in.
 

@@ -178,7 +178,7 @@ def test_the_lens_has_labelled_axes_and_runs_one_pass() -> None:
     assert lens.words[0][0][0] == WORDS[int(lens.ids[0, 0, 0])]
     assert lens.at(-1)[0] == (lens.words[-1][-1][0], float(lens.probabilities[-1, -1, 0]))
     assert (lens.stats.passes, lens.stats.rows) == (1, 1)
-    assert lens.stats.result_bytes < 4 * 5 * 2 * (4 + 8) + 64
+    assert lens.stats.result_bytes < 4 * 5 * (2 * (4 + 8) + 4) + 64
 
 
 def test_a_soft_cap_after_the_unembedding_is_told() -> None:

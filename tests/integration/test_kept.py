@@ -361,3 +361,14 @@ def _is_kept(stub, graph: graph_pb2.Graph) -> bool:
             raise
         return False
     return True
+
+
+def test_a_kept_value_is_saved_as_any_other_even_beside_nnsight(little: patchwire.Model) -> None:
+    import nnsight  # noqa: F401 - it gives every object a `save`
+
+    with little.trace(PROMPT):
+        kept = little.layers[0].output.keep()
+        expected = little.layers[0].output.save()
+    with little.trace(OTHER):
+        again = kept.save()
+    torch.testing.assert_close(again.value, expected.value)

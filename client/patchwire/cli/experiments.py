@@ -260,7 +260,7 @@ def lens(
     a cell says what would come after it, shaded by its probability.
     """
     from patchwire import plots
-    from patchwire.methods import Axis, Origin, Result, logit_lens
+    from patchwire.methods import logit_lens
 
     _check(to)
     given = ids_of(prompt) if ids else prompt
@@ -274,13 +274,7 @@ def lens(
     for word, probability in found.at(-1):
         table.add_row(Text(plots.visible(word)), f"{probability:.4f}")
     out.print(table)
-    numbers = Result(
-        values=found.best,
-        axes=(Axis("layer", found.layers), Axis("token", found.tokens)),
-        unit="probability of the likeliest next token",
-        origin=Origin.of("logit_lens", proxy, prompt=given),
-    )
-    _write({proxy.name: numbers}, to, found.plot)
+    _write({proxy.name: found.likeliest}, to, found.plot)
 
 
 # --- what they write --------------------------------------------------------------------------------------------------

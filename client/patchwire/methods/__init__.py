@@ -34,6 +34,7 @@ from patchwire.methods.relations import LinearRelation, linear_relation
 from patchwire.methods.result import Axis, Origin, Result, load, side_by_side
 from patchwire.methods.scores import consistency, edit_scores, generated_texts, harmonic_mean, ngram_entropy, overall
 from patchwire.methods.triggering import Triggers, triggers
+from patchwire.methods.tuned import TunedLens, tuned_lens
 from patchwire.methods.values import SubUpdates, ValueProjections, sub_updates, value_projections
 from patchwire.methods.vocabulary import TopTokens
 
@@ -71,6 +72,7 @@ __all__ = [
     "TopPairs",
     "TopTokens",
     "Triggers",
+    "TunedLens",
     "ValueProjections",
     "Vectors",
     "activation_patching",
@@ -103,6 +105,7 @@ __all__ = [
     "stacked",
     "sub_updates",
     "triggers",
+    "tuned_lens",
     "value_projections",
     "with_update",
 ]

@@ -7,21 +7,30 @@ https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru/interpreting-gpt-the-logit-len
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from patchwire.errors import InputError, PatchwireWarning, here
+from patchwire.methods.grids import At, value_at
 from patchwire.methods.measured import LAYER, TOKEN, Measured, depths
+from patchwire.methods.prompts import prompt_of, token_of
+from patchwire.methods.result import Axis, Origin, Result, tokens_axis
 from patchwire.model import Model
 from patchwire.results import Stats
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
+
+
+EMBEDDINGS = "embed"
+"""The row of the residual stream before the first layer."""
+Translate = Callable[[int, Any], Any]
+"""What is done to the state of a row, `[1, tokens, width]`, before it is read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +41,8 @@ class LogitLens:
     """
 
     layers: tuple[str, ...]
-    """"embed", "0", "1", …: the residual stream before the first layer, then after each layer."""
+    """"embed", "0", "1", …: the residual stream before the first layer, then after each layer. Another place has no
+    "embed"."""
     prompt: Any
     """The prompt."""
     tokens: tuple[str, ...]
@@ -43,21 +53,31 @@ class LogitLens:
     """`[layers, tokens, top]` int64: the token ids."""
     words: tuple[tuple[tuple[str, ...], ...], ...]
     """The same as text."""
+    likeliest: Result
+    """`[layer, token]`: the probability of the likeliest token."""
+    divergence: Result
+    """`[layer, token]`: D(model ‖ lens) in nats, how far the lens is from what the model itself says in the end."""
+    answer: Result | None
+    """`[layer, token]`: the probability of the answer; None if none was asked for."""
+    rank: Result | None
+    """`[layer, token]`: how many tokens the lens puts before the answer; None if none was asked for."""
     gap: float
     """The largest difference of a logit between the lens after the last layer and the model itself; 0 for models whose
-    logits are `lm_head(norm(h))` and nothing more."""
+    logits are `lm_head(norm(h))` and nothing more, and where something else than the residual stream is read."""
     stats: Stats
     """What the run cost."""
 
-    @cached_property
+    @property
     def best(self) -> Tensor:
         """The probability of the likeliest token, `[layers, tokens]` float32."""
-        return self.probabilities[:, :, 0]
+        return self.likeliest.values
 
     @property
     def measured(self) -> Measured:
         """The probability of the likeliest token, by layer and token; the embeddings are at depth 0."""
-        return Measured(self.best, (LAYER, TOKEN), self.prompt, (0.0, *depths(len(self.layers) - 1)), "probability")
+        layers = [each for each in self.layers if each != EMBEDDINGS]
+        at_depth = (*[0.0] * (len(self.layers) - len(layers)), *depths(len(layers)))
+        return Measured(self.best, (LAYER, TOKEN), self.prompt, at_depth, "probability")
 
     def at(self, position: int = -1, layer: int = -1) -> list[tuple[str, float]]:
         """The likeliest tokens after a position, as (text, probability), best first."""
@@ -111,7 +131,9 @@ class LogitLens:
         ]
 
 
-def logit_lens(model: Model, prompt: Any, *, top: int = 5) -> LogitLens:
+def logit_lens(
+    model: Model, prompt: Any, *, at: At = "resid", answer: str | int | None = None, top: int = 5
+) -> LogitLens:
     """Read the residual stream after each layer as if it were the last (nostalgebraist 2020, "the logit lens").
 
     At layer l and position t the lens is `softmax(lm_head(norm(h[l, t])))`, where `h[l]` `[seq, width]` is the residual
@@ -126,57 +148,133 @@ def logit_lens(model: Model, prompt: Any, *, top: int = 5) -> LogitLens:
     Args:
         model: Any model with `layers`, `norm` and `lm_head`: attention or SSM alike.
         prompt: One prompt: a text, token ids, or chat messages.
+        at: What is read: the residual stream, or any other value of a layer as wide: one of `patchwire.methods.PLACES`,
+            the name of a site ("attn.output"), or a function of a layer. Then each row is a layer's, the last too.
+        answer: A token whose probability and rank are measured: how the text goes on, or a token id.
         top: How many tokens to keep at each place; all if the vocabulary is smaller.
 
     Raises:
         InputError: there are several prompts, or the model cannot take this one.
         SiteError: the model has no such parts under these names.
+        ShapeError: what is read is not as wide as the residual stream.
         ValueError: `top` is not positive.
 
     Example:
-        >>> lens = logit_lens(model, "The Eiffel Tower is located in the city of")
+        >>> lens = logit_lens(model, "The Eiffel Tower is located in the city of", answer=" Paris")
         >>> lens.probabilities.shape  # 30 layers and the embeddings, 10 tokens, 5 likeliest
         torch.Size([31, 10, 5])
         >>> lens.at(position=-1)[0]
         (' Paris', 0.7015)
+        >>> lens.rank.at(token=-1).values
+    """
+    return read_lens(model, prompt, "logit_lens", at=at, answer=answer, top=top)
+
+
+def lens_rows(model: Model, at: At = "resid") -> tuple[str, ...]:
+    """What the rows of a lens are called."""
+    layers = tuple(map(str, range(model.num_layers)))
+    return (EMBEDDINGS, *layers) if at == "resid" else layers
+
+
+def lens_states(model: Model, at: At = "resid") -> list[Any]:
+    """What is read in each row, `[rows, tokens, width]`, in the trace that is being recorded."""
+    if at == "resid":
+        return [model.layers[0].input, *(layer.output for layer in model.layers)]
+    return [value_at(model, layer, at) for layer in range(model.num_layers)]
+
+
+def unembed(model: Model, state: Any) -> Any:
+    """The logits of a state: `lm_head(norm(h))`."""
+    return model.lm_head(model.norm(state).to(model.lm_head.weight.dtype))
+
+
+def read_lens(
+    model: Model,
+    prompt: Any,
+    method: str,
+    *,
+    at: At,
+    answer: str | int | None,
+    top: int,
+    translate: Translate | None = None,
+) -> LogitLens:
+    """A lens of a prompt; `logit_lens` and `TunedLens` say what it is.
+
+    Args:
+        model: The model.
+        prompt: One prompt.
+        method: The function that was asked.
+        at: What is read.
+        answer: The token that is measured.
+        top: How many tokens to keep.
+        translate: What is done to a state before it is read; not to the last of the residual stream, which is the
+            model's own.
     """
     if top < 1:
         raise ValueError(f"top is the number of tokens to keep, not {top}")
     rows = model.tokenize(prompt)
     if len(rows) != 1:
         raise InputError(f"The lens takes one prompt, not {len(rows)}.", lines=here())
+    given = prompt_of(model, rows[0]) if not isinstance(prompt, str) else prompt_of(model, prompt)
+    token = None if answer is None else token_of(model, given, answer)
 
     with model.trace(rows) as trace:
-        states = [model.layers[0].input, *(layer.output for layer in model.layers)]
-        dtype = model.lm_head.input.dtype  # some residual streams are wider
-        *lenses, last = [model.lm_head(model.norm(state).to(dtype)) for state in states]
+        states = lens_states(model, at)
+        own = at == "resid"  # the last row is the model itself
+        changed = [
+            state if translate is None or (own and index == len(states) - 1) else translate(index, state)
+            for index, state in enumerate(states)
+        ]
+        lenses = [unembed(model, state) for state in changed]
         count = min(top, model.logits.shape[-1])
-        likeliest = [logits[0].float().softmax(-1).topk(count) for logits in (*lenses, model.logits)]
-        probabilities = [each[0].save() for each in likeliest]
-        ids = [each[1].save() for each in likeliest]
-        gap = (last - model.logits).float().abs().max().save()
-        largest = model.logits.float().abs().max().save()
-        rounding = max(1e-3, 4 * torch.finfo(last.dtype).eps)
+        final = model.logits[0].float()
+        expected = final.log_softmax(-1)
+        saved = []
+        for logits in (*(lenses[:-1] if own else lenses), *([model.logits] if own else [])):
+            said = logits[0].float()
+            best = said.softmax(-1).topk(count)
+            far = (expected.exp() * (expected - said.log_softmax(-1))).sum(-1)
+            parts = [best[0], best[1], far]
+            if token is not None:
+                parts += [said.softmax(-1)[:, token], (said > said[:, token][:, None]).sum(-1)]
+            saved.append([each.save() for each in parts])
+        gap = (lenses[-1] - model.logits).float().abs().max().save() if own else None
+        largest = final.abs().max().save()
+        rounding = max(1e-3, 4 * torch.finfo(lenses[-1].dtype).eps)
 
-    if gap > rounding * largest:
+    if gap is not None and gap > rounding * largest:
         warnings.warn(
             PatchwireWarning(
                 f"{model.name} changes its logits after `lm_head` (by up to {float(gap):.3g}): the lens's last row is "
                 "the model's own output, the rows above it are without that change."
             ),
-            stacklevel=2,
+            stacklevel=3,
         )
     assert trace.stats is not None
-    best = torch.stack([each.value for each in ids])
+    stats = trace.stats
+    probabilities, ids, far, *of_answer = (
+        torch.stack([each.value for each in column]) for column in zip(*saved, strict=True)
+    )
+    tokens = tuple(_text(model, each) for each in rows[0])
+    axes = Axis(LAYER, lens_rows(model, at)), tokens_axis(tokens)
+    origin = Origin.of(method, model, prompt=prompt, at=at, answer=token, top=count)
+
+    def result(values: Tensor, unit: str) -> Result:
+        return Result(values.float(), axes, unit, origin, stats=stats)
+
     return LogitLens(
-        layers=("embed", *map(str, range(model.num_layers))),
+        layers=axes[0].labels,
         prompt=prompt,
-        tokens=tuple(_text(model, each) for each in rows[0]),
-        probabilities=torch.stack([each.value for each in probabilities]),
-        ids=best,
-        words=_texts(model, best),
-        gap=float(gap),
-        stats=trace.stats,
+        tokens=tokens,
+        probabilities=probabilities,
+        ids=ids,
+        words=_texts(model, ids),
+        likeliest=result(probabilities[:, :, 0], "probability of the likeliest next token"),
+        divergence=result(far, "KL from the model (nats)"),
+        answer=result(of_answer[0], "probability") if of_answer else None,
+        rank=result(of_answer[1], "rank") if of_answer else None,
+        gap=0.0 if gap is None else float(gap),
+        stats=stats,
     )
 
 
