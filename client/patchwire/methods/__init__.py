@@ -18,6 +18,7 @@ from patchwire.methods.editing import (
     second_moment,
     with_update,
 )
+from patchwire.methods.information_flow import information_flow
 from patchwire.methods.lens import LogitLens, logit_lens
 from patchwire.methods.measured import Measured
 from patchwire.methods.metrics import KL, LogitDifference, LogProbability, Metric, Probability, Rank
@@ -62,6 +63,7 @@ __all__ = [
     "embedding_std",
     "generated_texts",
     "harmonic_mean",
+    "information_flow",
     "linear_relation",
     "load",
     "logit_lens",
