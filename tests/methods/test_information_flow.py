@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import patchwire
 import tiny
 from patchwire import methods
 from patchwire_worker.zoo import corpus
+from patchwire_worker.zoo import path as zoo_path
 from serving import Server
 
 PROMPT = [3, 14, 15, 9, 26, 5]
@@ -78,7 +79,9 @@ class Reference:
 
         return self.layers[layer].mixer.register_forward_hook(again, with_kwargs=True)
 
-    def flow(self, ids: Sequence[int], answer: int, groups: Mapping[str, Sequence[int]], window: int, **more: Any) -> Any:
+    def flow(
+        self, ids: Sequence[int], answer: int, groups: Mapping[str, Sequence[int]], window: int, **more: Any
+    ) -> Any:
         count = len(self.layers)
         queries = more.pop("queries", [len(ids) - 1])
         base = self.probability(ids, answer, [], [], queries)
@@ -135,7 +138,9 @@ def test_what_goes_into_an_ssm_may_be_a_mean(
     found = methods.information_flow(served["mamba"], PROMPT, SUBJECT, answer=ANSWER, window=2, means=means)
 
     groups = {each: GROUPS[each] for each in found.axes[0].labels}
-    torch.testing.assert_close(found.values, reference.flow(PROMPT, ANSWER, groups, 2, means=means), rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(
+        found.values, reference.flow(PROMPT, ANSWER, groups, 2, means=means), rtol=1e-3, atol=2e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,3 +159,80 @@ def test_what_cannot_be_cut_is_refused(
     told: dict[str, Any] = {"prompt": PROMPT, "subject": SUBJECT, "answer": ANSWER}
     with pytest.raises(patchwire.InputError, match=words):
         methods.information_flow(served["gpt2"], **(told | change))
+
+
+def test_what_a_sliding_window_hides_is_no_loss(tmp_path: Any) -> None:
+    tiny.save("gpt_neo", tmp_path)  # its second layer sees four tokens
+    ids = tiny.prompt(9)
+    with Server({"tiny": tmp_path}) as server, patchwire.connect(server.address, progress=False) as client:
+        found = methods.information_flow(client.model("tiny"), ids, range(1, 4), sources=["last subject", "last"])
+
+    assert found.values[:, 1].tolist() == [0.0, pytest.approx(found.values[1, 1].item())]
+    assert found.values[0, 0].abs() > 0.01
+    assert found.values[1, 1].abs() > 0.01
+
+
+@pytest.fixture(scope="module")
+def zoo() -> Iterator[dict[str, patchwire.Model]]:
+    names = ("facts-gpt2", "facts-mamba")
+    with (
+        Server({name: f"zoo:{name}" for name in names}) as server,
+        patchwire.connect(server.address, progress=False) as client,
+    ):
+        yield {name: client.model(name) for name in names}
+
+
+def flow_of_facts(model: patchwire.Model, queries: str, window: int = 1, count: int = 10) -> Tensor:
+    """The mean over facts, `[last subject / subject / relation / last, layers]`."""
+    found = []
+    for fact in corpus.facts()[:: len(corpus.facts()) // count]:
+        prompt = fact.prompt()
+        subject, end = range(*prompt.subject), len(prompt.words) - 1
+        relation = range(subject.stop, end)
+        sources = {"last subject": subject[-1:], "subject": subject, "relation": relation, "last": [end]}
+        asking = {"end": [end], "later": range(subject.stop, end + 1)}[queries]
+        if queries == "later":
+            sources = {"last subject": subject[-1:], "subject": subject}
+        flow = methods.information_flow(
+            model, prompt.text, subject, answer=f" {prompt.answer}", sources=sources, queries=asking, window=window
+        )
+        found.append(flow.values)
+    return torch.stack(found).mean(0)
+
+
+def test_facts_leave_the_subject_late_and_the_relation_before(zoo: Mapping[str, patchwire.Model]) -> None:
+    last_subject, subject, relation, last = flow_of_facts(zoo["facts-gpt2"], "end")
+
+    assert last_subject[3] <= -70
+    assert subject[3] <= -80
+    assert min(relation[3], last[3]) >= -5
+    assert torch.stack([last_subject, subject])[:, :2].min() >= -1
+    assert relation.argmin() < subject.argmin()
+
+
+def test_facts_of_a_mamba_go_by_the_words_between(zoo: Mapping[str, patchwire.Model]) -> None:
+    last_subject, subject, relation, last = flow_of_facts(zoo["facts-mamba"], "end")
+    assert torch.stack([last_subject, subject, last]).min() >= -1
+    assert relation[3] <= -80
+
+    last_subject, subject = flow_of_facts(zoo["facts-mamba"], "later")
+    assert last_subject[2] <= -50
+    assert subject[2] <= -65
+    assert torch.stack([last_subject, subject])[:, [0, 1, 3]].min() >= -1
+
+
+@pytest.mark.parametrize("kind", ["facts-gpt2", "facts-mamba"])
+def test_what_is_measured_of_facts_is_what_hooks_give(zoo: Mapping[str, patchwire.Model], kind: str) -> None:
+    reference = Reference(
+        AutoModelForCausalLM.from_pretrained(zoo_path(kind), dtype=torch.float32).eval().requires_grad_(False)
+    )
+    prompt = corpus.facts()[7].prompt()
+    start, stop = prompt.subject
+    end = len(prompt.words) - 1
+    sources, later = {"last subject": [stop - 1], "subject": list(range(start, stop))}, list(range(stop, end + 1))
+    answer = f" {prompt.answer}"
+    found = methods.information_flow(zoo[kind], prompt.text, answer=answer, sources=sources, queries=later, window=2)
+
+    (ids,) = zoo[kind].tokenize(prompt.text)
+    expected = reference.flow(ids, zoo[kind].tokenize(prompt.text + answer)[0][-1], sources, 2, queries=later)
+    torch.testing.assert_close(found.values, expected, rtol=1e-3, atol=2e-2)

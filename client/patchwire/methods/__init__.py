@@ -18,6 +18,7 @@ from patchwire.methods.editing import (
     second_moment,
     with_update,
 )
+from patchwire.methods.enrichment import attributes_rate, sublayer_knockout
 from patchwire.methods.information_flow import information_flow
 from patchwire.methods.lens import LogitLens, logit_lens
 from patchwire.methods.measured import Measured
@@ -57,6 +58,7 @@ __all__ = [
     "ResidualPatching",
     "Result",
     "SecondMoment",
+    "attributes_rate",
     "causal_trace",
     "consistency",
     "edit_scores",
@@ -73,5 +75,6 @@ __all__ = [
     "residual_patching",
     "sampled_prefixes",
     "second_moment",
+    "sublayer_knockout",
     "with_update",
 ]

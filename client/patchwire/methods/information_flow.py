@@ -50,8 +50,8 @@ def information_flow(
         queries: The positions that are cut off from them.
         window: In how many layers around each: `[l - window // 2, l + (window + 1) // 2)`, clipped. The authors take 9
             of 48.
-        means: Only of an SSM: for each layer, what the input of the convolution is at the keys, `[d_inner]`, such as its
-            mean over a data set; 0 if left out.
+        means: Only of an SSM: for each layer, what the input of the convolution is at the keys, `[d_inner]`, such as
+            its mean over a data set; 0 if left out.
 
     Returns:
         `[sources, layers]` float32: by how many percent the probability changes, `100 (p' - p) / p`; `numbers["base"]`
