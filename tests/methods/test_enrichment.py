@@ -1,4 +1,4 @@
-"""Enrichment: the tokens that states promote and what is left of them without a block of sublayers, with plain hooks."""
+"""Enrichment: the tokens that states promote, and what is left without a block of sublayers, with plain hooks."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import patchwire
 import tiny
 from patchwire import methods
 from patchwire_worker.zoo import corpus
+from patchwire_worker.zoo import path as zoo_path
 from serving import Server
 
 PROMPT = [3, 14, 15, 9, 26, 5]
@@ -144,3 +145,49 @@ def test_what_cannot_be_measured_is_refused(
     told: dict[str, Any] = {"prompt": PROMPT, "subject": SUBJECT, "attributes": ATTRIBUTES}
     with pytest.raises(patchwire.InputError, match=words):
         methods.sublayer_knockout(served["gpt2"], **(told | change))
+
+
+@pytest.fixture(scope="module")
+def zoo() -> Iterator[dict[str, patchwire.Model]]:
+    names = ("facts-gpt2", "facts-mamba")
+    with (
+        Server({name: f"zoo:{name}" for name in names}) as server,
+        patchwire.connect(server.address, progress=False) as client,
+    ):
+        yield {name: client.model(name) for name in names}
+
+
+ABOUT_PEOPLE = " ".join(attribute for relation in corpus.RELATIONS for attribute in relation.attributes)
+
+
+def test_stop_words_and_short_words_do_not_count(zoo: Mapping[str, patchwire.Model]) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(zoo_path("facts-gpt2"), dtype=torch.float32)
+    words, prompt = list(corpus.vocabulary()), corpus.facts()[3].prompt()
+    about = "the City of Lisbon in a house is where friends have Ada 's home , not one B C D baker lawyer Latin"
+    with torch.no_grad():
+        states = reference(torch.tensor([corpus.encode(prompt.words)]), output_hidden_states=True).hidden_states
+        scores = reference.lm_head.weight @ states[2][0, prompt.subject[1] - 1]
+    promoted = [words[each] for each in scores.argsort(descending=True)[:100]]
+    counted = [each for each in promoted if len(each) > 2 and each.lower() not in methods.STOPWORDS][:40]
+    expected = sum(each in about.split() for each in counted) / 40
+
+    found = methods.attributes_rate(zoo["facts-gpt2"], prompt.text, range(*prompt.subject), about, top=40, among=100)
+    assert found.values[1] == pytest.approx(expected)
+    assert expected > 0
+    assert len(set(promoted[:40]) - set(counted)) > 0
+
+
+@pytest.mark.parametrize("name", ["facts-gpt2", "facts-mamba"])
+def test_early_mixers_enrich_a_subject_with_attributes(zoo: Mapping[str, patchwire.Model], name: str) -> None:
+    rates, without = [], []
+    for fact in corpus.facts()[::80]:
+        told = (zoo[name], fact.prompt().text, fact.subject, ABOUT_PEOPLE)
+        rates.append(methods.attributes_rate(*told, top=16).values)
+        found = methods.sublayer_knockout(*told, top=16, knockouts=["mixer"], block=2, layer=1)
+        without.append(found.values[0, 0])
+        assert found.numbers["base"] == pytest.approx(float(rates[-1][1]))
+
+    after = torch.stack(rates).mean(0)
+    assert after[1] > after[0]
+    assert after[1] > after[3]
+    assert torch.stack(without).mean() <= 0.3 * after[1]

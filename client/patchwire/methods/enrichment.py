@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from patchwire.errors import InputError, here
+from patchwire.methods.measured import LAYER
 from patchwire.methods.prompts import Prompt, prompt_of, span, texts
-from patchwire.methods.result import LAYER, Axis, Origin, Result, layers_axis
+from patchwire.methods.result import Axis, Origin, Result, layers_axis
 from patchwire.methods.stopwords import STOPWORDS
 from patchwire.methods.sweeping import sweep
 from patchwire.model import Model, Module
@@ -209,7 +210,7 @@ def _asked(
     read = last if position is None else position
     if not -len(given) <= read < len(given):
         raise InputError(f"The prompt has {len(given)} tokens, and none at {read}.", lines=here())
-    wanted = frozenset(prompt_of(model, attributes).ids) if len(attributes) else frozenset()
+    wanted = frozenset(model.tokenizer.encode(attributes) if isinstance(attributes, str) else attributes)
     if not wanted:
         raise InputError("There are no attributes.", hint="Give a text about the subject.", lines=here())
     if not 1 <= top <= among:
