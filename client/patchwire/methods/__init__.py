@@ -20,7 +20,10 @@ from patchwire.methods.editing import (
     second_moment,
     with_update,
 )
+from patchwire.methods.enrichment import attributes_rate, sublayer_knockout
+from patchwire.methods.extraction import extraction_events
 from patchwire.methods.grids import Blocks
+from patchwire.methods.information_flow import information_flow
 from patchwire.methods.lens import LogitLens, logit_lens
 from patchwire.methods.measured import Measured
 from patchwire.methods.mediation import mediation, relative_importance
@@ -33,6 +36,7 @@ from patchwire.methods.places import PLACES
 from patchwire.methods.relations import LinearRelation, linear_relation
 from patchwire.methods.result import Axis, Origin, Result, load, side_by_side
 from patchwire.methods.scores import consistency, edit_scores, generated_texts, harmonic_mean, ngram_entropy, overall
+from patchwire.methods.stopwords import STOPWORDS
 from patchwire.methods.triggering import Triggers, triggers
 from patchwire.methods.tuned import TunedLens, tuned_lens
 from patchwire.methods.values import SubUpdates, ValueProjections, sub_updates, value_projections
@@ -46,6 +50,7 @@ __all__ = [
     "PLACES",
     "PROJECTIONS",
     "ROLES",
+    "STOPWORDS",
     "Agreement",
     "Axis",
     "Blocks",
@@ -77,14 +82,17 @@ __all__ = [
     "Vectors",
     "activation_patching",
     "agreement",
+    "attributes_rate",
     "attribution_patching",
     "by_role",
     "causal_trace",
     "consistency",
     "edit_scores",
     "embedding_std",
+    "extraction_events",
     "generated_texts",
     "harmonic_mean",
+    "information_flow",
     "integrated_gradients",
     "linear_relation",
     "load",
@@ -104,6 +112,7 @@ __all__ = [
     "side_by_side",
     "stacked",
     "sub_updates",
+    "sublayer_knockout",
     "triggers",
     "tuned_lens",
     "value_projections",

@@ -13,8 +13,8 @@ from typing import Any
 from patchwire import random
 from patchwire.errors import InputError, here
 from patchwire.methods.metrics import Metric, Probability
-from patchwire.methods.places import Place, at
-from patchwire.methods.prompts import Prompt, prompt_of, span, token_of
+from patchwire.methods.places import Place, at, window_around
+from patchwire.methods.prompts import Prompt, answer_of, prompt_of, span
 from patchwire.methods.result import Origin, Result, layers_axis, tokens_axis
 from patchwire.methods.sweeping import sweep
 from patchwire.model import Model
@@ -117,16 +117,12 @@ def causal_trace(
         >>> found = causal_trace(model, "The Eiffel Tower is in the city of", "The Eiffel Tower", answer=" Paris")
         >>> found.effect().plot().savefig("trace.png")
     """
-    if window < 1:
-        raise InputError(f"A window has at least one layer, not {window}.", lines=here())
+    around = [window_around(model, layer, window) for layer in range(model.num_layers)]
     clean = prompt_of(model, prompt)
     where = span(clean, subject if isinstance(subject, str) else list(subject))
     corrupted = _corrupted(model, clean, where, corruption or Noise())
-    metric = metric or Probability(_answer(model, clean, answer))
+    metric = metric or Probability(answer_of(model, clean, answer))
     last = model.num_layers
-
-    def around(layer: int) -> range:
-        return range(max(0, layer - window // 2), min(last, layer + (window + 1) // 2))
 
     def before(trace: Trace) -> _Runs:
         with trace.invoke(clean.rows):
@@ -136,14 +132,14 @@ def causal_trace(
         with trace.invoke(corrupted.rows):
             corrupted.corrupt(model)
             # Every cell is the corrupted run until its first layer, and begins there.
-            streams = {first: _begin(model, place, first) for first in {around(layer).start for layer in range(last)}}
+            streams = {first: _begin(model, place, first) for first in {each.start for each in around}}
             frozen = {layer: at(model.layers[layer], severed) for layer in range(last)} if severed else {}
             base = metric(model.logits[:, -1], logits).mean().save()
         return _Runs(states, logits, streams, frozen, source, base)
 
     def measure(trace: Trace, runs: _Runs, cell: tuple[int, int]) -> Any:
         layer, token = cell
-        restored = around(layer)
+        restored = around[layer]
         first = restored.start
         with trace.invoke(corrupted.rows):
             if corrupted.noise is not None:
@@ -212,14 +208,6 @@ def _corrupted(model: Model, clean: Prompt, subject: range, corruption: Noise | 
             lines=here(),
         )
     return _Corrupted(other.rows, None, subject)
-
-
-def _answer(model: Model, clean: Prompt, answer: str | int | None) -> int:
-    if answer is not None:
-        return token_of(model, clean, answer)
-    with model.trace(clean.rows):
-        best = model.logits[0, -1].argmax().save()
-    return int(best)
 
 
 def _begin(model: Model, place: Place, layer: int) -> Any:

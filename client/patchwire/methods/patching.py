@@ -14,7 +14,7 @@ from patchwire.errors import InputError, here
 from patchwire.methods.grids import At, Cell, Grid, Over
 from patchwire.methods.measured import LAYER, TOKEN
 from patchwire.methods.metrics import LogitDifference, Metric, Probability
-from patchwire.methods.prompts import Prompt, prompt_of, token_of
+from patchwire.methods.prompts import Prompt, answer_of, prompt_of, token_of
 from patchwire.methods.result import Origin, Result
 from patchwire.methods.sweeping import sweep
 from patchwire.model import Model
@@ -176,11 +176,7 @@ def metric_of(model: Model, clean: Prompt, answer: str | int | None, foil: str |
     Raises:
         InputError: one of them is no answer.
     """
-    if answer is None:
-        with model.trace(clean.rows):
-            best = model.logits[0, -1].argmax().save()
-        answer = int(best)
-    right = token_of(model, clean, answer)
+    right = answer_of(model, clean, answer)
     return Probability(right) if foil is None else LogitDifference(right, token_of(model, clean, foil))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from patchwire.errors import InputError, here
-from patchwire.model import Module
+from patchwire.model import Model, Module
 
 Place = str
 
@@ -34,3 +34,14 @@ def at(layer: Module, place: Place) -> Any:
     if place not in PLACES:
         raise InputError(f"There is no place “{place}”; there are {', '.join(PLACES)}.", lines=here())
     return PLACES[place](layer)
+
+
+def window_around(model: Model, layer: int, size: int) -> range:
+    """The layers of a window around one: `[layer - size // 2, layer + (size + 1) // 2)`, clipped.
+
+    Raises:
+        InputError: it would have none.
+    """
+    if size < 1:
+        raise InputError(f"A window has at least one layer, not {size}.", lines=here())
+    return range(max(0, layer - size // 2), min(model.num_layers, layer + (size + 1) // 2))

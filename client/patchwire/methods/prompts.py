@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,3 +102,42 @@ def token_of(model: Model, prompt: Prompt, answer: str | int) -> int:
             lines=here(),
         )
     return whole[len(prompt)]
+
+
+def answer_of(model: Model, prompt: Prompt, answer: str | int | None) -> int:
+    """The token id of an answer, or of what the model itself says if there is none.
+
+    Raises:
+        InputError: the text does not go on like that, or the prompt is token ids.
+    """
+    if answer is not None:
+        return token_of(model, prompt, answer)
+    with model.trace(prompt.rows):
+        best = model.logits[0, -1].argmax().save()
+    return int(best)
+
+
+GROUPS: Mapping[str, Callable[[int, range], list[int]]] = {
+    "subject": lambda length, subject: list(subject),
+    "last subject": lambda length, subject: [subject[-1]],
+    "non-subject": lambda length, subject: [each for each in range(length - 1) if each not in subject],
+    "last": lambda length, subject: [length - 1],
+}
+"""The tokens of a group, by its name, of a prompt's length and its subject; those that are none of the subject are
+without the prompt's last token (Geva et al. 2023)."""
+
+
+def group(prompt: Prompt, subject: range | None, name: str) -> list[int]:
+    """The positions of a group of a prompt's tokens.
+
+    Raises:
+        InputError: there is no such group, it has no tokens, or the subject is not known.
+    """
+    if name not in GROUPS:
+        raise InputError(f"There is no group “{name}”; there are {', '.join(GROUPS)}.", lines=here())
+    if subject is None and name != "last":
+        raise InputError(f"Which tokens are “{name}” depends on the subject.", hint="Say the subject.", lines=here())
+    found = GROUPS[name](len(prompt), subject or range(0))
+    if not found:
+        raise InputError(f"No token of “{prompt.given}” is “{name}”.", lines=here())
+    return found
