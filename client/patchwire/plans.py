@@ -62,6 +62,8 @@ class PlannedPass:
     """Modules that come after its end."""
     positions: int | None
     """Positions of each row whose logits are computed; None if of all."""
+    columns: int | None
+    """Entries of the vocabulary whose logits are computed; None if of all."""
     generates: int
     """New tokens that it generates for each row; 0 if it is no generation."""
     calls: int
@@ -91,6 +93,7 @@ class PlannedPass:
             layers_computed=message.layers_computed,
             modules_skipped=message.modules_skipped,
             positions=message.positions if message.HasField("positions") else None,
+            columns=message.columns if message.HasField("columns") else None,
             generates=message.generates,
             calls=message.calls,
             traces=tuple(message.traces),
@@ -246,7 +249,9 @@ def _logits(each: PlannedPass) -> str:
         return "none"
     if each.generates:
         return "last"
-    return "all" if each.positions is None else f"{each.positions:,} of {each.tokens:,}"
+    where = "" if each.positions is None else f"{each.positions:,} of {each.tokens:,}"
+    which = "" if each.columns is None else _plural(each.columns, "column", "columns")
+    return ", ".join(filter(None, (where, which))) or "all"
 
 
 def _label(each: PlannedPass) -> str:

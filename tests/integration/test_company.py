@@ -30,6 +30,15 @@ def read(length: int) -> Work:
     return work
 
 
+def choose(length: int, *answers: int) -> Work:
+    def work(model: patchwire.Model) -> tuple[Any, Any]:
+        with model.trace(tiny.prompt(length, seed=length)) as trace:
+            logits = model.logits[:, -1, list(answers)].save()
+        return trace.stats, logits.value
+
+    return work
+
+
 def patch(length: int, layer: int) -> Work:
     def work(model: patchwire.Model) -> tuple[Any, Any]:
         with model.trace() as trace:
@@ -75,7 +84,9 @@ def fails(model: patchwire.Model) -> tuple[Any, Any]:
     return None, torch.zeros(1)
 
 
+CHOOSING: list[Work] = [choose(5, 3, 8), choose(6, 8, 40), choose(11, 60), early]
 SHARING: list[Work] = [read(5), read(6), read(11), patch(6, 0), patch(9, 2), early, attention, read(12), fails]
+SHARING += CHOOSING[:2]
 APART: list[Work] = [alone, gradient]
 
 
@@ -107,10 +118,11 @@ def together(address: str, name: str, works: list[Work]) -> list[tuple[Any, Any]
     return found
 
 
+@pytest.mark.parametrize("who", [SHARING + APART, CHOOSING], ids=["all", "those who look at few logits"])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mamba", "mamba2"])
-def test_what_each_gets_is_what_it_gets_alone(server: Server, name: str) -> None:
-    sharing = [each for each in SHARING if each is not attention or name in ("gpt2", "llama")]
-    works = sharing + APART
+def test_what_each_gets_is_what_it_gets_alone(server: Server, name: str, who: list[Work]) -> None:
+    works = [each for each in who if each is not attention or name in ("gpt2", "llama")]
+    sharing = [each for each in works if each not in APART]
     client = patchwire.connect(server.address, progress=False)
     model = client.model(name)
     expected = [work(model)[1] for work in works]

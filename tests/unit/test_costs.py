@@ -108,6 +108,21 @@ def test_logits_are_computed_of_the_positions_that_are_asked_for(models):
     assert costs.logits(3, 2) == 3 * 2 * 61 * 4
 
 
+def test_logits_are_computed_of_the_entries_of_the_vocabulary_that_are_asked_for(models):
+    costs = models("llama").costs
+    whole, few = costs.flops(3, 23, positions=2), costs.flops(3, 23, positions=2, columns=5)
+    assert whole - few == pytest.approx(2 * 3 * 2 * 24 * 56)
+    assert costs.logits(3, 2, 5) == 3 * 2 * 5 * 4
+    assert [costs.few_columns(each) for each in (None, (), range(15), range(16))] == [None, None, 15, None]
+
+
+def test_a_pass_that_makes_logits_of_a_few_entries_holds_few():
+    module = AutoModelForCausalLM.from_config(tiny.CONFIGS["gpt2_untied"](), attn_implementation="eager")
+    model, ids = hosted("wide", module), torch.ones(4, 50, dtype=torch.long)
+    most = held(lambda: model.run(ids, [], Stopping(), columns=range(3)))
+    assert model.costs.bytes(4, 50, columns=3) == pytest.approx(most, rel=0.05)
+
+
 @pytest.mark.parametrize("name", [*DENSE, "mixtral", "qwen2_moe", "jamba"])
 @pytest.mark.parametrize(("rows", "seq"), SIZES[1:])
 def test_operations_are_those_that_a_run_has(models, name, rows, seq):

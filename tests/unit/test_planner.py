@@ -51,6 +51,7 @@ class Request:
         model = SimpleNamespace(
             pads=False,
             trimmed=None,
+            narrowed=None,
             overwritten=frozenset(),
             catalogue=self.catalogue,
             entries=[],

@@ -35,7 +35,7 @@ from patchwire.errors import (
     first_line,
 )
 from patchwire.sites import spell
-from patchwire_worker import containers
+from patchwire_worker import columns, containers
 from patchwire_worker.admission import Admitted, at
 from patchwire_worker.interleaving import Stopping
 from patchwire_worker.kept import KeptStore
@@ -176,6 +176,7 @@ class Execution:
         self._ready: list[tuple[int, torch.fx.Node]] = []
         self._fresh: list[torch.fx.Node] = []
         self._lent: list[Tensor] = []
+        self._parts: dict[torch.fx.Node, Tensor | None] = {}
         self._origins: dict[torch.fx.Node, tuple[Tensor, Access]] = {}
         self._weights: dict[torch.fx.Node, Tensor] = {}
         for node in admitted.graph.fx.nodes:
@@ -208,7 +209,9 @@ class Execution:
         if failed and self.store is not None:
             self.store.forget(self._handles)  # nobody will ever hear of them
         # An error's traceback would keep them alive.
-        for each in (self._values, self._ready, self._fresh, self._lent, self._origins, self._weights):
+        for each in (
+            self._values, self._ready, self._fresh, self._lent, self._parts, self._origins, self._weights
+        ):  # fmt: skip
             each.clear()
 
     @contextlib.contextmanager
@@ -249,7 +252,7 @@ class Execution:
     def restore(self, state: State) -> None:
         """Go back to a state; what was saved or logged since is not told again."""
         self._values, self._missing, self._uses, self._ready, self._origins, self._weights = map(copy.copy, state)
-        self._fresh, self._lent = [], []
+        self._fresh, self._lent, self._parts = [], [], {}
 
     def weights(self, nodes: Sequence[torch.fx.Node]) -> dict[str, Tensor]:
         """The weights that some nodes assign, by their paths."""
@@ -297,6 +300,12 @@ class Execution:
                 value = self._make_leaf(access, value)
             tensor = self._leaf(access, value)
             self._lent.append(tensor)
+            if access.parts is not None:
+                self._parts |= {
+                    node: None if part is None else columns.take(tensor, part) for node, part in access.parts.items()
+                }
+                self._set(access.node, None)  # nobody looks at more than its parts
+                continue
             # Contiguous, as its fake is, so that what a graph may do with it does not depend on who shares the pass.
             part = access.rows.take(tensor, access.leaf)
             part = part if isinstance(access.rows, SomePositions) else part.contiguous()
@@ -424,6 +433,8 @@ class Execution:
 
     def _evaluate(self, node: torch.fx.Node) -> Any:
         values = self._values
+        if node in self._parts:
+            return self._parts.pop(node)
         if node.target is g.grad:
             return self._gradients(node)
         if node.target in g.SINKS:

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from patchwire import graph as g
 from patchwire.checking import fake_of
-from patchwire.sites import INPUT, OUTPUT, Leaf, Location, Order
+from patchwire.sites import INPUT, OUTPUT, Axis, Dim, Leaf, Location, Order
 from patchwire_worker.admission import Admitted
+from patchwire_worker.columns import Part, columns_of, moved, parts_of, positions_of
 from patchwire_worker.forking import Fork, Forks, Ids, forked, together
 from patchwire_worker.models.costs import Size, are_few
 from patchwire_worker.models.hosted import HostedModel
@@ -44,6 +45,9 @@ class Access:
     rows: Rows
     group: int = 0
     """The group, as a position in the pass's groups."""
+    parts: Mapping[torch.fx.Node, Part | None] | None = None
+    """What the graph makes of a tensor of which some columns are computed: the parts that are the values of nodes, and,
+    with None, the nodes whose value nobody looks at. None of any other tensor."""
 
 
 @dataclass
@@ -130,29 +134,56 @@ class Group:
         stepwise = self.model.interleaver.goes_stepwise(ways)
         looked_at = self.looked_at
         positions = None if looked_at is None else frozenset().union(*looked_at.values())
-        return Size(len(lengths), max(lengths), self.end, positions, held, rows, stepwise)
+        columns = None if self.parts is None else _columns(self.parts)
+        return Size(len(lengths), max(lengths), self.end, positions, held, rows, stepwise, columns)
 
     @cached_property
     def looked_at(self) -> Mapping[torch.fx.Node, Positions] | None:
         """The positions that each read of the logits is for; None if that is not known of all of them."""
-        if not self.alike:
+        reads = self._reads_of_logits(self.model.trimmed)
+        if reads is None:
             return None
-        found: dict[torch.fx.Node, Positions] = {}
-        trimmed = self.model.trimmed
+        found = {node: taken(node, length, self.needed) for node, _, length in reads}
+        for node, each in (self.parts or {}).items():
+            if found.get(node, ()) is None:
+                found[node] = frozenset(position for part in each.values() if part for position in positions_of(part))
+        known = {node: positions for node, positions in found.items() if positions is not None}
+        return known if len(known) == len(found) else None
+
+    @cached_property
+    def parts(self) -> Mapping[torch.fx.Node, Mapping[torch.fx.Node, Part | None]] | None:
+        """What is made of each read of the logits, if it is of few columns; None if that is not so of all of them.
+
+        A pass that is to be exact, or has other weights, multiplies with the whole head.
+        """
+        reads = self._reads_of_logits(self.model.narrowed) if self.shares else None
+        if reads is None:
+            return None
+        vocabulary = self.model.vocabulary if reads else 0
+        found = {node: parts_of(node, (rows, length, vocabulary), self.needed) for node, rows, length in reads}
+        known = {node: each for node, each in found.items() if each is not None}
+        return known if len(known) == len(found) else None
+
+    def _reads_of_logits(self, modules: Collection[str] | None) -> list[tuple[torch.fx.Node, int, int]] | None:
+        """The reads of the logits, and of how many rows and tokens each is; None if anything needs all of them.
+
+        Args:
+            modules: Those that see another thing when not all are computed; None if all always are.
+        """
+        if modules is None or not self.alike:
+            return None
+        found = []
         for invoke in self.invokes:
-            lengths = {len(row) for row in self.rows(invoke)}
+            lengths = [len(row) for row in self.rows(invoke)]
             for node in self.accesses.get(invoke, ()):
                 leaf = self.leaf(node)
                 if not _is_logits(leaf):
-                    if leaf.module in (trimmed or ()) and leaf.location != _CALL:
+                    if leaf.module in modules and leaf.location != _CALL:
                         return None
                     continue
-                if node.target is not g.read or len(lengths) > 1 or trimmed is None:
+                if node.target is not g.read or len(set(lengths)) > 1:
                     return None
-                positions = taken(node, min(lengths), self.needed)
-                if positions is None:
-                    return None
-                found[node] = positions
+                found.append((node, len(lengths), lengths[0]))
         return found
 
     def of(self, invokes: Sequence[Invoke], past: int = 0) -> Group:
@@ -192,6 +223,8 @@ class Pass:
     """How many rows it ends with."""
     positions: tuple[int, ...] | None = None
     """The positions whose logits are computed; None for all."""
+    columns: tuple[int, ...] | None = None
+    """The entries of the vocabulary whose logits are computed; None for all."""
     generation: Generating | None = None
     """How it generates tokens, if it does."""
     weights: Sequence[torch.fx.Node] = ()
@@ -231,6 +264,10 @@ def placed(groups: Sequence[Group]) -> Pass:
     if not are_few(len(set().union(*looked_at.values())), rows.seq + past):
         looked_at = {}
     positions = tuple(sorted(set().union(*looked_at.values())))
+    parts = _parts(groups)
+    columns = tuple(sorted(_columns(parts)))
+    position_at = {each: place for place, each in enumerate(positions or range(past, past + rows.seq))}
+    column_at = {each: place for place, each in enumerate(columns)}
     for key in keys:
         group = groups[key[0]]
         for node in group.accesses.get(key[1:], ()):
@@ -252,6 +289,8 @@ def placed(groups: Sequence[Group]) -> Pass:
             elif past:
                 owned = LaterPositions(owned.start, owned.lengths, owned.batch, owned.seq, past)
             access = Access(node, leaf, owned, key[0])
+            if node in parts:
+                access = _with_parts(access, parts[node], position_at, column_at)
             (work.reads if node.target is g.read else work.writes).append(access)
     last = max(((step, work.order) for (step, _), work in works.items()), default=(0, ()))
     for place, fork in rows.at:
@@ -263,10 +302,10 @@ def placed(groups: Sequence[Group]) -> Pass:
         generating = Generating(first.trace.generation, *first.invokes[0], results)
         return Pass(groups, model, ids, ordered, 0, batch, generation=generating, weights=weights)
     skipped = len(model.catalogue.entries) - bisect_right(model.catalogue.entries, ordered[-1].order) if ordered else 0
-    computed = tuple(position - past for position in positions) or None
+    some = tuple(position - past for position in positions) or None, columns or None
     before = first.rows(first.invokes[0])[0][:past]
     unchanged = {} if past or len(groups) > 1 else _unchanged(first, keys, rows)
-    return Pass(groups, model, ids, ordered, skipped, batch, computed, None, weights, before, unchanged)
+    return Pass(groups, model, ids, ordered, skipped, batch, *some, None, weights, before, unchanged)
 
 
 def _unchanged(group: Group, keys: Sequence[_Key], rows: Forks) -> dict[tuple[int, ...], dict[int, int]]:
@@ -301,6 +340,37 @@ def _looked_at(groups: Sequence[Group]) -> dict[torch.fx.Node, Positions]:
     """The positions that each read of the logits is for; empty if that is not known of all of them."""
     known = [group.looked_at for group in groups]
     return {} if None in known else {node: positions for each in known if each for node, positions in each.items()}
+
+
+def _parts(groups: Sequence[Group]) -> dict[torch.fx.Node, Mapping[torch.fx.Node, Part | None]]:
+    """What is made of each read of the logits; empty if they are not of few columns together."""
+    known: dict[torch.fx.Node, Mapping[torch.fx.Node, Part | None]] = {}
+    for group in groups:
+        if group.parts is None:
+            return {}
+        known |= group.parts
+    return known if groups[0].model.costs.few_columns(_columns(known)) else {}
+
+
+def _columns(parts: Mapping[torch.fx.Node, Mapping[torch.fx.Node, Part | None]]) -> frozenset[int]:
+    found = (columns_of(part) for each in parts.values() for part in each.values() if part is not None)
+    return frozenset(chain.from_iterable(found))
+
+
+def _with_parts(
+    access: Access,
+    parts: Mapping[torch.fx.Node, Part | None],
+    positions: Mapping[int, int],
+    columns: Mapping[int, int],
+) -> Access:
+    """The read of a tensor of which some columns are computed, and parts of it where they are then."""
+    *dims, _ = access.leaf.shape
+    leaf = replace(access.leaf, shape=(*dims, Dim(Axis.CONSTANT, len(columns))))
+    placed = {
+        node: None if part is None else moved(part, access.rows.start, positions, columns)
+        for node, part in parts.items()
+    }
+    return replace(access, leaf=leaf, parts=placed)
 
 
 def _rows(groups: Sequence[Group], keys: Sequence[_Key], model: HostedModel) -> Forks:

@@ -76,6 +76,7 @@ def _pass(each: Pass) -> service_pb2.PlannedPass:
         forks=[service_pb2.PlannedFork(before=_name(model.catalogue, place), rows=n) for place, n in each.forks],
         modules_skipped=each.modules_skipped,
         positions=None if each.positions is None else len(each.positions),
+        columns=None if each.columns is None else len(each.columns),
         calls=1,
         iterations=1,
     )
@@ -103,8 +104,9 @@ def _add_costs(message: service_pb2.PlannedPass, each: Pass, until: int | None) 
     # All but the last position of a prompt are generated from without their logits.
     positions = None if each.positions is None else len(each.positions)
     positions = 1 if each.generation is not None else positions
+    columns = None if each.columns is None else len(each.columns)
     for (since, rows), (end, _) in pairwise([*starts, (until, 0)]):
-        part: Any = partial(dict, past=message.cached, since=since, until=end, positions=positions)
+        part: Any = partial(dict, past=message.cached, since=since, until=end, positions=positions, columns=columns)
         message.flops += costs.flops(rows, message.tokens, **part())
         message.bytes = max(message.bytes, int(costs.bytes(rows, message.tokens, **part(stepwise=stepwise))))
     if message.cached:

@@ -31,7 +31,7 @@ def taken(node: torch.fx.Node, length: int, needed: Collection[torch.fx.Node]) -
         None if it may be any.
     """
     return _together(
-        _index(user.args[1], length) if _is_of(user, operator.getitem, node) else None
+        _index(user.args[1], length) if is_of(user, operator.getitem, node) else None
         for user in node.users
         if user in needed
     )
@@ -55,9 +55,9 @@ def touched(read: torch.fx.Node, length: int, needed: Collection[torch.fx.Node])
         for user in node.users:
             if user not in needed:
                 continue
-            if _is_of(user, operator.getitem, node):
+            if is_of(user, operator.getitem, node):
                 found.append(_index(user.args[1], length))
-            elif _is_of(user, g.edit, node):
+            elif is_of(user, g.edit, node):
                 found.append(_edited(user, length))
                 stack.append(user)
             elif user.target is not g.write or user.args[0] != read.args[0]:
@@ -113,7 +113,7 @@ def _is_plain(each: Any) -> bool:
     return type(each) is int
 
 
-def _is_of(user: torch.fx.Node, target: Any, node: torch.fx.Node) -> bool:
+def is_of(user: torch.fx.Node, target: Any, node: torch.fx.Node) -> bool:
     """Whether a user of a node does this to it, and needs it for nothing else."""
     others: list[torch.fx.Node] = []
     torch.fx.node.map_arg((user.args[1:], user.kwargs), others.append)

@@ -199,7 +199,7 @@ def _attempt(each: Pass, executions: Sequence[Execution]) -> None:
     generated = None
     with each.model.weights(executions[0].weights(each.weights)):
         if each.generation is None:
-            each.model.run(each.ids, steps[0], stopping, each.positions, past or noting)
+            each.model.run(each.ids, steps[0], stopping, each.positions, past or noting, each.columns)
             if noting is not None:
                 remembered.note(each.model, noting)
         else:

@@ -8,7 +8,7 @@ that ends early.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +45,14 @@ def are_few(positions: int, seq: int) -> bool:
     return 0 < 2 * positions <= seq
 
 
+_MOST_COLUMNS = 1 << 10
+
+
+def are_few_columns(columns: int, vocabulary: int) -> bool:
+    """Whether logits are computed of some entries of the vocabulary alone: their weights are copied for each pass."""
+    return 0 < columns <= min(_MOST_COLUMNS, vocabulary // 4)
+
+
 @dataclass(frozen=True)
 class Size:
     """How large a pass is."""
@@ -63,6 +71,8 @@ class Size:
     """How many rows of logits are read."""
     stepwise: bool
     """Whether attention is computed step by step."""
+    columns: frozenset[int] | None = None
+    """The entries of the vocabulary whose logits are looked at; None if it may be all."""
 
     @property
     def few(self) -> int | None:
@@ -80,6 +90,7 @@ class Size:
             self.held + other.held,
             self.logits + other.logits,
             self.stepwise or other.stepwise,
+            None if self.columns is None or other.columns is None else self.columns | other.columns,
         )
 
 
@@ -111,6 +122,8 @@ class Costs:
     """Bytes of what a generation keeps of the tokens so far."""
     chunk: int
     """The tokens that an SSM computes together; 0 if there is no such thing."""
+    vocabulary: int
+    """How many logits a position has."""
     logit_bytes: int
     """The bytes of the logits of one position."""
     learnt: str
@@ -126,6 +139,7 @@ class Costs:
         since: int | None = None,
         until: int | None = None,
         positions: int | None = None,
+        columns: int | None = None,
     ) -> float:
         """Floating-point operations of matrix products, convolutions and attention; a multiplication and an addition
         are two.
@@ -137,8 +151,9 @@ class Costs:
             since: The layer that is the first to be computed; from the embeddings on if left out.
             until: The layer that is the first not to be computed (`num_layers`: the last norm); to the end if left out.
             positions: How many positions of each row have logits; all if left out.
+            columns: Of how many entries of the vocabulary; all if left out.
         """
-        usual, of_head = self._terms(rows, seq, past, positions)
+        usual, of_head = self._terms(rows, seq, past, positions, columns)
         found = self.operations @ usual
         found[-1] = self.operations[-1] @ of_head
         return float(found[self._between(since, until)].sum())
@@ -152,6 +167,7 @@ class Costs:
         since: int | None = None,
         until: int | None = None,
         positions: int | None = None,
+        columns: int | None = None,
         stepwise: bool = False,
     ) -> float:
         """The most bytes of activations that are held at once, without weights, logits included.
@@ -163,11 +179,12 @@ class Costs:
             since: The layer that is the first to be looked at; from the embeddings on if left out.
             until: The layer that is the first not to be computed; to the end if left out.
             positions: How many positions of each row have logits; all if left out.
+            columns: Of how many entries of the vocabulary; all if left out.
             stepwise: Whether attention is computed step by step.
         """
         held, chosen = self.stepwise if stepwise else self.usual, self._between(since, until)
         moments = held.moments[held.starts[chosen.start] : held.starts[chosen.stop]]
-        return float((moments @ np.concatenate(self._terms(rows, seq, past, positions))).max(initial=0.0))
+        return float((moments @ np.concatenate(self._terms(rows, seq, past, positions, columns))).max(initial=0.0))
 
     def cache(self, rows: int, tokens: int) -> float:
         """The bytes of a cache of so many rows and tokens: keys and values, states. 0 if the model has none.
@@ -176,19 +193,30 @@ class Costs:
         """
         return float(self.cached @ terms(rows, tokens, 0, self.chunk))
 
-    def logits(self, rows: int, positions: int) -> int:
+    def logits(self, rows: int, positions: int, columns: int | None = None) -> int:
         """The bytes of the logits of so many positions of so many rows, which are a part of `bytes`."""
-        return rows * positions * self.logit_bytes
+        return int(rows * positions * self.logit_bytes * self._share(columns))
+
+    def few_columns(self, columns: Collection[int] | None) -> int | None:
+        """Of how many entries of the vocabulary logits are computed, if those are looked at; None if of all."""
+        few = columns is not None and are_few_columns(len(columns), self.vocabulary)
+        return len(columns) if columns is not None and few else None
 
     @property
     def num_layers(self) -> int:
         """How many layers are told apart."""
         return len(self.operations) - 3
 
-    def _terms(self, rows: int, seq: int, past: int, positions: int | None) -> tuple[Polynomial, Polynomial]:
+    def _terms(
+        self, rows: int, seq: int, past: int, positions: int | None, columns: int | None
+    ) -> tuple[Polynomial, Polynomial]:
         """What polynomials of the model, and of its head, are multiplied with."""
         usual = terms(rows, seq, past, self.chunk)
-        return usual, usual if positions is None else terms(rows, positions, 0, self.chunk)
+        of_head = usual if positions is None else terms(rows, positions, 0, self.chunk)
+        return usual, of_head * self._share(columns)
+
+    def _share(self, columns: int | None) -> float:
+        return 1.0 if columns is None else columns / self.vocabulary
 
     def _between(self, since: int | None, until: int | None) -> slice:
         return slice(0 if since is None else since + 1, len(self.operations) if until is None else until + 1)

@@ -12,7 +12,7 @@ import re
 import threading
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from typing import Any
@@ -66,6 +66,8 @@ class HostedModel:
         module: The Hugging Face model.
         catalogue: Its modules and sites.
         trimmed: The modules that see fewer positions when the logits of some alone are computed; None if none do.
+        narrowed: The modules that see another thing when logits of some entries of the vocabulary alone are computed;
+            None if they are always of all.
         pads: Whether rows of different lengths may share a pass.
         overwritten: The tensors (a location and a path in it) that the model changes in place later.
         noted_at: When a pass has noted all that a later one may go on from: what follows changes nothing of it. None if
@@ -102,6 +104,7 @@ class HostedModel:
         self.overwritten = frozenset(learner.overwritten)
         self.entries = learner.entries(self.catalogue)
         self.trimmed = learner.trimmed(_POSITIONS) if self._takes(_POSITIONS) else None
+        self.narrowed = None if self._head is None else learner.narrowed(self._columns)
         after = learner.after_past(self.catalogue, self.entries)
         self.entries_after_past, self.same_after_past, self.looking_back = after.entries, after.same, after.looking_back
         self.noted_at = _noted_at(self.catalogue) if after.notes else None
@@ -136,6 +139,19 @@ class HostedModel:
         """Token ids are below this."""
         embeddings = self.module.get_input_embeddings()  # type: ignore[operator]
         return int(embeddings.weight.shape[0])
+
+    @cached_property
+    def _head(self) -> nn.Linear | None:
+        """What makes logits; None if it is more than a product with weights `[vocabulary, …]`, each row for itself."""
+        path = self.catalogue.raw("lm_head")
+        head = None if path is None else self.module.get_submodule(path)
+        if type(head) is not nn.Linear:
+            return None
+        plain = all(
+            type(each) is nn.Parameter and each.is_floating_point() and each.shape[0] == self.vocabulary
+            for each in head.parameters()
+        )
+        return head if plain else None
 
     @cached_property
     def max_positions(self) -> int:
@@ -179,22 +195,26 @@ class HostedModel:
 
     def fits(self, size: Size) -> bool:
         """Whether a pass fits into the memory that it may take."""
-        few = size.few
-        held = size.held + self.costs.logits(size.logits, size.seq if few is None else few)
-        half = self._rows_that_fit(size.seq, size.end, few, size.stepwise, self.pass_bytes // 2)
+        few, columns = size.few, self.costs.few_columns(size.columns)
+        held = size.held + self.costs.logits(size.logits, size.seq if few is None else few, columns)
+        half = self._rows_that_fit(size.seq, size.end, few, columns, size.stepwise, self.pass_bytes // 2)
         if size.rows <= half and held <= self.pass_bytes // 2:
             return True
-        return self._bytes(size.rows, size.seq, size.end, few, size.stepwise) <= self.pass_bytes - held
+        return self._bytes(size.rows, size.seq, size.end, few, columns, size.stepwise) <= self.pass_bytes - held
 
-    def _bytes(self, rows: int, seq: int, end: Order, positions: int | None, stepwise: bool) -> float:
+    def _bytes(
+        self, rows: int, seq: int, end: Order, positions: int | None, columns: int | None, stepwise: bool
+    ) -> float:
         until = self.layers_before(end)
-        return self.costs.bytes(rows, seq, until=until, positions=positions, stepwise=stepwise)
+        return self.costs.bytes(rows, seq, until=until, positions=positions, columns=columns, stepwise=stepwise)
 
     @lru_cache(maxsize=1 << 12)  # noqa: B019  models stay for as long as their server
-    def _rows_that_fit(self, seq: int, end: Order, positions: int | None, stepwise: bool, into: int) -> int:
+    def _rows_that_fit(
+        self, seq: int, end: Order, positions: int | None, columns: int | None, stepwise: bool, into: int
+    ) -> int:
         """How many rows of so many tokens fit into so many bytes, to a power of two."""
         rows = 1
-        while self._bytes(2 * rows, seq, end, positions, stepwise) <= into and rows * seq < _MOST_TOKENS:
+        while self._bytes(2 * rows, seq, end, positions, columns, stepwise) <= into and rows * seq < _MOST_TOKENS:
             rows *= 2
         return rows
 
@@ -236,6 +256,7 @@ class HostedModel:
         stopping: Stopping,
         positions: Sequence[int] | None = None,
         past: Past | Noting | None = None,
+        columns: Sequence[int] | None = None,
     ) -> None:
         """One forward pass.
 
@@ -245,6 +266,7 @@ class HostedModel:
             stopping: Ends it early.
             positions: Those whose logits are computed; None for all.
             past: What is remembered of the tokens before, or what notes what is remembered of these.
+            columns: The entries of the vocabulary whose logits are computed, in their order; None for all.
         """
         ids = ids.to(self.device)
         more: dict[str, Any] = {} if positions is None else {_POSITIONS: torch.tensor(positions, device=self.device)}
@@ -253,7 +275,7 @@ class HostedModel:
             mediators = [*mediators, *past.mediators()]
         with self.lock:
             try:
-                with prompts_of(ids.shape[1]):
+                with prompts_of(ids.shape[1]), self._columns(columns):
                     self.interleaver.run(
                         lambda: self.module(input_ids=ids, **self._options, **more), {0: mediators}, stopping
                     )
@@ -398,19 +420,42 @@ class HostedModel:
         Raises:
             GraphError: two of them are tied to each other, or one is a buffer.
         """
-        before, slots = self._replaced, self._slots
         new: dict[int, Tensor] = {}
         for path, tensor in weights.items():
             if new.setdefault(id(self.parameter(path)), tensor) is not tensor:
                 raise GraphError(f"`{path}` is tied to another weight that is changed too.", hint="Change one of them.")
-        try:
-            _restore(slots)
-            self._slots = list(self._find(new)) if new else []
+        with self._in_place(lambda: self._find(new) if new else ()):
             if len({id(own) for _, _, _, own, _ in self._slots}) < len(new):
                 raise GraphError(
                     "Only parameters can be changed, and one of these is a buffer.",
                     hint="Write the values that are computed from it.",
                 )
+            yield
+
+    @contextlib.contextmanager
+    def _columns(self, columns: Sequence[int] | None) -> Iterator[None]:
+        """Run with a head that has some rows of its weights alone; what these are tied to stays whole."""
+        head = self._head
+        if columns is None:
+            yield
+            return
+        assert head is not None, "which columns are computed is asked of models that have such a head"
+
+        def find() -> Iterator[_Slot]:
+            for name, own in head.named_parameters():
+                rows = torch.tensor(columns, device=own.device)
+                yield head, head._parameters, name, own, own.detach().index_select(0, rows)
+
+        with self._in_place(find):
+            yield
+
+    @contextlib.contextmanager
+    def _in_place(self, find: Callable[[], Iterable[_Slot]]) -> Iterator[None]:
+        """Run with other tensors in some slots, which are looked for while all have the model's own."""
+        before, slots = self._replaced, self._slots
+        try:
+            _restore(slots)
+            self._slots = list(find())
             self._replaced = {(module, name): own for module, _, name, own, _ in self._slots}
             for _, table, name, _, tensor in self._slots:
                 table[name] = tensor

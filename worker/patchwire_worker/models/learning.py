@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from types import MappingProxyType
@@ -294,6 +295,36 @@ class Learner:
             log.info("%s computes all logits (%s)", type(self.module).__name__, first_line(error))
             return None
         others = {each for each, (shape, _) in whole.leaves.items() if part.leaves.get(each, (shape, _))[0] != shape}
+        return frozenset(location.module for location, _ in others)
+
+    def narrowed(self, some: Callable[[Sequence[int]], AbstractContextManager[None]]) -> frozenset[str] | None:
+        """The modules that see another thing when logits of some entries of the vocabulary alone are computed.
+
+        Args:
+            some: Has the model compute those alone.
+
+        Returns:
+            None if they are not those that there are among all.
+        """
+        ids, columns = self.prompts()[-1], [0, self.vocabulary // 2, self.vocabulary - 1]
+        place = (Location("", OUTPUT), ("logits",))
+        try:
+            whole, part = self._run(ids), _Seen(self.sides)
+            with some(columns):
+                self.look(ids, part.observe)
+            logits, found = whole.values[place], part.values[place]
+            wanted = logits[..., columns]
+            if logits.shape[2:] != (self.vocabulary,) or wanted.shape != found.shape or not is_same(found, wanted):
+                return None
+        except Exception as error:  # a model fails in whatever way it likes
+            log.info("%s computes logits of the whole vocabulary (%s)", type(self.module).__name__, first_line(error))
+            return None
+        seen = {each: part.values.get(each) for each in whole.values}
+        others = {
+            each
+            for each, value in whole.values.items()
+            if (other := seen[each]) is None or other.shape != value.shape or not is_same(other, value)
+        }
         return frozenset(location.module for location, _ in others)
 
     def _forks(self, places: Sequence[Entry], *, stepwise: bool = False, past: Past | None = None) -> bool:

@@ -94,13 +94,14 @@ def meter(
             steps = ledger(fakes, True) if stepwise else usual
             cache = runs(fakes, lambda ids: _cache_bytes(remember(ids))) if remember else [0, 0]
             cached = _fit(polynomials, *cache)
-            return Costs(usual.operations, usual.held, steps.held, cached, chunk, vocabulary * itemsize, learnt)
+            logits = vocabulary, vocabulary * itemsize
+            return Costs(usual.operations, usual.held, steps.held, cached, chunk, *logits, learnt)
         except Exception as error:  # a model fails in whatever way it likes
             log.info("%s: what its passes cost is not seen in a run (%s)", catalogue.model, first_line(error))
-    return _guessed(module, catalogue, vocabulary * itemsize)
+    return _guessed(module, catalogue, vocabulary, vocabulary * itemsize)
 
 
-def _guessed(module: nn.Module, catalogue: Catalogue, logit_bytes: int) -> Costs:
+def _guessed(module: nn.Module, catalogue: Catalogue, vocabulary: int, logit_bytes: int) -> Costs:
     """What the parameters tell: each is multiplied with once for each token, and each row of them gives a number."""
     parts = ["", *catalogue.layers, "", catalogue.raw("lm_head") or ""]
     operations, moments = np.zeros((len(parts), len(ONCE))), np.zeros((len(parts), 2 * len(ONCE)))
@@ -110,7 +111,7 @@ def _guessed(module: nn.Module, catalogue: Catalogue, logit_bytes: int) -> Costs
         made = TOKEN * sum(each.element_size() * each.shape[0] for each in weights)
         moments[at] = np.concatenate([0 * made, made] if at == len(parts) - 1 else [made, 0 * made])
     held = Held(moments, range(len(parts) + 1))
-    return Costs(operations, held, held, 0 * ONCE, 0, logit_bytes, "parameters")
+    return Costs(operations, held, held, 0 * ONCE, 0, vocabulary, logit_bytes, "parameters")
 
 
 def _cache_bytes(cache: object) -> int:
