@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 import grpc
 import torch
 from google.protobuf.message import Message
+from grpc.experimental import ChannelOptions
 from torch import Tensor
 
-from patchwire import framing, ops, tensors
+from patchwire import framing, ops, recycling, tensors
 from patchwire import graph as g
 from patchwire.background import Cancellation
 from patchwire.errors import (
@@ -110,7 +111,10 @@ class Connection:
             # Large results: longer frames, and more of them on the way.
             ("grpc.http2.max_frame_size", tensors.MIB),
             ("grpc.http2.lookahead_bytes", 16 * tensors.MIB),
+            # What streams is taken by the thread that waits for it, not handed over to it by another one.
+            (ChannelOptions.SingleThreadedUnaryStream, 1),
         ]
+        recycling.keep_freed()
         if tls:
             credentials = (TLS() if tls is True else tls).credentials()
             self._channel = grpc.secure_channel(address, credentials, options=options)
@@ -506,6 +510,8 @@ class Connection:
             # Before the end this stops the pass at its next site.
             with contextlib.suppress(Exception):
                 call.cancel()
+                for _ in call:  # gRPC lets go of a call when its end has been taken
+                    pass
             progress.close()
         if stats is None:
             raise ConnectionLostError(f"The server at {self.address} ended the request early.", hint="Run it again.")

@@ -1,4 +1,4 @@
-"""Chunks of tensors as messages, with one copy on each side.
+"""Chunks of tensors as messages, with one copy on each side: straight from the tensor into the bytes that gRPC sends.
 
 A response that carries nothing but a chunk is a few bytes, known by heart, and then the chunk. They are written and
 read here by hand: protobuf would copy the chunk twice more. What is written is what protobuf writes for the same
@@ -7,10 +7,13 @@ response, and whatever does not look like it goes to protobuf; neither side has 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+import torch
 from google.protobuf.message import Message
+from torch import Tensor
 
 M = TypeVar("M", bound=Message)
 
@@ -20,11 +23,36 @@ _CHUNK = b"\x22"
 """The tag of `Event.chunk`: field 4, of a length."""
 _LONGEST_VARINT = 5
 
+# `PyBytes_FromStringAndSize(NULL, length)` is Python's own way to make bytes that are filled before anybody sees them.
+_NEW_BYTES = ctypes.pythonapi.PyBytes_FromStringAndSize
+_NEW_BYTES.argtypes, _NEW_BYTES.restype = (ctypes.c_void_p, ctypes.c_ssize_t), ctypes.py_object
+_ADDRESS = ctypes.pythonapi.PyBytes_AsString
+_ADDRESS.argtypes, _ADDRESS.restype = (ctypes.py_object,), ctypes.c_void_p
+
 
 def response(chunk: bytes | memoryview) -> bytes:
     """The response, of a run or of a job, whose only event is a chunk."""
-    inner = _CHUNK + _varint(len(chunk))
-    return b"".join((_EVENTS, _varint(len(inner) + len(chunk)), inner, chunk))
+    return b"".join((_head(len(chunk)), chunk))
+
+
+def responses(tensor: Tensor, length: int) -> Iterator[bytes]:
+    """The bytes of a tensor on any device, in C order, as responses whose chunks have `length` bytes each.
+
+    Each is a copy of its own, made when it is asked for; others may run meanwhile.
+    """
+    flat = tensor.detach().contiguous().reshape(-1)
+    count = length // flat.element_size()
+    for start in range(0, flat.numel(), count):
+        part = flat[start : start + count].resolve_conj().resolve_neg()
+        head = _head(part.nbytes)
+        message: bytes = _NEW_BYTES(None, len(head) + part.nbytes)
+        memory = memoryview((ctypes.c_char * len(message)).from_address(_ADDRESS(message))).cast("B")
+        memory[: len(head)] = head
+        # One element counts as contiguous whatever its stride, but cannot be viewed as bytes.
+        torch.frombuffer(memory, dtype=torch.uint8, offset=len(head)).copy_(
+            part.as_strided(part.shape, (1,)).view(torch.uint8)
+        )
+        yield message
 
 
 def chunk_of(message: bytes) -> memoryview | None:
@@ -46,6 +74,12 @@ def parser(kind: type[M]) -> Callable[[bytes], M | memoryview]:
         return kind.FromString(message) if chunk is None else chunk
 
     return parse
+
+
+def _head(length: int) -> bytes:
+    """What is before a chunk of so many bytes in a response."""
+    inner = _CHUNK + _varint(length)
+    return _EVENTS + _varint(len(inner) + length) + inner
 
 
 def _varint(number: int) -> bytes:

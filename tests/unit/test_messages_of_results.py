@@ -11,8 +11,7 @@ from patchwire_worker.service import _messages
 
 
 def test_very_many_small_values_are_told_in_messages_that_are_not_too_long():
-    value = torch.zeros([1] * 64)
-    news = [Saved(node, value) for node in range(50_000)]
+    news = [Saved(node, torch.float32, torch.Size([1] * 64)) for node in range(50_000)]
 
     messages = list(_messages(job_pb2.FetchJobResponse, news, tensor_pb2.COMPRESSION_UNSPECIFIED))
 

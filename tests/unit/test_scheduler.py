@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from patchwire import tensors
+from patchwire import framing
 from patchwire.errors import (
     BusyError,
     ConnectionLostError,
@@ -26,7 +26,7 @@ from patchwire_worker import scheduler
 from patchwire_worker.config import Limits
 from patchwire_worker.executor import Cost
 from patchwire_worker.planner import Plan
-from patchwire_worker.scheduler import Done, InternalError, Queued, Saved, Scheduler
+from patchwire_worker.scheduler import Chunk, Done, InternalError, Queued, Saved, Scheduler
 from patchwire_worker.waiting import Disk, OnDisk, WaitingFile
 
 
@@ -194,6 +194,7 @@ def test_a_run_that_is_late_ends(work):
 
 class TestARunThatMayNotGetFarAhead:
     SIZE = 1 << 18
+    AHEAD = 2 * len(framing.response(bytes(SIZE)))
 
     @pytest.fixture
     def made(self, monkeypatch) -> list[int]:
@@ -219,7 +220,7 @@ class TestARunThatMayNotGetFarAhead:
     def test_waits_for_whoever_takes_its_values(self, made):
         async def run() -> list[int]:
             taken = []
-            async for news in Scheduler("tiny", Limits()).run(None, Plan([], set()), ahead=2 * self.SIZE):
+            async for news in Scheduler("tiny", Limits()).run(None, Plan([], set()), ahead=self.AHEAD):
                 taken += [each.node for each in news if isinstance(each, Saved)]
                 await asyncio.sleep(0.005)  # long enough for all of them, if nothing held it up
                 assert len(made) <= len(taken) + 3
@@ -230,7 +231,7 @@ class TestARunThatMayNotGetFarAhead:
     def test_ends_when_nobody_takes_them(self, made):
         async def run() -> None:
             queue = Scheduler("tiny", Limits())
-            async with contextlib.aclosing(queue.run(None, Plan([], set()), ahead=2 * self.SIZE)) as first:
+            async with contextlib.aclosing(queue.run(None, Plan([], set()), ahead=self.AHEAD)) as first:
                 await anext(first)
                 await until(lambda: len(made) >= 3)
             await until(lambda: not queue._running)
@@ -240,7 +241,8 @@ class TestARunThatMayNotGetFarAhead:
 
 
 class TestARunWhoseValuesAreTakenSlowly:
-    SIZE = 1 << 18
+    CHUNK = 1 << 18
+    SIZE = len(framing.response(bytes(CHUNK)))
     COUNT = 50
 
     @pytest.fixture
@@ -249,7 +251,7 @@ class TestARunWhoseValuesAreTakenSlowly:
         monkeypatch.setattr(scheduler, "_AHEAD_BYTES", 4 * self.SIZE)
         monkeypatch.setattr(scheduler, "_PATIENCE_SECONDS", 0.01)
         ended = threading.Event()
-        size, count = self.SIZE, self.COUNT
+        size, count = self.CHUNK, self.COUNT
 
         class Execution:
             def __init__(self, admitted, plan, listener, stopping, *, result_bytes, store) -> None:
@@ -273,10 +275,10 @@ class TestARunWhoseValuesAreTakenSlowly:
                 await until(ended.is_set)
                 most = max(most, disk.taken)
                 for each in news:
-                    if isinstance(each, Saved):
-                        on_disk = isinstance(each.tensor, OnDisk)
-                        content = b"".join(each.tensor.pieces(1000)) if on_disk else bytes(tensors.data(each.tensor))
-                        assert content == bytes([each.node]) * self.SIZE
+                    if isinstance(each, Chunk):
+                        on_disk = isinstance(each.response, OnDisk)
+                        response = each.response.read() if on_disk else each.response
+                        assert framing.chunk_of(response) == bytes([len(taken)]) * self.CHUNK
                         taken.append(on_disk)
             assert taken == [False] * 4 + [True] * (self.COUNT - 4)
             assert most == taken.count(True) * self.SIZE
@@ -315,12 +317,12 @@ class TestARunWhoseValuesAreTakenSlowly:
 
     def test_says_so_when_they_cannot_be_read_back(self):
         file = WaitingFile(Disk(1 << 30))
-        value = file.put(torch.zeros(self.SIZE))
+        value = file.put(bytes(self.SIZE))
         file.close()
 
         with pytest.raises(ExecutionError, match="cannot be read back"):
-            next(value.pieces(1000))
-        assert file.put(torch.zeros(self.SIZE)) is None
+            value.read()
+        assert file.put(bytes(self.SIZE)) is None
 
 
 class TestClosing:

@@ -60,7 +60,7 @@ class Listener(Protocol):
         """A pass begins: its number, from 1, and how many there are."""
 
     def saved(self, node: int, tensor: Tensor, iteration: Iteration | None = None) -> None:
-        """A saved value exists: the save's position in the request, or in a loop's body; a CPU tensor of its own."""
+        """A saved value exists: the save's position in the request, or in a loop's body; it may change afterwards."""
 
     def kept(self, node: int, handle: bytes, tensor: Tensor, seconds: float) -> None:
         """A value is kept beyond the request: the node's position, what it is called now, and for how long."""
@@ -546,7 +546,7 @@ class Execution:
     def _save(self, node: torch.fx.Node, value: Any, dtype: torch.dtype | None) -> None:
         if not isinstance(value, Tensor):
             raise ExecutionError(f"A {type(value).__name__} cannot be saved: it is not a tensor.", hint=_ITEM)
-        tensor = recycling.copy(value, dtype)
+        tensor = value if dtype in (None, value.dtype) else recycling.copy(value, dtype)
         self.cost.result_bytes += tensor.nbytes
         if self.result_bytes is not None and self.cost.result_bytes > self.result_bytes:
             raise LimitError(

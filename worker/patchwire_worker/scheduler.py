@@ -15,11 +15,13 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
+from patchwire import framing
 from patchwire.errors import BusyError, CancelledError, ConnectionLostError, PatchwireError, TimeoutError
 from patchwire_worker.admission import Admitted
 from patchwire_worker.config import MIB, Limits
@@ -57,11 +59,20 @@ class Running:
 
 @dataclass(frozen=True)
 class Saved:
-    """A saved value exists."""
+    """A saved value exists; its chunks follow."""
 
     node: int
-    tensor: Tensor | OnDisk
+    dtype: torch.dtype
+    shape: torch.Size
     iteration: Iteration | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The next bytes of the value that was saved last."""
+
+    response: bytes | OnDisk
+    """The response whose only event is this chunk."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +128,11 @@ class Done:
     seconds_queued: float
 
 
-Event = Queued | Running | Saved | Kept | Absent | Iterated | Tokens | Logged | Done
+Event = Queued | Running | Saved | Chunk | Kept | Absent | Iterated | Tokens | Logged | Done
 
 
+# Of such chunks gRPC's Python moves the most: of longer ones it asks the system for memory again and again.
+_CHUNK_BYTES = 512 * 1024
 _LOOK_SECONDS = 0.02
 _WAKE_BYTES = 64 * 1024
 _STOP_SECONDS = 0.1
@@ -180,22 +193,25 @@ class _Job:
             LimitError: a saved value has to wait, and there is no room for it on the disk.
             ExecutionError: it cannot be written there.
         """
-        if isinstance(event, Saved):
-            event = self._with_room(event)
-            self._bytes += event.tensor.nbytes
+        if isinstance(event, Chunk):
+            response = self._with_room(event.response)
+            if response is None:
+                return
+            event = Chunk(response)
+            self._bytes += len(event.response)
         self.happened.append(event)
         if isinstance(event, (Done, BaseException)) or self._bytes >= _WAKE_BYTES:
             self._bytes = 0
             self.wake()
 
-    def _with_room(self, event: Saved) -> Saved:
-        """A saved value, in memory if it is taken soon, or else on the disk.
+    def _with_room(self, response: bytes | OnDisk) -> bytes | OnDisk | None:
+        """A part of a saved value, in memory if it is taken soon, or else on the disk; None if nobody will take it.
 
         Somebody far away must not hold up the model: it waits a moment for them if nobody else wants it, and after a
         moment in vain not again until they have caught up. Only if it may not get ahead of the disk itself, as that of
         a detached job, it waits for as long as it takes.
         """
-        size = event.tensor.nbytes
+        size = len(response)
         with self._room:
             if not self._fits(size) and (self.ahead is not None or not (self._slow or self.company())):
                 patient_until = time.monotonic() + (math.inf if self.ahead is not None else _PATIENCE_SECONDS)
@@ -203,11 +219,10 @@ class _Job:
                     self._room.wait(_STOP_SECONDS)
             if self._fits(size) or self.ahead is not None:
                 self._untaken += size
-                return event
+                return response
             self._slow = True
-        assert isinstance(event.tensor, Tensor)
-        on_disk = self._file.put(event.tensor)
-        return event if on_disk is None else replace(event, tensor=on_disk)
+        assert isinstance(response, bytes)
+        return self._file.put(response)
 
     def _fits(self, size: int) -> bool:
         return not self._untaken or self._untaken + size <= (_AHEAD_BYTES if self.ahead is None else self.ahead)
@@ -215,7 +230,7 @@ class _Job:
     async def news(self, seconds: float | None) -> list[Event | BaseException]:
         """What happened since the last time, which has been sent: waits for something, or so many seconds at most.
 
-        No more than one large value at a time, so that it is all that sending it keeps in memory.
+        No more than a few chunks at a time, so that they are all that sending keeps in memory.
         """
         if self._in_hand:
             with self._room:
@@ -233,9 +248,9 @@ class _Job:
         taken = 0
         while self.happened and taken < _TAKEN_AT_ONCE:
             news.append(event := self.happened.popleft())
-            if isinstance(event, Saved):
-                taken += event.tensor.nbytes
-                self._in_hand += event.tensor.nbytes if isinstance(event.tensor, Tensor) else 0
+            if isinstance(event, Chunk):
+                taken += len(event.response)
+                self._in_hand += len(event.response) if isinstance(event.response, bytes) else 0
         return news
 
     def close(self) -> None:
@@ -255,7 +270,13 @@ class _Teller:
         self._job.tell(Running(number, passes))
 
     def saved(self, node: int, tensor: Tensor, iteration: Iteration | None = None) -> None:
-        self._job.tell(Saved(node, tensor, iteration))
+        responses = framing.responses(tensor, _CHUNK_BYTES)
+        # Copied before anything is told: what is small goes in one message with what announces it.
+        response = next(responses, None)
+        self._job.tell(Saved(node, tensor.dtype, tensor.shape, iteration))
+        while response is not None and not self._job.left:
+            self._job.tell(Chunk(response))
+            response = next(responses, None)
 
     def kept(self, node: int, handle: bytes, tensor: Tensor, seconds: float) -> None:
         self._job.tell(Kept(node, handle, tensor, seconds))

@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from patchwire import framing
+from patchwire import framing, recycling
 from patchwire.errors import PatchwireError
 from patchwire.v1 import job_pb2, job_pb2_grpc, service_pb2, service_pb2_grpc
 from patchwire_worker.config import ServerConfig
@@ -55,6 +55,7 @@ class Server:
         Raises:
             PatchwireError: the address cannot be had.
         """
+        recycling.keep_freed()
         options = [
             ("grpc.max_receive_message_length", self.config.limits.message_bytes),
             ("grpc.max_send_message_length", -1),

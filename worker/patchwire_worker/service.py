@@ -404,7 +404,7 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
     ) -> AsyncGenerator[Message | bytes, None]:
         """Events as messages; what is on the disk is read apart. The events are dropped once all have been sent."""
         messages = _messages(kind, news, compression)
-        small = not any(isinstance(each, scheduler.Saved) and isinstance(each.tensor, OnDisk) for each in news)
+        small = not any(isinstance(each, scheduler.Chunk) and isinstance(each.response, OnDisk) for each in news)
         while (message := await self._apart(partial(next, messages, None), small=small)) is not None:
             yield message
         news.clear()
@@ -526,8 +526,6 @@ def _check_compression(compression: tensor_pb2.Compression) -> None:
 
 _RESPONSE_BYTES = tensors.MIB
 _APART_BYTES = 256 * 1024
-# Of such chunks gRPC's Python moves the most: of longer ones it asks the system for memory again and again.
-_CHUNK_BYTES = 512 * 1024
 
 Message = TypeVar("Message", service_pb2.RunResponse, job_pb2.FetchJobResponse)
 
@@ -537,21 +535,15 @@ def _messages(
 ) -> Iterator[Message | bytes]:
     """Events as messages, as many in each as fit; a large chunk is one of its own, as bytes."""
     message, length = kind(), 0
-    for event in (part for each in news for part in _parts(each, compression)):
-        if isinstance(event, service_pb2.Event):
-            size = event.ByteSize()
-        else:
-            size = len(event)
-            if size >= _APART_BYTES:
-                if length:
-                    yield message
-                    message, length = kind(), 0
-                yield framing.response(event)
-                continue
-            event = service_pb2.Event(chunk=bytes(event))
-        if length and length + size > _RESPONSE_BYTES:
+    for event in (_event(each, compression) for each in news):
+        apart = isinstance(event, bytes)
+        size = len(event) if isinstance(event, bytes) else event.ByteSize()
+        if length and (apart or length + size > _RESPONSE_BYTES):
             yield message
             message, length = kind(), 0
+        if isinstance(event, bytes):
+            yield event
+            continue
         message.events.append(event)
         length += size
     if length:
@@ -562,45 +554,51 @@ def _ends(message: service_pb2.RunResponse | bytes) -> bool:
     return isinstance(message, service_pb2.RunResponse) and message.events[-1].HasField("done")
 
 
-def _pieces(tensor: Tensor | OnDisk) -> Iterator[bytes | memoryview]:
-    return tensor.pieces(_CHUNK_BYTES) if isinstance(tensor, OnDisk) else tensors.pieces(tensor, _CHUNK_BYTES)
+def _chunk(response: bytes, compression: tensor_pb2.Compression) -> service_pb2.Event | bytes:
+    """A chunk, packed if it is to be; a large one as the response whose only event it is."""
+    chunk = framing.chunk_of(response)
+    assert chunk is not None
+    (packed,) = tensors.packed([chunk], compression)
+    if len(packed) < _APART_BYTES:
+        return service_pb2.Event(chunk=bytes(packed))
+    return response if packed is chunk else framing.response(packed)
 
 
 def _iteration(iteration: Iteration | None) -> service_pb2.Iteration | None:
     return None if iteration is None else service_pb2.Iteration(loop=iteration[0], number=iteration[1])
 
 
-def _parts(
-    event: scheduler.Event, compression: tensor_pb2.Compression
-) -> Iterator[service_pb2.Event | bytes | memoryview]:
-    """The events of the protocol for what happened; the chunks of a value as they are."""
+def _event(event: scheduler.Event, compression: tensor_pb2.Compression) -> service_pb2.Event | bytes:
+    """The event of the protocol for what happened; a large chunk as the response whose only event it is."""
     match event:
         case scheduler.Queued():
-            yield service_pb2.Event(queued=service_pb2.Queued(position=event.position))
+            return service_pb2.Event(queued=service_pb2.Queued(position=event.position))
         case scheduler.Running():
-            yield service_pb2.Event(running=service_pb2.Running(number=event.number, passes=event.passes))
+            return service_pb2.Event(running=service_pb2.Running(number=event.number, passes=event.passes))
         case scheduler.Saved():
-            header = tensors.header(event.tensor, compression)
+            header = tensors.header(event, compression)
             saved = service_pb2.Saved(node=event.node, header=header, iteration=_iteration(event.iteration))
-            yield service_pb2.Event(saved=saved)
-            yield from tensors.packed(_pieces(event.tensor), compression)
+            return service_pb2.Event(saved=saved)
+        case scheduler.Chunk():
+            response = event.response.read() if isinstance(event.response, OnDisk) else event.response
+            return _chunk(response, compression)
         case scheduler.Kept():
             kept = service_pb2.Kept(node=event.node, handle=event.handle, seconds=event.seconds)
             kept.header.CopyFrom(tensors.header(event.tensor))
-            yield service_pb2.Event(kept=kept)
+            return service_pb2.Event(kept=kept)
         case scheduler.Absent():
             absent = service_pb2.Absent(node=event.node, iteration=_iteration(event.iteration))
-            yield service_pb2.Event(absent=absent)
+            return service_pb2.Event(absent=absent)
         case scheduler.Iterated():
-            yield service_pb2.Event(iterated=service_pb2.Iterated(**vars(event)))
+            return service_pb2.Event(iterated=service_pb2.Iterated(**vars(event)))
         case scheduler.Tokens():
-            yield service_pb2.Event(tokens=service_pb2.Tokens(trace=event.trace, invoke=event.invoke, ids=event.ids))
+            return service_pb2.Event(tokens=service_pb2.Tokens(trace=event.trace, invoke=event.invoke, ids=event.ids))
         case scheduler.Logged():
             logged = service_pb2.Logged(node=event.node, text=event.text, iteration=_iteration(event.iteration))
-            yield service_pb2.Event(logged=logged)
+            return service_pb2.Event(logged=logged)
         case scheduler.Done():
             cost = event.cost
-            yield service_pb2.Event(
+            return service_pb2.Event(
                 done=service_pb2.Done(
                     passes=cost.passes,
                     rows=cost.rows,

@@ -1,4 +1,4 @@
-"""Saved values that wait on the disk, because whoever asked for them takes them more slowly than the model makes them.
+"""Bytes of saved values that wait on the disk, because whoever asked takes them more slowly than the model makes them.
 
 The file of a request has no name: it goes with the request, or with the server, however that ends.
 """
@@ -10,19 +10,12 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-import torch
-from torch import Tensor
-
-from patchwire import tensors
 from patchwire.errors import ExecutionError, LimitError
 
 log = logging.getLogger(__name__)
-
-_AT_ONCE = 16 * tensors.MIB
 
 
 class Disk:
@@ -66,24 +59,25 @@ class Disk:
 
 
 class OnDisk:
-    """A tensor that is in a file."""
+    """Bytes that are in a file."""
 
-    def __init__(self, file: WaitingFile, start: int, tensor: Tensor) -> None:
+    def __init__(self, file: WaitingFile, start: int, length: int) -> None:
         self._file = file
         self._start = start
-        self.dtype: torch.dtype = tensor.dtype
-        self.shape: torch.Size = tensor.shape
-        self.nbytes: int = tensor.nbytes
+        self._length = length
 
-    def pieces(self, length: int) -> Iterator[bytes]:
-        """Its bytes in C order, `length` at a time; to be read once.
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self) -> bytes:
+        """The bytes; to be read once.
 
         Raises:
             ExecutionError: they cannot be read.
         """
-        for start in range(0, self.nbytes, length):
-            yield self._file.read(self._start + start, min(length, self.nbytes - start))
+        found = self._file.read(self._start, self._length)
         self._file.has_been_read()
+        return found
 
 
 class WaitingFile:
@@ -97,8 +91,8 @@ class WaitingFile:
         self._closed = False
         self._lock = threading.Lock()
 
-    def put(self, tensor: Tensor) -> OnDisk | None:
-        """Write a tensor; None if nobody will read it any more.
+    def put(self, data: bytes) -> OnDisk | None:
+        """Write some bytes; None if nobody will read them any more.
 
         Raises:
             LimitError: the disk has no room that it may take.
@@ -107,8 +101,8 @@ class WaitingFile:
         with self._lock:
             if self._closed:
                 return None
-            self._disk.take(tensor.nbytes)
-            start, self._length = self._length, self._length + tensor.nbytes
+            self._disk.take(len(data))
+            start, self._length = self._length, self._length + len(data)
             self._unread += 1
         try:
             with self._lock:
@@ -117,16 +111,14 @@ class WaitingFile:
                 if self._file is None:
                     self._file = _nameless(self._disk.directory)
                 file = self._file
-            view = tensors.data(tensor)
-            for position in range(0, len(view), _AT_ONCE):
-                _write(file, view[position : position + _AT_ONCE], start + position)
+            _write(file, memoryview(data), start)
         except OSError as error:
             log.error("a saved value could not be written to the disk: %s", error)
             raise ExecutionError(
                 f"The server could not write a saved value to its disk: {error.strerror}.",
                 hint="Whoever runs the server has to make room there; or save less in one request.",
             ) from None
-        return OnDisk(self, start, tensor)
+        return OnDisk(self, start, len(data))
 
     def read(self, start: int, length: int) -> bytes:
         """Some bytes.
@@ -142,7 +134,7 @@ class WaitingFile:
         raise ExecutionError("A saved value cannot be read back from the server's disk.", hint="Run it again.")
 
     def has_been_read(self) -> None:
-        """One of the tensors is not needed any more. When none is, the file begins anew."""
+        """Something that was written is not needed any more. When none is, the file begins anew."""
         with self._lock:
             self._unread -= 1
             if not self._unread and self._file is not None:
