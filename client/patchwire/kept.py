@@ -17,6 +17,7 @@ from patchwire.graph import KeptTensor
 if TYPE_CHECKING:
     from patchwire.connection import Connection
     from patchwire.proxy import Value
+    from patchwire.results import To
     from patchwire.recording import Recorder
 
 RECORDER: ContextVar[Recorder | None] = ContextVar("patchwire_recorder", default=None)
@@ -89,6 +90,11 @@ class Kept:
         handle = self.tensor.handle
         assert self._connection is not None
         self._connection.forget([handle])
+
+    def save(self, *, dtype: torch.dtype | None = None, to: To | None = None) -> Value:
+        """Ask for the tensor, in a block, as `save` of any value does."""
+        # Not left to __getattr__: where nnsight is imported, every object has a `save`, and that would be found first.
+        return self._value().save(dtype=dtype, to=to)
 
     def _value(self) -> Value:
         """The value that it is in the block that user code is in.

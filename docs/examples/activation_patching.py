@@ -77,7 +77,7 @@ def main(
     at: str | None = None,
     out: Path = Path("activation-patching.png"),
 ) -> None:
-    """Patch a pair of prompts, then the parts of --at: of "attn.z" the heads, of "ssm.scan" or "ssm.gate_act" channels."""
+    """Patch a pair of prompts, then the parts of --at: the heads of "attn.z", or channels of a Mamba's "ssm.scan"."""
     proxy = patchwire.connect(server).model(model) if server else patchwire.local(model)
     found = experiment(proxy, clean, corrupt, answer, foil)
 
