@@ -42,6 +42,18 @@ class TestAttention:
             patchwire.local(tiny.build("gpt2"), attention="eager")
 
 
+def test_a_kept_value_is_saved_where_nnsight_has_given_every_object_a_save(tmp_path):
+    model = patchwire.local(str(tiny.save("gpt2", tmp_path)), progress=False)
+    with model.trace([[3, 1, 4]]):
+        hidden = model.layers[0].output.save()
+        kept = hidden.keep(seconds=60)
+    with model.trace([[3, 1]]):
+        again = kept.save()
+
+    assert hasattr(object(), "save")
+    assert torch.equal(again.value, hidden.value)
+
+
 class TestLoading:
     @pytest.mark.parametrize(
         ("spec", "options", "says"),

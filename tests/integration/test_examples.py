@@ -20,6 +20,7 @@ WITHOUT_FIGURE = {"first_experiment"}
 SCRIPTS = sorted(file.stem for file in (DOCS / "examples").glob("*.py") if file.stem not in WITHOUT_FIGURE)
 PAIR = ["--model", "facts-gpt2", "--model", "facts-mamba"]
 OPTIONS = {
+    "activation_patching": ["--model", "facts-mamba"],
     "causal_tracing": ["--model", "facts-gpt2"],
     "causal_tracing_mamba": ["--model", "facts-mamba"],
     "linear_relations": ["--model", "facts-mamba", "--layer", "1", "--prompt", "{} speaks to friends in",
@@ -134,3 +135,18 @@ def test_a_mambas_scan_matters_late_and_its_gate_hardly_anywhere(models: dict[st
     assert min(states[3, 6], added[3, 6], scan[3, 6]) > 0.9
     assert scan[:2].max() < 0.1
     assert gate.abs().max() < 0.1
+
+
+@pytest.mark.parametrize(("name", "at", "parts"), [("facts-gpt2", "attn.z", 4), ("facts-mamba", "ssm.gate_act", 8)])
+def test_patching_finds_the_same_both_ways_and_estimates_come_beside_it(
+    models: dict[str, patchwire.Model], name: str, at: str, parts: int
+) -> None:
+    pair = ("Ada Barlow lives in the city of", "Hugo Crane lives in the city of", " Lisbon", " Quito")
+    found = part("activation_patching")(models[name], *pair)
+    estimated, agreements = part("activation_patching", "components")(models[name], *pair, at)
+
+    for each in found.values():
+        assert min(each.values[1, 1], each.values[3, 6]) > 0.6
+        assert each.values[:2, 2:].abs().max() < 0.1
+    assert [tuple(each.values.shape) for each in estimated.values()] == [(parts, 4)] * 3
+    assert all(each.sign_of_large > 0.5 for each in agreements)

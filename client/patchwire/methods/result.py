@@ -152,7 +152,8 @@ class Result:
 
     def normalised(self) -> Result:
         """How much of the way from the base run to the source run each patch goes: `(value - base) / (source - base)`,
-        0 for no effect and 1 for all of it (Zhang and Nanda 2024, section 3.1).
+        0 for no effect and 1 for all of it (Zhang and Nanda 2024, section 3.1). Shares of any metric are of one unit,
+        and can stand in one figure.
 
         Raises:
             InputError: this is no patching experiment, or both runs measure the same.
@@ -161,7 +162,7 @@ class Result:
         if source == base:
             raise InputError(f"Both runs have the same {self.unit}, {base:.3g}: there is nothing to restore.")
         values = (self.values - base) / (source - base)
-        return replace(self, values=values, unit=f"restored share of {self.unit}", signed=True)
+        return replace(self, values=values, unit="normalised effect", signed=True)
 
     def _ends(self) -> tuple[float, float]:
         if not {"base", "source"} <= self.numbers.keys():
