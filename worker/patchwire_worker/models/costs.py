@@ -195,7 +195,7 @@ class Costs:
 
     def logits(self, rows: int, positions: int, columns: int | None = None) -> int:
         """The bytes of the logits of so many positions of so many rows, which are a part of `bytes`."""
-        return int(rows * positions * self.logit_bytes * self._share(columns))
+        return rows * positions * self.logit_bytes * (columns or self.vocabulary) // self.vocabulary
 
     def few_columns(self, columns: Collection[int] | None) -> int | None:
         """Of how many entries of the vocabulary logits are computed, if those are looked at; None if of all."""
