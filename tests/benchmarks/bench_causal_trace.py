@@ -2,7 +2,7 @@
 each cell, as the published code does it.
 
 SmolLM2-135M in a server process, the same weights in this one. Every number is compared. `FACTS` in the environment:
-how many of the prompts (2); `NOISE`: how many of these again with the paper's noise of ten samples (0).
+how many of the prompts (1); `NOISE`: how many of these again with the paper's noise of ten samples (0).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PROMPTS = [
 ]  # fmt: skip
 """A prompt, its subject (words, or from which token to which), the same with another, and the answer: ten facts, and
 two sentences with an indirect object (Wang et al. 2022), whose second subject is replaced."""
-COUNT = int(os.environ.get("FACTS") or 2)
+COUNT = int(os.environ.get("FACTS") or 1)
 NOISE = int(os.environ.get("NOISE") or 0)
 NOISE_SEED, NOISE_STD = 1, 0.3
 

@@ -141,12 +141,15 @@ def test_what_adds_is_found_where_it_was_built() -> None:
     different = [([w, x, EQUALS], [y, z, EQUALS]) for w, x, y, z in zip(a, b, c, d, strict=True)
                  if (w + x - y - z) % MODULUS]  # fmt: skip
     same = [([w, x, EQUALS], [y, (w + x - y) % MODULUS, EQUALS]) for w, x, y in zip(a, b, c, strict=True) if w != y]
-    found = {}
+    found, importance = {}, {}
     for kind, pairs in (("different", different), ("same", same)):
-        effects = {at: methods.stacked([methods.mediation(model, *pair, at=at) for pair in pairs]) for at in PLACES}
+        effects = {
+            at: methods.stacked([methods.mediation(model, *pair, at=at) for pair in pairs]) for at in (*PLACES, "embed")
+        }
         found[kind] = effects["mlp"].mean("prompt").values
-        importance = methods.relative_importance(effects, "mlp", tokens=[-1])
-        print(f"{kind} results: {importance:.3f} of all effects are those of the MLP at the last token")
+        importance[kind] = methods.relative_importance(effects, "mlp", tokens=[-1])
+        print(f"{kind} results: {importance[kind]:.3f} of all effects are those of the MLP at the last token")
     mlp = found["different"]
     assert float(mlp[1, -1]) >= 10 * float(mlp[:, :-1].abs().max()), "no MLP at an operand matters"
     assert float(mlp[1, -1]) >= 5 * float(found["same"][1, -1].abs()), "it has the result, and not the operands"
+    assert importance["different"] >= 5 * importance["same"]

@@ -18,7 +18,7 @@ from patchwire.methods.places import Place, at
 from patchwire.methods.prompts import Prompt, group, prompt_of, span
 from patchwire.methods.result import Axis, Origin, Result, layers_axis
 from patchwire.methods.sweeping import sweep
-from patchwire.model import Model
+from patchwire.model import Model, Module
 from patchwire.tracing import Trace
 
 
@@ -66,7 +66,7 @@ def extraction_events(
 
     def events(layers: Sequence[int]) -> Any:
         """The first tokens, `[layers]`."""
-        outputs = [at(model.layers[each], place)[0, -1] for each in layers]
+        outputs = [_added(model.layers[each], place)[0, -1] for each in layers]
         return (torch.stack(outputs) @ model.W_U).argmax(-1)
 
     def measure(trace: Trace, _: None, cell: tuple[Prompt, list[int]]) -> Any:
@@ -102,6 +102,12 @@ def extraction_events(
         numbers={"any": float((values.nansum(1) > 0).float().mean())},
         stats=stats,
     )
+
+
+def _added(layer: Module, place: Place) -> Any:
+    """What a module adds to the residual stream: after a norm of its own, where it has one."""
+    module = {"mixer": lambda: layer.mixer, "mlp": lambda: layer.mlp}.get(place, lambda: None)()
+    return module.update if module is not None and hasattr(module, "update") else at(layer, place)
 
 
 def _placed(model: Model, given: Any, written: str | Sequence[int] | None) -> tuple[Prompt, list[int]]:
