@@ -180,7 +180,7 @@ def test_stop_words_and_short_words_do_not_count(zoo: Mapping[str, patchwire.Mod
 @pytest.mark.parametrize("name", ["facts-gpt2", "facts-mamba"])
 def test_early_mixers_enrich_a_subject_with_attributes(zoo: Mapping[str, patchwire.Model], name: str) -> None:
     rates, without = [], []
-    for fact in corpus.facts()[::80]:
+    for fact in corpus.facts()[::79]:
         told = (zoo[name], fact.prompt().text, fact.subject, ABOUT_PEOPLE)
         rates.append(methods.attributes_rate(*told, top=16).values)
         found = methods.sublayer_knockout(*told, top=16, knockouts=["mixer"], block=2, layer=1)

@@ -182,10 +182,10 @@ def zoo() -> Iterator[dict[str, patchwire.Model]]:
         yield {name: client.model(name) for name in names}
 
 
-def flow_of_facts(model: patchwire.Model, queries: str, window: int = 1, count: int = 10) -> Tensor:
-    """The mean over facts, `[last subject / subject / relation / last, layers]`."""
+def flow_of_facts(model: patchwire.Model, queries: str, window: int = 2, count: int = 10) -> Tensor:
+    """The mean over facts, `[last subject / subject / relation / last, layers]`, of a layer and the one before."""
     found = []
-    for fact in corpus.facts()[:: len(corpus.facts()) // count]:
+    for fact in corpus.facts()[:: len(corpus.facts()) // count + 1]:
         prompt = fact.prompt()
         subject, end = range(*prompt.subject), len(prompt.words) - 1
         relation = range(subject.stop, end)
@@ -204,21 +204,22 @@ def test_facts_leave_the_subject_late_and_the_relation_before(zoo: Mapping[str, 
     last_subject, subject, relation, last = flow_of_facts(zoo["facts-gpt2"], "end")
 
     assert last_subject[3] <= -70
-    assert subject[3] <= -80
-    assert min(relation[3], last[3]) >= -5
+    assert subject[3] <= -70
+    assert min(relation[3], last[3]) >= -10
     assert torch.stack([last_subject, subject])[:, :2].min() >= -1
     assert relation.argmin() < subject.argmin()
 
 
 def test_facts_of_a_mamba_go_by_the_words_between(zoo: Mapping[str, patchwire.Model]) -> None:
     last_subject, subject, relation, last = flow_of_facts(zoo["facts-mamba"], "end")
-    assert torch.stack([last_subject, subject, last]).min() >= -1
+    assert torch.stack([last_subject, subject]).min() >= -20
+    assert last.min() >= -1
     assert relation[3] <= -80
 
     last_subject, subject = flow_of_facts(zoo["facts-mamba"], "later")
-    assert last_subject[2] <= -50
-    assert subject[2] <= -65
-    assert torch.stack([last_subject, subject])[:, [0, 1, 3]].min() >= -1
+    assert last_subject[3] <= -60
+    assert subject[3] <= -70
+    assert torch.stack([last_subject, subject])[:, :2].min() >= -5
 
 
 @pytest.mark.parametrize("kind", ["facts-gpt2", "facts-mamba"])
