@@ -102,7 +102,7 @@ def information_flow(
             sources=keys,
             queries=queries,
             window=window,
-            means=means,
+            means=means is not None,
         ),
         numbers={"base": float(base)},
         signed=True,
