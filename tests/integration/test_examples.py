@@ -25,6 +25,7 @@ OPTIONS = {
     "causal_tracing_mamba": ["--model", "facts-mamba"],
     "linear_relations": ["--model", "facts-mamba", "--layer", "1", "--prompt", "{} speaks to friends in",
                          "--subjects", "Ada Barlow,Hugo Crane,Ivy Foster,Leon Hobbs,Nora Keller,Paul Marsh"],
+    "neurons": ["--model", "facts-mamba", "--layer", "3"],
     "rank_one_editing": [*PAIR, "--layer", "1"],
     "two_architectures": PAIR,
 }  # fmt: skip
@@ -150,3 +151,16 @@ def test_patching_finds_the_same_both_ways_and_estimates_come_beside_it(
         assert each.values[:2, 2:].abs().max() < 0.1
     assert [tuple(each.values.shape) for each in estimated.values()] == [(parts, 4)] * 3
     assert all(each.sign_of_large > 0.5 for each in agreements)
+
+
+def test_a_few_channels_of_a_mamba_carry_a_fact_and_no_few_neurons_of_a_gpt(
+    models: dict[str, patchwire.Model],
+) -> None:
+    lost = {}
+    for name, model in models.items():
+        answer = model.tokenizer.encode("Lisbon")[0]
+        left = part("neurons")(model, "Ada Barlow lives in the city of", answer, 32)
+        lost[name] = left.max() - left
+
+    assert min(lost["facts-mamba"][0, 1], lost["facts-mamba"][2, 4], lost["facts-mamba"][3, 6]) > 3
+    assert lost["facts-gpt2"].max() < 2
