@@ -8,12 +8,11 @@ response, and whatever does not look like it goes to protobuf; neither side has 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-import torch
+import numpy as np
 from google.protobuf.message import Message
-from torch import Tensor
 
 M = TypeVar("M", bound=Message)
 
@@ -35,23 +34,15 @@ def response(chunk: bytes | memoryview) -> bytes:
     return b"".join((_head(len(chunk)), chunk))
 
 
-def responses(tensor: Tensor, length: int) -> Iterator[bytes]:
-    """The bytes of a tensor on any device, in C order, as responses whose chunks have `length` bytes each.
-
-    Each is a copy of its own, made when it is asked for; others may run meanwhile.
-    """
-    flat = tensor.detach().contiguous().reshape(-1)
-    count = length // flat.element_size()
-    for start in range(0, flat.numel(), count):
-        part = flat[start : start + count].resolve_conj().resolve_neg()
-        head = _head(part.nbytes)
-        message: bytes = _NEW_BYTES(None, len(head) + part.nbytes)
-        memory = memoryview((ctypes.c_char * len(message)).from_address(_ADDRESS(message))).cast("B")
-        memory[: len(head)] = head
-        # One element counts as contiguous whatever its stride, but cannot be viewed as bytes.
-        torch.frombuffer(memory, dtype=torch.uint8, offset=len(head)).copy_(
-            part.as_strided(part.shape, (1,)).view(torch.uint8)
-        )
+def responses(chunks: Iterable[memoryview]) -> Iterator[bytes]:
+    """Each chunk as a response, copied when it is asked for; other threads may run meanwhile."""
+    for chunk in chunks:
+        head = _head(len(chunk))
+        message: bytes = _NEW_BYTES(None, len(head) + len(chunk))
+        place = (ctypes.c_char * len(message)).from_address(_ADDRESS(message))
+        memory = np.frombuffer(memoryview(place), np.uint8)
+        memory[: len(head)] = np.frombuffer(head, np.uint8)
+        memory[len(head) :] = np.frombuffer(chunk, np.uint8)
         yield message
 
 

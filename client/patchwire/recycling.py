@@ -7,7 +7,6 @@ back at any time.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import mmap
 import threading
@@ -46,11 +45,7 @@ class _Free:
                 return piece
             # What does not fit goes, so that more is never held than is used at some time.
             self._shrink(sum(map(len, self._pieces)) - size)
-        piece = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a system without large pages
-                piece.madvise(mmap.MADV_HUGEPAGE)
-        return piece
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
     def give(self, piece: mmap.mmap) -> None:
         """Take back a piece."""

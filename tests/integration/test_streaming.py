@@ -58,7 +58,7 @@ class TestEvents:
 
         events = list(messages.events(stub.Run(service_pb2.RunRequest(graph=graph))))
 
-        assert kinds(events) == ["running", "saved", *["chunk"] * 6, "done"]
+        assert kinds(events) == ["running", "saved", *["chunk"] * 3, "done"]
 
     def test_the_last_tells_what_it_cost(self, stub):
         graph = messages.graph("gpt2", messages.read("layers.0.output"), messages.save(0), rows=[[1, 2], [3]])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchwire import framing, tensors
+from patchwire import framing
 from patchwire.v1 import job_pb2, service_pb2
 
 KINDS = [service_pb2.RunResponse, job_pb2.FetchJobResponse]
@@ -34,30 +33,15 @@ def test_a_chunk_is_what_protobuf_makes_of_it(kind, length):
     assert found == chunk
 
 
-@pytest.mark.parametrize("dtype", tensors.DTYPES.values(), ids=str)
-@pytest.mark.parametrize("shape", [(), (0, 3), (1,), (7, 5), (5, 100)], ids=str)
-def test_the_responses_of_a_tensor_are_what_is_made_of_its_chunks(shape, dtype):
-    tensor = torch.testing.make_tensor(shape, dtype=torch.float32, device="cpu").to(dtype)
-    for each in (tensor, tensor.transpose(0, -1) if shape else tensor, tensor.expand(2, *shape)):
-        expected = [framing.response(chunk) for chunk in tensors.chunks(each, length=256)]
-
-        assert list(framing.responses(each, 256)) == expected
-
-
-def test_the_responses_of_what_is_only_seen_as_conjugate_have_the_conjugate():
-    tensor = torch.randn(9, dtype=torch.complex64)
-
-    assert list(framing.responses(tensor.conj(), 64)) == list(framing.responses(tensor.conj().resolve_conj(), 64))
-
-
 def test_each_response_is_a_copy_of_its_own():
-    tensor = torch.ones(100)
-    responses = framing.responses(tensor, 200)
+    content = bytearray(b"a" * 150 + b"b" * 150)
+    view = memoryview(content)
+    responses = framing.responses([view[:200], view[200:], view[300:]])
     first = next(responses)
-    tensor.zero_()
+    content[:] = b"c" * 300
 
-    assert framing.chunk_of(first) == tensors.data(torch.ones(50))
-    assert framing.chunk_of(next(responses)) == bytes(200)
+    assert first == framing.response(b"a" * 150 + b"b" * 50)
+    assert list(responses) == [framing.response(b"c" * 100), framing.response(b"")]
 
 
 OTHERS = [

@@ -546,7 +546,8 @@ class Execution:
     def _save(self, node: torch.fx.Node, value: Any, dtype: torch.dtype | None) -> None:
         if not isinstance(value, Tensor):
             raise ExecutionError(f"A {type(value).__name__} cannot be saved: it is not a tensor.", hint=_ITEM)
-        tensor = value if dtype in (None, value.dtype) else recycling.copy(value, dtype)
+        as_it_is = value.device.type == "cpu" and value.is_contiguous() and dtype in (None, value.dtype)
+        tensor = value if as_it_is else recycling.copy(value, dtype)
         self.cost.result_bytes += tensor.nbytes
         if self.result_bytes is not None and self.cost.result_bytes > self.result_bytes:
             raise LimitError(

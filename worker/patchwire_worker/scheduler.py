@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from patchwire import framing
+from patchwire import framing, tensors
 from patchwire.errors import BusyError, CancelledError, ConnectionLostError, PatchwireError, TimeoutError
 from patchwire_worker.admission import Admitted
 from patchwire_worker.config import MIB, Limits
@@ -131,8 +131,7 @@ class Done:
 Event = Queued | Running | Saved | Chunk | Kept | Absent | Iterated | Tokens | Logged | Done
 
 
-# Of such chunks gRPC's Python moves the most: of longer ones it asks the system for memory again and again.
-_CHUNK_BYTES = 512 * 1024
+_CHUNK_BYTES = MIB
 _LOOK_SECONDS = 0.02
 _WAKE_BYTES = 64 * 1024
 _STOP_SECONDS = 0.1
@@ -143,7 +142,7 @@ _LONGEST_LINGER = 0.1
 _LONGEST_GAP = 0.02
 """How long it waits for the next of them, who may have left."""
 _LINGER_STEP = 0.0005
-_TAKEN_AT_ONCE = MIB
+_TAKEN_AT_ONCE = 4 * MIB
 _AHEAD_BYTES = 64 * MIB
 _PATIENCE_SECONDS = 0.5
 
@@ -165,6 +164,8 @@ class _Job:
     left: bool = False
     """Whether nobody listens any more."""
     _woken: asyncio.Event = field(default_factory=asyncio.Event)
+    _asleep: bool = False
+    """Whether the event loop waits for something to happen, and need be woken when it does."""
     _bytes: int = 0
     _untaken: int = 0
     """Bytes of the saved values in memory that have not been sent."""
@@ -202,7 +203,9 @@ class _Job:
         self.happened.append(event)
         if isinstance(event, (Done, BaseException)) or self._bytes >= _WAKE_BYTES:
             self._bytes = 0
-            self.wake()
+            if self._asleep:
+                self._asleep = False
+                self.wake()
 
     def _with_room(self, response: bytes | OnDisk) -> bytes | OnDisk | None:
         """A part of a saved value, in memory if it is taken soon, or else on the disk; None if nobody will take it.
@@ -224,8 +227,12 @@ class _Job:
         assert isinstance(response, bytes)
         return self._file.put(response)
 
+    @property
+    def _most_untaken(self) -> int:
+        return _AHEAD_BYTES if self.ahead is None else self.ahead
+
     def _fits(self, size: int) -> bool:
-        return not self._untaken or self._untaken + size <= (_AHEAD_BYTES if self.ahead is None else self.ahead)
+        return not self._untaken or self._untaken + size <= self._most_untaken
 
     async def news(self, seconds: float | None) -> list[Event | BaseException]:
         """What happened since the last time, which has been sent: waits for something, or so many seconds at most.
@@ -237,12 +244,16 @@ class _Job:
                 self._untaken -= self._in_hand
                 self._in_hand = 0
                 self._slow = self._slow and self._untaken > 0
-                self._room.notify()
+                # Not for each chunk: to change between threads takes longer than to copy one.
+                if self._untaken <= self._most_untaken // 2:
+                    self._room.notify()
+        self._asleep = True  # before this looks: whatever happens afterwards wakes it
         if not self.happened:
             timer = None if seconds is None else self.loop.call_later(seconds, self._woken.set)
             await self._woken.wait()
             if timer is not None:
                 timer.cancel()
+        self._asleep = False
         self._woken.clear()
         news: list[Event | BaseException] = []
         taken = 0
@@ -270,7 +281,7 @@ class _Teller:
         self._job.tell(Running(number, passes))
 
     def saved(self, node: int, tensor: Tensor, iteration: Iteration | None = None) -> None:
-        responses = framing.responses(tensor, _CHUNK_BYTES)
+        responses = framing.responses(tensors.pieces(tensor, _CHUNK_BYTES))
         # Copied before anything is told: what is small goes in one message with what announces it.
         response = next(responses, None)
         self._job.tell(Saved(node, tensor.dtype, tensor.shape, iteration))
