@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from patchwire.connection import Connection
     from patchwire.proxy import Value
     from patchwire.recording import Recorder
-    from patchwire.results import To
 
 RECORDER: ContextVar[Recorder | None] = ContextVar("patchwire_recorder", default=None)
 """The recording that user code is in."""
