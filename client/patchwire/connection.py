@@ -508,14 +508,21 @@ class Connection:
             raise error_from_call(error, self.address, started=answers) from None
         finally:
             # Before the end this stops the pass at its next site.
-            with contextlib.suppress(Exception):
-                call.cancel()
-                for _ in call:  # gRPC lets go of a call when its end has been taken
-                    pass
+            _end(call)
             progress.close()
         if stats is None:
             raise ConnectionLostError(f"The server at {self.address} ended the request early.", hint="Run it again.")
         return arriving.results(stats)
+
+
+def _end(call: Any) -> None:
+    """Cancel a call if it has not ended, and take its end: gRPC holds on to a call until somebody has."""
+    try:
+        call.cancel()
+        for _ in call:
+            pass
+    except Exception as error:  # nobody waits for what it brings any more
+        error.__traceback__ = None  # a call is raised itself, and would keep itself by these frames
 
 
 def _events(
