@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ SHORT, LONG = tiny.prompt(6), tiny.prompt(9)
 DEFAULT = (*tiny.CORE, "gptj", "gemma2", "falcon_h1", "odd")
 FAMILIES = [pytest.param(name, marks=[] if name in DEFAULT else [pytest.mark.slow]) for name in tiny.CONFIGS]
 ANSWERS = [7, 60, 3]
+PATIENCE = 60
 
 
 class Watched:
@@ -284,6 +286,31 @@ def test_what_is_kept_of_a_pass_is_a_copy(fresh: Watched) -> None:
     assert fresh.columns == [3, 3]
     expected = changed_logits(fresh.reference, SHORT, {fresh.place(0): change})
     assert_same(changed.value, expected[0, -1, ANSWERS])
+
+
+def test_the_programs_own_use_of_a_model_is_not_disturbed() -> None:
+    """A forward pass on another thread goes on while the head gives a few logits."""
+    module: Any = tiny.build("gpt2").requires_grad_(False)
+    expected = forward(module, LONG).logits
+    watched, found = Watched(module), list[Tensor]()
+
+    def own() -> None:
+        found.append(forward(module, LONG).logits)
+
+    def meanwhile(*_: Any) -> None:
+        if threading.current_thread() is not thread and not found:
+            thread.start()
+            thread.join(PATIENCE)
+
+    thread = threading.Thread(target=own)
+    watched.columns.clear()
+    module.lm_head.register_forward_pre_hook(meanwhile)
+    with watched.model.trace(LONG):
+        few = watched.model.logits[0, -1, ANSWERS].save()
+
+    assert sorted(watched.columns) == [3, ALL]
+    assert_same(few.value, expected[0, -1, ANSWERS])
+    assert torch.equal(found[0], expected)
 
 
 def test_a_plan_counts_the_logits_that_are_computed(fresh: Watched) -> None:

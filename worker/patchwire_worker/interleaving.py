@@ -36,6 +36,8 @@ _ENTRY = f"{_ROOT}.{INPUT}"
 T = TypeVar("T")
 _FUNCTION = "fn"
 """The last part of nnsight's name for the hand-over of a function that is about to be called."""
+INSTEAD = "skip"
+"""The place between a module's sides, where what is returned is its output, and the module does not run."""
 OUTSIDE = "What it is given and what it returns can be read and written; what is inside it cannot."
 
 

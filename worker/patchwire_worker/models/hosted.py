@@ -12,7 +12,7 @@ import re
 import threading
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from typing import Any
@@ -20,17 +20,18 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 from transformers.cache_utils import DynamicCache
 
 from patchwire.errors import GraphError, InputError
 from patchwire.graph import Generation, same_storage
-from patchwire.sites import INPUT, OUTPUT, Axis, Catalogue, Inside, Order, Source
+from patchwire.sites import INPUT, OUTPUT, Axis, Catalogue, Inside, Location, Order, Source
 from patchwire.tensors import dtype_to_proto
 from patchwire.v1 import model_pb2
 from patchwire_worker.computing import apart
 from patchwire_worker.generating import generate
-from patchwire_worker.interleaving import PassInterleaver, SiteMediator, Stopping
+from patchwire_worker.interleaving import INSTEAD, PassInterleaver, SiteMediator, Stopping
 from patchwire_worker.models import operations
 from patchwire_worker.models.costs import Costs, Size
 from patchwire_worker.models.detecting import family_of
@@ -104,7 +105,7 @@ class HostedModel:
         self.overwritten = frozenset(learner.overwritten)
         self.entries = learner.entries(self.catalogue)
         self.trimmed = learner.trimmed(_POSITIONS) if self._takes(_POSITIONS) else None
-        self.narrowed = None if self._head is None else learner.narrowed(self._columns)
+        self.narrowed = None if self._head is None else learner.narrowed(self._narrowed_to)
         after = learner.after_past(self.catalogue, self.entries)
         self.entries_after_past, self.same_after_past, self.looking_back = after.entries, after.same, after.looking_back
         self.noted_at = _noted_at(self.catalogue) if after.notes else None
@@ -273,14 +274,36 @@ class HostedModel:
         if past is not None:
             more[past.argument] = past
             mediators = [*mediators, *past.mediators()]
+        if columns is not None:
+            mediators = [*mediators, *self._narrowed_to(columns)]
         with self.lock:
             try:
-                with prompts_of(ids.shape[1]), self._columns(columns):
+                with prompts_of(ids.shape[1]):
                     self.interleaver.run(
                         lambda: self.module(input_ids=ids, **self._options, **more), {0: mediators}, stopping
                     )
             finally:
                 self._memory.restore()
+
+    def _narrowed_to(self, columns: Sequence[int]) -> list[SiteMediator]:
+        """What has to happen in a pass, so that the head gives the logits of some entries of the vocabulary alone.
+
+        The head's own weights stay as they are: they may be tied to the embeddings, or be in use on another thread.
+        """
+        path, head, given = self.catalogue.raw("lm_head"), self._head, list[Tensor]()
+        assert path is not None
+        assert head is not None, "what is learnt of it is asked first"
+
+        def take(call: tuple[tuple[Tensor, ...], dict[str, Any]]) -> Any:
+            given.append(call[0][0])
+            return call
+
+        def multiply(_: object) -> Tensor:
+            rows = torch.tensor(columns, device=head.weight.device)
+            bias = None if head.bias is None else head.bias.index_select(0, rows)
+            return functional.linear(given.pop(), head.weight.index_select(0, rows), bias)
+
+        return [SiteMediator(Location(path, INPUT), take), SiteMediator(Location(path, INSTEAD), multiply)]
 
     def _metered(self) -> Costs:
         """What its passes cost."""
@@ -420,42 +443,19 @@ class HostedModel:
         Raises:
             GraphError: two of them are tied to each other, or one is a buffer.
         """
+        before, slots = self._replaced, self._slots
         new: dict[int, Tensor] = {}
         for path, tensor in weights.items():
             if new.setdefault(id(self.parameter(path)), tensor) is not tensor:
                 raise GraphError(f"`{path}` is tied to another weight that is changed too.", hint="Change one of them.")
-        with self._in_place(lambda: self._find(new) if new else ()):
+        try:
+            _restore(slots)
+            self._slots = list(self._find(new)) if new else []
             if len({id(own) for _, _, _, own, _ in self._slots}) < len(new):
                 raise GraphError(
                     "Only parameters can be changed, and one of these is a buffer.",
                     hint="Write the values that are computed from it.",
                 )
-            yield
-
-    @contextlib.contextmanager
-    def _columns(self, columns: Sequence[int] | None) -> Iterator[None]:
-        """Run with a head that has some rows of its weights alone; what these are tied to stays whole."""
-        head = self._head
-        if columns is None:
-            yield
-            return
-        assert head is not None, "which columns are computed is asked of models that have such a head"
-
-        def find() -> Iterator[_Slot]:
-            for name, own in head.named_parameters():
-                rows = torch.tensor(columns, device=own.device)
-                yield head, head._parameters, name, own, own.detach().index_select(0, rows)
-
-        with self._in_place(find):
-            yield
-
-    @contextlib.contextmanager
-    def _in_place(self, find: Callable[[], Iterable[_Slot]]) -> Iterator[None]:
-        """Run with other tensors in some slots, which are looked for while all have the model's own."""
-        before, slots = self._replaced, self._slots
-        try:
-            _restore(slots)
-            self._slots = list(find())
             self._replaced = {(module, name): own for module, _, name, own, _ in self._slots}
             for _, table, name, _, tensor in self._slots:
                 table[name] = tensor

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from types import MappingProxyType
@@ -297,11 +296,11 @@ class Learner:
         others = {each for each, (shape, _) in whole.leaves.items() if part.leaves.get(each, (shape, _))[0] != shape}
         return frozenset(location.module for location, _ in others)
 
-    def narrowed(self, some: Callable[[Sequence[int]], AbstractContextManager[None]]) -> frozenset[str] | None:
+    def narrowed(self, some: Callable[[Sequence[int]], Sequence[SiteMediator]]) -> frozenset[str] | None:
         """The modules that see another thing when logits of some entries of the vocabulary alone are computed.
 
         Args:
-            some: Has the model compute those alone.
+            some: What has to happen in a pass, so that it computes those alone.
 
         Returns:
             None if they are not those that there are among all.
@@ -310,8 +309,7 @@ class Learner:
         place = (Location("", OUTPUT), ("logits",))
         try:
             whole, part = self._run(ids), _Seen(self.sides)
-            with some(columns):
-                self.look(ids, part.observe)
+            self.look(ids, part.observe, mediators=some(columns))
             logits, found = whole.values[place], part.values[place]
             wanted = logits[..., columns]
             if logits.shape[2:] != (self.vocabulary,) or wanted.shape != found.shape or not is_same(found, wanted):
