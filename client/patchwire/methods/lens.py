@@ -188,6 +188,12 @@ def unembed(model: Model, state: Any) -> Any:
     return model.lm_head(model.norm(state).to(model.lm_head.weight.dtype))
 
 
+def waiting(value: Any, other: Any) -> Any:
+    """A value that is there only when another one is: then the logits of each layer are made one after the other in the
+    end, and not all of them wait in memory for what the model says."""
+    return torch.where(other.flatten()[0] > 0, value, value)
+
+
 def read_lens(
     model: Model,
     prompt: Any,
@@ -225,9 +231,9 @@ def read_lens(
             state if translate is None or (own and index == len(states) - 1) else translate(index, state)
             for index, state in enumerate(states)
         ]
-        lenses = [unembed(model, state) for state in changed]
         count = min(top, model.logits.shape[-1])
         final = model.logits[0].float()
+        lenses = [unembed(model, waiting(state, final)) for state in changed]
         expected = final.log_softmax(-1)
         saved = []
         for logits in (*(lenses[:-1] if own else lenses), *([model.logits] if own else [])):

@@ -9,7 +9,6 @@ the logit lens, and are trained to say what the model says in the end. The train
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,10 +18,11 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from patchwire import optim
 from patchwire.errors import InputError, PatchwireError, here
-from patchwire.methods.lens import LogitLens, lens_rows, lens_states, read_lens, unembed
+from patchwire.methods.lens import LogitLens, lens_rows, lens_states, read_lens, unembed, waiting
 from patchwire.methods.measured import LAYER
 from patchwire.methods.result import Axis, Origin, Result
 from patchwire.model import Model
@@ -139,27 +139,26 @@ def tuned_lens(
                     # Beyond the end of a text there is no number, which no gradient may meet.
                     states = [torch.where(mask[..., None], state, 0.0) for state in lens_states(model)]
                     expected = torch.where(mask[..., None], model.logits.float(), 0.0).log_softmax(-1)
-                    lenses = [
-                        unembed(model, _translated(states[row], matrix, bias)).float().log_softmax(-1)
-                        for row, matrix, bias in zip(part, maps, biases, strict=True)
-                    ]
-                far = [
-                    torch.where(mask, (expected.exp() * (expected - said)).sum(-1), 0.0).sum() / mask.sum()
-                    for said in lenses
-                ]
-                losses: Any = torch.stack(far)
-                saved = losses.save()
-                batches.step(optim.Adam(lr=lr), losses.sum(), [*maps, *biases])
+                    losses = []
+                    for row, matrix, bias in zip(part, maps, biases, strict=True):
+                        state = waiting(states[row], expected)
+                        said = unembed(model, _translated(state, matrix, bias)).float().log_softmax(-1)
+                        far = (expected.exp() * (expected - said)).sum(-1)
+                        loss = torch.where(mask, far, 0.0).sum() / mask.sum()
+                        # What is saved stays for a while, and would keep all that its gradient needs.
+                        losses.append(loss.detach().save())
+                        # Layer by layer: one of them has its logits at a time.
+                        batches.step(optim.Adam(lr=lr), loss, [matrix, bias])
             found += [
-                (batches.result(matrix).save(), batches.result(bias).save(), (saved, at))
-                for at, (matrix, bias) in enumerate(zip(maps, biases, strict=True))
+                (batches.result(matrix).save(), batches.result(bias).save(), loss)
+                for matrix, bias, loss in zip(maps, biases, losses, strict=True)
             ]
         assert session.stats is not None
         costs.append(session.stats)
     origin = Origin.of("tuned_lens", model, texts=len(texts), epochs=epochs, batch_size=batch_size, lr=lr)
-    history = torch.stack([losses.value[:, at] for *_, (losses, at) in found], 1)
+    # A loop that was interrupted has fewer steps than others.
+    history = pad_sequence([loss.value for *_, loss in found], padding_value=torch.nan)
     steps = Axis("step", tuple(map(str, range(len(history)))))
-    assert len(history) <= math.ceil(len(rows) / batch_size)
     return TunedLens(
         maps=torch.stack([matrix.value for matrix, *_ in found]),
         biases=torch.stack([bias.value for _, bias, _ in found]),

@@ -35,8 +35,8 @@ class TopTokens:
 
     @cached_property
     def _words(self) -> dict[int, str]:
-        found = sorted(set(self.ids.flatten().tolist()))
-        return dict(zip(found, texts(self.model, found), strict=True))
+        # Each alone: they do not follow each other.
+        return {each: texts(self.model, [each])[0] for each in set(self.ids.flatten().tolist())}
 
     def at(self, *place: int) -> list[tuple[str, float]]:
         """The tokens of one vector with their logits, the largest first.
