@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import grpc
 import torch
 from google.protobuf.message import Message
-from grpc.experimental import ChannelOptions
 from torch import Tensor
 
 from patchwire import framing, ops, recycling, tensors
@@ -111,8 +110,6 @@ class Connection:
             # Large results: longer frames, and more of them on the way.
             ("grpc.http2.max_frame_size", tensors.MIB),
             ("grpc.http2.lookahead_bytes", 16 * tensors.MIB),
-            # What streams is taken by the thread that waits for it, not handed over to it by another one.
-            (ChannelOptions.SingleThreadedUnaryStream, 1),
         ]
         recycling.keep_freed()
         if tls:
@@ -508,21 +505,12 @@ class Connection:
             raise error_from_call(error, self.address, started=answers) from None
         finally:
             # Before the end this stops the pass at its next site.
-            _end(call)
+            with contextlib.suppress(Exception):
+                call.cancel()
             progress.close()
         if stats is None:
             raise ConnectionLostError(f"The server at {self.address} ended the request early.", hint="Run it again.")
         return arriving.results(stats)
-
-
-def _end(call: Any) -> None:
-    """Cancel a call if it has not ended, and take its end: gRPC holds on to a call until somebody has."""
-    try:
-        call.cancel()
-        for _ in call:
-            pass
-    except Exception as error:  # nobody waits for what it brings any more
-        error.__traceback__ = None  # a call is raised itself, and would keep itself by these frames
 
 
 def _events(
