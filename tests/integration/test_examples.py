@@ -18,13 +18,16 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "experiments.md").read_text()
 WITHOUT_FIGURE = {"first_experiment"}
 SCRIPTS = sorted(file.stem for file in (DOCS / "examples").glob("*.py") if file.stem not in WITHOUT_FIGURE)
+FACTS = ("facts-gpt2", "facts-mamba")
 PAIR = ["--model", "facts-gpt2", "--model", "facts-mamba"]
 OPTIONS = {
     "activation_patching": ["--model", "facts-mamba"],
+    "average_effects": ["--model", "facts-mamba", "--count", "2"],
     "causal_tracing": ["--model", "facts-gpt2"],
     "causal_tracing_mamba": ["--model", "facts-mamba"],
     "linear_relations": ["--model", "facts-mamba", "--layer", "1", "--prompt", "{} speaks to friends in",
                          "--subjects", "Ada Barlow,Hugo Crane,Ivy Foster,Leon Hobbs,Nora Keller,Paul Marsh"],
+    "mediation": ["--model", "facts-mamba", "--count", "3"],
     "neurons": ["--model", "facts-mamba", "--layer", "3"],
     "rank_one_editing": [*PAIR, "--layer", "1"],
     "two_architectures": PAIR,
@@ -34,14 +37,14 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def zoo() -> Iterator[Server]:
-    with Server({name: f"zoo:{name}" for name in ("facts-gpt2", "facts-mamba")}) as server:
+    with Server({name: f"zoo:{name}" for name in (*FACTS, "modular-addition")}) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def models(zoo: Server) -> Iterator[dict[str, patchwire.Model]]:
     with patchwire.connect(zoo.address, progress=False) as client:
-        yield {name: client.model(name) for name in ("facts-gpt2", "facts-mamba")}
+        yield {name: client.model(name) for name in FACTS}
 
 
 @pytest.fixture
@@ -164,3 +167,35 @@ def test_a_few_channels_of_a_mamba_carry_a_fact_and_no_few_neurons_of_a_gpt(
 
     assert min(lost["facts-mamba"][0, 1], lost["facts-mamba"][2, 4], lost["facts-mamba"][3, 6]) > 3
     assert lost["facts-gpt2"].max() < 2
+
+
+@pytest.mark.parametrize("name", ["facts-gpt2", "facts-mamba", "modular-addition"])
+def test_what_is_done_at_the_last_token_is_done_for_the_result(zoo: Server, name: str) -> None:
+    script = runpy.run_path(str(DOCS / "examples" / "mediation.py"))
+    with patchwire.connect(zoo.address, progress=False) as client:
+        questions = script["of_the_zoo"](name)
+        other, same = (
+            {
+                component: each.values.log1p().mean(0)
+                for component, each in script["experiment"](
+                    client.model(name), script["pairs_of"](questions, same=result, count=6)
+                ).items()
+            }
+            for result in (False, True)
+        )
+
+    assert same["embed"].max() > 4, "operands matter as ever"
+    assert other["mixer"][-1, -1] > 4
+    assert same["mixer"][-1, -1] < other["mixer"][-1, -1] / 10
+
+
+def test_on_average_mlps_matter_early_at_the_subject_and_attention_late_at_the_end(
+    models: dict[str, patchwire.Model],
+) -> None:
+    script = runpy.run_path(str(DOCS / "examples" / "average_effects.py"))
+    facts = script["of_the_zoo"](6)
+    mixer, mlp = (script["experiment"](models["facts-gpt2"], facts, place, 2).values for place in ("mixer", "mlp"))
+    last_subject, last = methods.ROLES.index("last subject token"), methods.ROLES.index("last token")
+
+    assert mlp[:2, last_subject].max() > mlp[:, last].max() + 0.1
+    assert mixer[:, last].max() > mixer[:, last_subject].max() + 0.1

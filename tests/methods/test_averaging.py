@@ -79,4 +79,7 @@ def test_a_trace_of_several_facts_is_one_figure(served: Mapping[str, patchwire.M
     assert found.values.shape == (served["mamba"].num_layers, 6)
     last = (traces[0].values[:, 2] + traces[1].values[:, 1]) / 2
     torch.testing.assert_close(found.values[:, 2], last)
-    assert found.plot() is not None
+    assert str(found.table().columns[1].header) == "first\nsubject\ntoken"
+    drawn = found.plot().axes[0]
+    assert [label.get_text() for label in drawn.get_yticklabels()] == list(methods.ROLES)
+    assert drawn.get_xlabel() == "layer"

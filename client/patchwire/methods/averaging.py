@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from patchwire.errors import InputError, here
-from patchwire.methods.measured import TOKEN
+from patchwire.methods.measured import ROLE, TOKEN
 from patchwire.methods.result import Axis, Result
 from patchwire.results import Stats
 
-PROMPT, ROLE = "prompt", "role"
+PROMPT = "prompt"
 ROLES = (
     "first subject token",
     "middle subject tokens",

@@ -9,6 +9,8 @@ from torch import Tensor
 
 LAYER = "layer"
 TOKEN = "token"
+ROLE = "role"
+"""What the tokens of several facts have in common, in place of the tokens."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from patchwire.errors import InputError, PatchwireError, here
-from patchwire.methods.measured import LAYER, TOKEN, Measured
+from patchwire.methods.measured import LAYER, ROLE, TOKEN, Measured
 from patchwire.model import Model
 from patchwire.results import Stats
 from patchwire.version import VERSION
@@ -196,11 +196,12 @@ class Result:
         from patchwire import plots
 
         values, rows, columns = self._matrix()
-        return plots.grid(values, rows=rows.shown, columns=columns.shown, corner=rows.name, width=width)
+        heads = [each.replace(" ", "\n") for each in columns.shown]  # a word a line: long ones would be cut
+        return plots.grid(values, rows=rows.shown, columns=heads, corner=rows.name, width=width)
 
     def plot(self, *, title: str = "") -> Figure:
-        """A heatmap in the look of the field's figures: tokens down and layers across; of other axes, the first upwards
-        and the second to the right.
+        """A heatmap in the look of the field's figures: tokens, or their roles, down and layers across; of other axes,
+        the first upwards and the second to the right.
 
         Raises:
             InputError: it has more than two axes: take a mean, or one index, of the others.
@@ -306,7 +307,7 @@ def side_by_side(results: Mapping[str, Result], *, title: str = "") -> Figure:
     parts = []
     for name, each in results.items():
         values, rows, columns = each._matrix()
-        tokens_down = (rows.name, columns.name) == (LAYER, TOKEN)
+        tokens_down = rows.name == LAYER and columns.name in (TOKEN, ROLE)
         if tokens_down:
             values, rows, columns = values.T, columns, rows
         across = columns.shown if columns.name else [""]
