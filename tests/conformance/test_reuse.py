@@ -238,6 +238,21 @@ def test_a_whole_state_of_another_trace_changes_the_first_tokens(llama: Counted)
         assert_same(shared.value, alone.value)
 
 
+def test_what_a_pass_with_other_weights_remembers_is_no_others(llama: Counted) -> None:
+    model, values = llama.model, dict[bool, list[Any]]()
+    with model.edit() as edited:
+        model.layers[0].mlp.down_proj.weight = -model.layers[0].mlp.down_proj.weight
+    for exact in (False, True):
+        with model.session() as session:
+            with edited.trace(B):
+                edited.logits[:, -1].save()
+            with model.trace(exact=exact) as trace:
+                values[exact] = erase_from(model, trace, 25, lambda model: model.logits[:, -1].save())
+        assert exact or session.stats.passes == 2
+    for shared, alone in zip(values[False], values[True], strict=True):
+        assert_same(shared.value, alone.value)
+
+
 def test_rows_that_are_named_by_a_list_are_no_positions(llama: Counted) -> None:
     model, values = llama.model, dict[bool, list[Any]]()
     for exact in (False, True):

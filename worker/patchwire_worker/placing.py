@@ -304,7 +304,8 @@ def placed(groups: Sequence[Group]) -> Pass:
     skipped = len(model.catalogue.entries) - bisect_right(model.catalogue.entries, ordered[-1].order) if ordered else 0
     some = tuple(position - past for position in positions) or None, columns or None
     before = first.rows(first.invokes[0])[0][:past]
-    unchanged = {} if past or len(groups) > 1 else _unchanged(first, keys, rows)
+    # With other weights the model remembers something else.
+    unchanged = {} if past or weights or len(groups) > 1 else _unchanged(first, keys, rows)
     return Pass(groups, model, ids, ordered, skipped, batch, *some, None, weights, before, unchanged)
 
 

@@ -153,7 +153,8 @@ class Noting(DynamicCache):
         for tokens, cache in self._noted.items():
             row = self._rows[tokens][key_states.shape[0]]
             first = (slice(row, row + 1), slice(None), slice(len(tokens)))
-            cache.update(key_states[first], value_states[first], layer_idx)
+            # A later pass needs the numbers alone: not what gradients of this one would keep.
+            cache.update(key_states[first].detach(), value_states[first].detach(), layer_idx)
         return key_states, value_states
 
     def mediators(self) -> list[SiteMediator]:
