@@ -30,6 +30,7 @@ OPTIONS = {
     "mediation": ["--model", "facts-mamba", "--count", "3"],
     "neurons": ["--model", "facts-mamba", "--layer", "3"],
     "rank_one_editing": [*PAIR, "--layer", "1"],
+    "recalling_facts": PAIR,
     "two_architectures": PAIR,
 }  # fmt: skip
 """How each is told which models it runs on, and what makes it quick."""
