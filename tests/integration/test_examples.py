@@ -25,6 +25,7 @@ OPTIONS = {
     "average_effects": ["--model", "facts-mamba", "--count", "2"],
     "causal_tracing": ["--model", "facts-gpt2"],
     "causal_tracing_mamba": ["--model", "facts-mamba"],
+    "lenses": ["--model", "facts-mamba"],
     "linear_relations": ["--model", "facts-mamba", "--layer", "1", "--prompt", "{} speaks to friends in",
                          "--subjects", "Ada Barlow,Hugo Crane,Ivy Foster,Leon Hobbs,Nora Keller,Paul Marsh"],
     "mediation": ["--model", "facts-mamba", "--count", "3"],
