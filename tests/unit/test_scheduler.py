@@ -228,6 +228,22 @@ class TestARunThatMayNotGetFarAhead:
 
         assert within(run()) == list(range(50))
 
+    def test_waits_in_the_middle_of_a_value_too(self, made, monkeypatch):
+        chunk = self.SIZE // 8
+        ahead = 2 * len(framing.response(bytes(chunk)))
+        monkeypatch.setattr(scheduler, "_CHUNK_BYTES", chunk)
+        monkeypatch.setattr(scheduler, "_TAKEN_AT_ONCE", chunk)
+
+        async def run() -> int:
+            queue, taken = Scheduler("tiny", Limits()), 0
+            async for news in queue.run(None, Plan([], set()), ahead=ahead):
+                taken += sum(isinstance(each, Chunk) for each in news)
+                (job,) = queue._jobs
+                assert sum(len(each.response) for each in list(job.happened) if isinstance(each, Chunk)) <= ahead
+            return taken
+
+        assert within(run()) == 50 * 8
+
     def test_ends_when_nobody_takes_them(self, made):
         async def run() -> None:
             queue = Scheduler("tiny", Limits())
