@@ -314,7 +314,9 @@ class TestARunWhoseValuesAreTakenSlowly:
 
         within(run())
 
-    def test_is_refused_more_than_the_disk_may_hold(self, ended):
+    def test_is_refused_more_than_the_disk_may_hold(self, ended, monkeypatch):
+        monkeypatch.setattr(scheduler, "_TAKEN_AT_ONCE", 1)  # or they are taken nearly as fast as they are made
+
         async def run() -> None:
             disk = Disk(10 * self.SIZE)
             with pytest.raises(LimitError, match="that nobody has taken yet"):

@@ -219,7 +219,7 @@ class _Job:
             if not self._fits(size) and (self.ahead is not None or not (self._slow or self.company())):
                 patient_until = time.monotonic() + (math.inf if self.ahead is not None else _PATIENCE_SECONDS)
                 while not self._fits(size) and self.stopping.reason is None and time.monotonic() < patient_until:
-                    self._room.wait(_STOP_SECONDS)
+                    self._room.wait(min(_STOP_SECONDS, patient_until - time.monotonic()))
             if self._fits(size) or self.ahead is not None:
                 self._untaken += size
                 return response
