@@ -210,12 +210,17 @@ def _asked(
     read = last if position is None else position
     if not -len(given) <= read < len(given):
         raise InputError(f"The prompt has {len(given)} tokens, and none at {read}.", lines=here())
-    wanted = frozenset(model.tokenizer.encode(attributes) if isinstance(attributes, str) else attributes)
+    wanted = frozenset(_tokens_of(model, attributes) if isinstance(attributes, str) else attributes)
     if not wanted:
         raise InputError("There are no attributes.", hint="Give a text about the subject.", lines=here())
     if not 1 <= top <= among:
         raise InputError(f"The first {top} of {among} tokens cannot be counted.", lines=here())
     return given, read % len(given), wanted
+
+
+def _tokens_of(model: Model, text: str) -> set[int]:
+    """The tokens of a text, without those that every text begins or ends with: these say nothing of a subject."""
+    return set(model.tokenizer.encode(text)).difference(model.tokenizer.encode(""))
 
 
 def _promoted(model: Model, state: Any, among: int) -> Any:
