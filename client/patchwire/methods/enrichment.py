@@ -15,7 +15,7 @@ from torch import Tensor
 
 from patchwire.errors import InputError, here
 from patchwire.methods.measured import LAYER
-from patchwire.methods.prompts import Prompt, prompt_of, span, texts
+from patchwire.methods.prompts import Prompt, prompt_of, span, words_of
 from patchwire.methods.result import Axis, Origin, Result, layers_axis
 from patchwire.methods.stopwords import STOPWORDS
 from patchwire.methods.sweeping import sweep
@@ -234,7 +234,7 @@ def _shares(model: Model, ids: Tensor, wanted: Collection[int], top: int, stopwo
     named = model.tokenizer.backend is not None
     shares = []
     for row in ids.tolist():
-        words = [each.strip() for each in texts(model, row)]
+        words = [each.strip() for each in words_of(model, row)]
         left = [
             token
             for token, word in zip(row, words, strict=True)
