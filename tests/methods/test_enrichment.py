@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 import patchwire
 import tiny
@@ -103,6 +105,20 @@ def test_the_rate_is_that_of_the_states_with_hooks(
     expected = [reference.rate(layer, read) for layer in range(tiny.LAYERS)]
     assert found.values.tolist() == pytest.approx(expected)
     assert len(set(expected)) > 1
+
+
+def test_a_token_before_every_text_is_no_attribute(tmp_path: Path) -> None:
+    vocabulary = ["<s>", " cat", " dog", " sat", " red"]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_next")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(tmp_path)
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=len(vocabulary))).save_pretrained(tmp_path)
+    model = patchwire.local(str(tmp_path), progress=False)
+
+    found = methods.attributes_rate(model, " dog sat", " dog", " red cat")
+    assert found.values.tolist() == pytest.approx([2 / len(vocabulary)]), "of all tokens, two are in the text"
 
 
 @pytest.mark.parametrize("knockout", ["mlp", "neurons", "mixer", "uniform"])

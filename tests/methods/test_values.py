@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 import patchwire
 import tiny
@@ -58,6 +60,19 @@ def values(module: nn.Module) -> Tensor:
     """The value vectors, `[neurons, width]`."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     return weight if type(module).__name__ == "Conv1D" else weight.T
+
+
+def test_tokens_that_are_no_text_together_are_read_each_for_itself(tmp_path: Path) -> None:
+    vocabulary = ["▁cat", "▁dog", "s", "▁sat"]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="s"))
+    tokenizer.decoder = decoders.Metaspace()  # the first word of a text has no space
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=len(vocabulary))).save_pretrained(tmp_path)
+    model = patchwire.local(str(tmp_path), progress=False)
+
+    found = methods.value_projections(model, 0, top=len(vocabulary))
+    words = {token: word for token, (word, _) in zip(found.tokens.ids[0].tolist(), found.tokens.at(0), strict=True)}
+    assert [words[token] for token in range(len(vocabulary))] == [" cat", " dog", "s", " sat"]
 
 
 def unembedding(model: PreTrainedModel) -> Tensor:

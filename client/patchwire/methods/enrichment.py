@@ -15,7 +15,7 @@ from torch import Tensor
 
 from patchwire.errors import InputError, here
 from patchwire.methods.measured import LAYER
-from patchwire.methods.prompts import Prompt, prompt_of, span, texts
+from patchwire.methods.prompts import Prompt, prompt_of, span, words_of
 from patchwire.methods.result import Axis, Origin, Result, layers_axis
 from patchwire.methods.stopwords import STOPWORDS
 from patchwire.methods.sweeping import sweep
@@ -210,12 +210,17 @@ def _asked(
     read = last if position is None else position
     if not -len(given) <= read < len(given):
         raise InputError(f"The prompt has {len(given)} tokens, and none at {read}.", lines=here())
-    wanted = frozenset(model.tokenizer.encode(attributes) if isinstance(attributes, str) else attributes)
+    wanted = frozenset(_tokens_of(model, attributes) if isinstance(attributes, str) else attributes)
     if not wanted:
         raise InputError("There are no attributes.", hint="Give a text about the subject.", lines=here())
     if not 1 <= top <= among:
         raise InputError(f"The first {top} of {among} tokens cannot be counted.", lines=here())
     return given, read % len(given), wanted
+
+
+def _tokens_of(model: Model, text: str) -> set[int]:
+    """The tokens of a text, without those that every text begins or ends with: these say nothing of a subject."""
+    return set(model.tokenizer.encode(text)).difference(model.tokenizer.encode(""))
 
 
 def _promoted(model: Model, state: Any, among: int) -> Any:
@@ -229,7 +234,7 @@ def _shares(model: Model, ids: Tensor, wanted: Collection[int], top: int, stopwo
     named = model.tokenizer.backend is not None
     shares = []
     for row in ids.tolist():
-        words = [each.strip() for each in texts(model, row)]
+        words = [each.strip() for each in words_of(model, row)]
         left = [
             token
             for token, word in zip(row, words, strict=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from patchwire.errors import InputError, here
 from patchwire.methods.neurons import layer_of
-from patchwire.methods.prompts import texts
+from patchwire.methods.prompts import words_of
 from patchwire.methods.result import Axis, Origin, Result
 from patchwire.methods.vocabulary import TopTokens, project, project_pairs
 from patchwire.model import Model, Module
@@ -163,7 +163,7 @@ def project_to_vocabulary(
     if isinstance(found, Vectors):
         axes = Axis("vector", tuple(map(str, range(len(scores))))), Axis("token", tuple(map(str, range(top))))
         return TopTokens(Result(scores, axes, "logit", origin, signed=True, stats=stats), first, model)
-    words = [texts(model, each.tolist()) for each in (first, second)]
+    words = [words_of(model, each.tolist()) for each in (first, second)]
     labels = tuple(f"{one} → {other}" for one, other in zip(*words, strict=True))
     return TopPairs(Result(scores, (Axis("pair", labels),), "score", origin, signed=True, stats=stats), first, second)
 

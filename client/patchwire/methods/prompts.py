@@ -47,6 +47,14 @@ def texts(model: Model, ids: Sequence[int]) -> tuple[str, ...]:
     return tuple(f"#{each}" for each in ids) if model.tokenizer.backend is None else tuple(model.tokenizer.tokens(ids))
 
 
+def words_of(model: Model, ids: Sequence[int]) -> tuple[str, ...]:
+    """The text of each of some tokens that are no text together, as in the middle of one; its id where the model has no
+    tokenizer here."""
+    if model.tokenizer.backend is None:
+        return texts(model, ids)
+    return tuple(model.tokenizer.tokens([each, each])[1] for each in ids)
+
+
 def span(prompt: Prompt, part: str | range | Sequence[int]) -> range:
     """The tokens of a prompt that a part of it stands in, from the first to the last.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from patchwire.errors import InputError, here
-from patchwire.methods.prompts import texts
+from patchwire.methods.prompts import words_of
 from patchwire.methods.result import Result
 from patchwire.model import Model
 from patchwire.session import Session
@@ -35,8 +35,8 @@ class TopTokens:
 
     @cached_property
     def _words(self) -> dict[int, str]:
-        # Each alone: they do not follow each other.
-        return {each: texts(self.model, [each])[0] for each in set(self.ids.flatten().tolist())}
+        found = sorted(set(self.ids.flatten().tolist()))
+        return dict(zip(found, words_of(self.model, found), strict=True))
 
     def at(self, *place: int) -> list[tuple[str, float]]:
         """The tokens of one vector with their logits, the largest first.
