@@ -83,6 +83,12 @@ def fake_of(node: torch.fx.Node) -> Any:
     return node.meta.get("fake")
 
 
+def leaf_of(node: torch.fx.Node) -> Leaf:
+    """What a read or write that was checked is of."""
+    leaf: Leaf = node.meta["leaf"]
+    return leaf
+
+
 def describe(fake: Any) -> str:
     """A value's shape and dtype as text: "[1, 10, 768] float32"."""
     if isinstance(fake, Tensor):
@@ -204,7 +210,7 @@ class Checker:
     def _read(self, node: torch.fx.Node) -> Tensor | None:
         (site,) = node.args
         assert isinstance(site, g.Site)
-        leaf = self.leaf(site)
+        leaf = node.meta["leaf"] = self.leaf(site)
         node.meta["after"] = After((site.trace, site.step, leaf.order), site, g.line_of(node))
         return leaf.fake(*self._rows_of(site, leaf))
 
@@ -212,7 +218,7 @@ class Checker:
         site, value = node.args
         assert isinstance(site, g.Site)
         assert isinstance(value, torch.fx.Node)
-        leaf = self.leaf(site)
+        leaf = node.meta["leaf"] = self.leaf(site)
         if leaf.unused:
             raise SiteError(
                 f"`{site}` cannot be changed: the model does nothing with what this call returns.",

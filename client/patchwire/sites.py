@@ -234,7 +234,7 @@ class Leaf:
         """Computed once: leaves are looked up for every node, and have many parts."""
         return hash((self.module, self.side, self.path, self.operations, self.occurrence, self.order, self.in_steps))
 
-    @property
+    @cached_property
     def location(self) -> Location:
         """The place in a forward pass, which all leaves of one value share."""
         return Location(self.module, self.side, self.operations, self.occurrence)

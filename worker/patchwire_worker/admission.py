@@ -14,7 +14,7 @@ import torch.fx
 from torch import Tensor
 
 from patchwire import graph as g
-from patchwire.checking import Checker, fake_of
+from patchwire.checking import Checker, fake_of, leaf_of
 from patchwire.errors import GraphError, InputError, LimitError, ModelNotFoundError, PatchwireError, nearest
 from patchwire.sites import Catalogue, Leaf
 from patchwire.v1 import graph_pb2
@@ -37,8 +37,6 @@ class Admitted:
     """The model that each trace calls."""
     checker: Checker
     """What checked it, for the nodes whose shapes are only known while it runs."""
-    leaves: Mapping[g.Site, Leaf]
-    """What each site is."""
     positions: Mapping[torch.fx.Node, int]
     """Each node's place in the request."""
     bodies: Mapping[int, Admitted] = field(default_factory=dict)
@@ -170,10 +168,9 @@ class Admission:
         nodes = graph.nodes
         self._check_results(nodes, times)
         self._check_kept(nodes)
-        leaves = {node.args[0]: checker.leaf(node.args[0]) for node in nodes if node.target in (g.read, g.write)}  # type: ignore[arg-type]
-        self._check_writes(nodes, leaves)  # type: ignore[arg-type]
+        self._check_writes(nodes)
         checker.until = math.inf
-        return Admitted(graph, models, checker, leaves, {node: index for index, node in enumerate(nodes)})  # type: ignore[arg-type]
+        return Admitted(graph, models, checker, {node: index for index, node in enumerate(nodes)})
 
     def _catalogue(self, name: str) -> Catalogue:
         return self.model(name).catalogue
@@ -289,13 +286,13 @@ class Admission:
             )
 
     @staticmethod
-    def _check_writes(nodes: list[torch.fx.Node], leaves: Mapping[g.Site, Leaf]) -> None:
+    def _check_writes(nodes: list[torch.fx.Node]) -> None:
         written: set[tuple[int, int, int, Leaf]] = set()
         for node in nodes:
             if node.target is g.write:
                 site = node.args[0]
                 assert isinstance(site, g.Site)
-                place = (site.trace, site.invoke, site.step, leaves[site])
+                place = (site.trace, site.invoke, site.step, leaf_of(node))
                 if place in written:
                     raise at(node, GraphError(f"`{site}` is written twice."))
                 written.add(place)

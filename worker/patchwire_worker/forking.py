@@ -183,9 +183,12 @@ def _forks(ids: Mapping[Key, Ids], depth: Mapping[Key, int], places: Sequence[En
     starts, batch = _placed(groups, lengths)
     stages, at = [Stage((), batch, starts)], list[tuple[Entry, Fork]]()
     sources = _Sources()
+    depths = set(depth.values())
     for index, place in enumerate(places):
-        split = [[group] if len(group) == 1 else _groups(ids, group, depth, index) for group in groups]
-        apart = any(len(each) > 1 for each in split)
+        apart = False
+        if index in depths:  # else nobody's rows become its own here
+            split = [[group] if len(group) == 1 else _groups(ids, group, depth, index) for group in groups]
+            apart = any(len(each) > 1 for each in split)
         if apart:
             before = stages[-1]
             groups = [each[0] for each in split] + [group for each in split for group in each[1:]]

@@ -14,6 +14,7 @@ from typing import Any
 import torch.fx
 
 from patchwire import graph as g
+from patchwire.checking import leaf_of
 from patchwire_worker.admission import Admitted
 from patchwire_worker.positions import copied
 
@@ -35,7 +36,7 @@ def idle_writes(admitted: Admitted) -> set[torch.fx.Node]:
     for (trace, _), those in writes.items():
         if not _plain(admitted, trace, changed):
             continue
-        for node in sorted(those, key=lambda each: admitted.leaves[each.args[0]].order):  # type: ignore[index]
+        for node in sorted(those, key=lambda each: leaf_of(each).order):
             source = _source(admitted, node)
             if source is None or source in writes or not _plain(admitted, source[0], changed):
                 break  # and what comes later may meet what this one has changed
@@ -53,7 +54,7 @@ def _source(admitted: Admitted, write: torch.fx.Node) -> _Invoke | None:
     """The invoke whose values a write copies into another, where both have the same; None if it is not known to."""
     site = write.args[0]
     assert isinstance(site, g.Site)
-    leaf = admitted.leaves[site]
+    leaf = leaf_of(write)
     if site.step or (leaf.location, leaf.path) not in admitted.models[site.trace].looking_back:
         return None
     rows = admitted.graph.traces[site.trace].invokes[site.invoke].rows
@@ -63,7 +64,7 @@ def _source(admitted: Admitted, write: torch.fx.Node) -> _Invoke | None:
     read, positions = found
     origin = read.args[0]
     assert isinstance(origin, g.Site)
-    other = admitted.leaves[origin]
+    other = leaf_of(read)
     same = (other.location, other.path) == (leaf.location, leaf.path) and not origin.step
     if not same or admitted.models[origin.trace] is not admitted.models[site.trace]:
         return None

@@ -18,7 +18,7 @@ import torch.fx
 from torch import Tensor
 
 from patchwire import graph as g
-from patchwire.checking import fake_of
+from patchwire.checking import fake_of, leaf_of
 from patchwire.sites import INPUT, OUTPUT, Axis, Dim, Leaf, Location, Order
 from patchwire_worker.admission import Admitted
 from patchwire_worker.columns import Part, columns_of, moved, parts_of, positions_of
@@ -77,6 +77,29 @@ class Generating:
     """The nodes whose value are the ids that it ends with; if there are none, it ends after the last work."""
 
 
+class Needed:
+    """The nodes of a request that have to be evaluated, and what they look at; each is found out once."""
+
+    def __init__(self, nodes: Collection[torch.fx.Node]) -> None:
+        self.nodes = nodes
+        self._taken: dict[tuple[torch.fx.Node, int], Positions | None] = {}
+        self._parts: dict[tuple[torch.fx.Node, int, int], Mapping[torch.fx.Node, Part | None] | None] = {}
+
+    def taken(self, read: torch.fx.Node, length: int) -> Positions | None:
+        """The positions of a tensor of so many that anybody looks at; None if it may be any."""
+        if (read, length) not in self._taken:
+            self._taken[read, length] = taken(read, length, self.nodes)
+        return self._taken[read, length]
+
+    def parts(
+        self, read: torch.fx.Node, rows: int, length: int, vocabulary: int
+    ) -> Mapping[torch.fx.Node, Part | None] | None:
+        """What is made of logits, if it is of few columns; see `columns.parts_of`."""
+        if (read, rows, length) not in self._parts:
+            self._parts[read, rows, length] = parts_of(read, (rows, length, vocabulary), self.nodes)
+        return self._parts[read, rows, length]
+
+
 @dataclass(frozen=True, eq=False)
 class Group:
     """The invokes of one request that run in one pass."""
@@ -87,7 +110,7 @@ class Group:
     """Which."""
     accesses: Mapping[Invoke, Sequence[torch.fx.Node]]
     """What each reads, writes and generates, in order."""
-    needed: Collection[torch.fx.Node]
+    needed: Needed
     """The nodes of the request that have to be evaluated."""
     weights: Sequence[torch.fx.Node] = ()
     """The weights that the pass runs with instead of the model's own."""
@@ -127,10 +150,10 @@ class Group:
         """How large its pass is."""
         lengths = [len(row) for invoke in self.invokes for row in self.rows(invoke)]
         reads = [node for node in self.nodes if node.target is g.read]
-        logits = {node for node in reads if _is_logits(self.leaf(node))}
+        logits = {node for node in reads if _is_logits(leaf_of(node))}
         held = sum(_bytes(node) for node in reads if node not in logits)
         rows = sum(_rows_of(node) for node in logits)
-        ways = {(leaf.module, leaf.operations) for leaf in map(self.leaf, self.nodes)}
+        ways = {(leaf.module, leaf.operations) for leaf in map(leaf_of, self.nodes)}
         stepwise = self.model.interleaver.goes_stepwise(ways)
         looked_at = self.looked_at
         positions = None if looked_at is None else frozenset().union(*looked_at.values())
@@ -143,7 +166,7 @@ class Group:
         reads = self._reads_of_logits(self.model.trimmed)
         if reads is None:
             return None
-        found = {node: taken(node, length, self.needed) for node, _, length in reads}
+        found = {node: self.needed.taken(node, length) for node, _, length in reads}
         for node, each in (self.parts or {}).items():
             if found.get(node, ()) is None:
                 found[node] = frozenset(position for part in each.values() if part for position in positions_of(part))
@@ -160,7 +183,7 @@ class Group:
         if reads is None:
             return None
         vocabulary = self.model.vocabulary if reads else 0
-        found = {node: parts_of(node, (rows, length, vocabulary), self.needed) for node, rows, length in reads}
+        found = {node: self.needed.parts(node, rows, length, vocabulary) for node, rows, length in reads}
         known = {node: each for node, each in found.items() if each is not None}
         return known if len(known) == len(found) else None
 
@@ -176,7 +199,7 @@ class Group:
         for invoke in self.invokes:
             lengths = [len(row) for row in self.rows(invoke)]
             for node in self.accesses.get(invoke, ()):
-                leaf = self.leaf(node)
+                leaf = leaf_of(node)
                 if not _is_logits(leaf):
                     if leaf.module in modules and leaf.location != _CALL:
                         return None
@@ -195,14 +218,10 @@ class Group:
         """What happens at the sites of its invokes."""
         return [node for each in self.invokes for node in self.accesses.get(each, ()) if node.target is not g.generated]
 
-    def leaf(self, node: torch.fx.Node) -> Leaf:
-        """What a node reads or writes."""
-        return self.admitted.leaves[node.args[0]]  # type: ignore[index]
-
     @cached_property
     def end(self) -> Order:
         """After which it needs nothing of a pass any more."""
-        return max((self.leaf(node).order for node in self.nodes), default=())
+        return max((leaf_of(node).order for node in self.nodes), default=())
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,9 +274,13 @@ def placed(groups: Sequence[Group]) -> Pass:
     begin = rows.stages[0]
     # Which id stands for padding does not matter: nobody ever looks at it.
     ids = torch.zeros((begin.batch, rows.seq), dtype=torch.long)
+    placed_at: set[int] = set()
     for key in keys:
-        for row, tokens in enumerate(groups[key[0]].rows(key[1:]), start=begin.starts[key]):
-            ids[row, : len(tokens) - past] = torch.tensor(tokens[past:])
+        start = begin.starts[key]
+        if start not in placed_at:  # others may share its rows
+            placed_at.add(start)
+            for row, tokens in enumerate(groups[key[0]].rows(key[1:]), start=start):
+                ids[row, : len(tokens) - past] = torch.tensor(tokens[past:])
     works: dict[tuple[int, Location], Work] = {}
     results: list[torch.fx.Node] = []
     looked_at = _looked_at(groups)
@@ -276,7 +299,7 @@ def placed(groups: Sequence[Group]) -> Pass:
                 continue
             site = node.args[0]
             assert isinstance(site, g.Site)
-            leaf = group.admitted.leaves[site]
+            leaf = leaf_of(node)
             work = works.setdefault((site.step, leaf.location), Work(leaf.location, site.step, leaf.order))
             owned = rows.of(key, leaf.order)
             if site.step:
@@ -318,7 +341,7 @@ def _unchanged(group: Group, keys: Sequence[_Key], rows: Forks) -> dict[tuple[in
     for key in keys:
         tokens, *others = group.rows(key[1:])
         writes = (node for node in group.accesses.get(key[1:], ()) if node.target is g.write)
-        if not others and all(group.leaf(node).order >= noted_at for node in writes):
+        if not others and all(leaf_of(node).order >= noted_at for node in writes):
             found[tokens] = {stage.batch: stage.starts[key] for stage in rows.stages}
     return found
 
@@ -389,7 +412,7 @@ def _rows(groups: Sequence[Group], keys: Sequence[_Key], model: HostedModel) -> 
     for key in keys:
         group = groups[key[0]]
         for node in group.accesses.get(key[1:], ()):
-            leaf = group.leaf(node)
+            leaf = leaf_of(node)
             leaves.append(leaf)
             if node.target is g.write:
                 changed[key] = min(leaf.order, changed.get(key, leaf.order))

@@ -23,13 +23,14 @@ import torch
 import torch.fx
 
 from patchwire import graph as g
+from patchwire.checking import leaf_of
 from patchwire.errors import LimitError, OperationError, OrderError
 from patchwire.sites import Axis, Leaf, Order
 from patchwire_worker.admission import Admitted, at
 from patchwire_worker.idle import idle_writes
 from patchwire_worker.models.costs import Size
 from patchwire_worker.models.hosted import HostedModel
-from patchwire_worker.placing import Group, Invoke, Pass, placed
+from patchwire_worker.placing import Group, Invoke, Needed, Pass, placed
 from patchwire_worker.reuse import parts_after_past
 
 _MAX_ENTRIES = 1 << 22
@@ -87,6 +88,7 @@ def plan(admitted: Admitted) -> Plan:
     for node in differentiated:
         _check_stays(admitted, node)  # type: ignore[arg-type]
     behind = cache(lambda: _invokes_behind(admitted, needed))
+    needs = Needed(needed)
     steps: list[Gathering | Looping] = []
     gathering = Gathering()
     for index, trace in enumerate(admitted.graph.traces):
@@ -96,7 +98,7 @@ def plan(admitted: Admitted) -> Plan:
             continue
         changed, invokes = weights.get(index, []), [(index, invoke) for invoke in range(len(trace.invokes))]
         shares = not (trace.exact or trace.generation or changed or differentiated)
-        whole = Group(admitted, invokes, accesses, needed, changed, bool(differentiated), shares)
+        whole = Group(admitted, invokes, accesses, needs, changed, bool(differentiated), shares)
         groups = _groups(whole, differentiated, behind)  # type: ignore[arg-type]
         if len(groups) == 1 and gathering.takes(groups[0]):
             continue
@@ -163,7 +165,7 @@ class Gathering:
     def _in_time(self, group: Group) -> bool:
         """Whether what it writes exists by then, in a pass with those that have joined."""
         return all(
-            self._latest(group, node.args[1]) <= group.leaf(node).order  # type: ignore[arg-type]
+            self._latest(group, node.args[1]) <= leaf_of(node).order  # type: ignore[arg-type]
             for node in group.nodes
             if node.target is g.write
         )
@@ -180,7 +182,7 @@ class Gathering:
             if each.target is g.read:
                 trace = each.args[0].trace  # type: ignore[union-attr]
                 here = trace in own or (request, trace) in self._traces
-                self._when[each] = group.leaf(each).latest if here else ()
+                self._when[each] = leaf_of(each).latest if here else ()
                 continue
             before = [source for source in each.all_input_nodes if source not in self._when]
             stack += before
@@ -199,7 +201,7 @@ def _check_stays(admitted: Admitted, node: torch.fx.Node) -> None:
         return
     site = node.args[0]
     assert isinstance(site, g.Site)
-    leaf = admitted.leaves[site]
+    leaf = leaf_of(node)
     if (leaf.location._replace(occurrence=0), leaf.path) in admitted.models[site.trace].overwritten:
         raise at(
             node,
@@ -258,7 +260,7 @@ def _moment(admitted: Admitted, node: torch.fx.Node) -> _Moment:
         return (math.inf if node.target is g.generated else -math.inf,)
     site = node.args[0]
     assert isinstance(site, g.Site)
-    leaf = admitted.leaves[site]
+    leaf = leaf_of(node)
     # A read may happen late, and a write early, where that is not known beforehand.
     return (site.step, leaf.order, True) if node.target is g.write else (site.step, leaf.latest, False)
 
@@ -310,7 +312,7 @@ def halves(group: Group) -> list[Group]:
         return [group]
     traces = sorted({trace for trace, _ in group.invokes})
     try:
-        behind = _invokes_behind(group.admitted, group.needed)
+        behind = _invokes_behind(group.admitted, group.needed.nodes)
         ordered = [
             invoke
             for trace in traces
@@ -337,7 +339,7 @@ def _cost(model: HostedModel, size: Size) -> float:
 
 def _may_share(group: Group, differentiated: Collection[torch.fx.Node]) -> bool:
     """Whether its rows can share a pass with each other, and with others of their kind."""
-    sites = [(node, group.leaf(node)) for node in group.nodes]
+    sites = [(node, leaf_of(node)) for node in group.nodes]
     # A gradient with respect to what all rows share would be that of all of them.
     replaced = [leaf for node, leaf in sites if node.target is g.write or node in differentiated]
     return (

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch.fx
 
 from patchwire import graph as g
+from patchwire.checking import leaf_of
 from patchwire_worker.models.hosted import HostedModel
 from patchwire_worker.placing import Group, Invoke
 from patchwire_worker.positions import edited, touched
@@ -87,7 +88,7 @@ def _first(group: Group, invoke: Invoke, length: int) -> int:
     """The first position that an invoke changes or looks at; 0 if that is not known."""
     first = length
     for node in group.accesses.get(invoke, ()):
-        leaf = group.leaf(node) if node.target is not g.generated else None
+        leaf = leaf_of(node) if node.target is not g.generated else None
         if leaf is None or (leaf.location, leaf.path) not in group.model.same_after_past:
             return 0
         if node.target is g.write:
@@ -95,7 +96,7 @@ def _first(group: Group, invoke: Invoke, length: int) -> int:
             if read is None or read.args[0] != node.args[0]:  # what is written comes from elsewhere
                 return 0
             continue
-        positions = touched(node, length, group.needed)
+        positions = touched(node, length, group.needed.nodes)
         if positions is None:
             return 0
         first = min(positions, default=first) if min(positions, default=first) < first else first
@@ -105,7 +106,7 @@ def _first(group: Group, invoke: Invoke, length: int) -> int:
 def _share(group: Group, invoke: Invoke) -> float:
     """Which share of the layers is computed for an invoke alone: those from its first change on."""
     entries = [entry.order for entry in group.model.entries_after_past]
-    changes = [group.leaf(node).order for node in group.accesses.get(invoke, ()) if node.target is g.write]
+    changes = [leaf_of(node).order for node in group.accesses.get(invoke, ()) if node.target is g.write]
     return 1 - (bisect_right(entries, min(changes)) - 1) / len(entries) if changes else 0.0
 
 
