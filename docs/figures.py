@@ -94,11 +94,25 @@ def _scripts(results: Iterable[Line]) -> Iterable[str]:
     """What the scripts say, but for what is said of the whole run."""
     for line in results:
         if "script" in line:
-            said = {name: each for name, each in line.items() if name not in _SAID}
-            yield f"`{line['benchmark']}`: " + ", ".join(f"{name} {each}" for name, each in said.items()) + "."
+            yield _SENTENCES[line["benchmark"]].format_map(line)
 
 
-_SAID = ("script", "benchmark", "python", "torch", "threads")
+_SENTENCES = {
+    "around": "A session of 300 traces ({nodes:,} nodes) costs {around_ms:.0f} ms around its passes, {ratio:.0%} of "
+    "the {running_ms:.0f} ms that these take: {recording_ms:.0f} ms to record, {encoding_ms:.0f} to encode, "
+    "{checking_ms:.0f} to check and {planning_ms:.0f} to plan it.",
+    "causal_trace": "`methods.causal_trace`: {cells} cells in {seconds} s, and in {hooks_seconds} s with plain hooks "
+    "and one forward pass for each cell: {times_faster} times as fast, largest difference {difference:.0e}.",
+    "causal_trace_noise": "The same with ten rows of noise: {cells} cells in {seconds} s, and in {hooks_seconds} s "
+    "with one forward pass of ten rows for each: {times_faster} times as fast, largest difference {difference:.0e}.",
+    "one_read_worker": "One read of GPT-2 inside the worker, without the wire: {ratio:.2f} times plain hooks.",
+    "wire": "A large result arrives at {ratio_into:.0%} of what plain TCP moves here, into memory that the program "
+    "gives; at {ratio_one:.0%} as one new tensor, and at {ratio_parts:.0%} as many. gRPC alone, from Python: "
+    "{ratio_grpc:.0%}.",
+    "stream": "While {gib:.0f} GiB of activations are computed and streamed, the worker's memory grows by "
+    "{worker_more_mib} MiB and the client's by {client_more_mib} MiB.",
+}
+"""What each script has found, by its name."""
 
 
 def recorded() -> list[list[Line]]:
