@@ -198,7 +198,7 @@ _LONGEST_NAME = 200
 def user_frame() -> FrameType | None:
     """The innermost frame that belongs neither to this package nor to torch."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and _is_our_file(frame.f_code.co_filename):
+    while frame is not None and _OURS[frame.f_code.co_filename]:
         frame = frame.f_back
     return frame
 
@@ -207,16 +207,22 @@ def trim(error: PatchwireError) -> None:
     """Cut from an error's traceback what lies below the user's own lines."""
     last, entry = None, error.__traceback__
     while entry is not None:
-        if not _is_our_file(entry.tb_frame.f_code.co_filename):
+        if not _OURS[entry.tb_frame.f_code.co_filename]:
             last = entry
         entry = entry.tb_next
     if last is not None:
         last.tb_next = None
 
 
-@lru_cache(1 << 10)
-def _is_our_file(file: str) -> bool:
-    return file.startswith(_NOT_THE_USER) or file.startswith(_STANDARD_LIBRARY)
+class _Ours(dict[str, bool]):
+    """Whether a file is not the user's, found out once for each: every node that is recorded asks for many frames."""
+
+    def __missing__(self, file: str) -> bool:
+        self[file] = file.startswith(_NOT_THE_USER) or file.startswith(_STANDARD_LIBRARY)
+        return self[file]
+
+
+_OURS = _Ours()
 
 
 def user_line() -> SourceLine | None:
