@@ -1020,7 +1020,7 @@ class Recorder(TracerBase):
     def let_go(self) -> None:
         """Keep no value any more, once all are resolved: its tensor goes when the program lets go of it, not later."""
         for each in (self, *self.bodies):
-            each.saved, each._sites, each._everyone, each._accumulated = [], {}, {}, {}
+            each.saved, each._sites, each._parameters, each._everyone, each._accumulated = [], {}, {}, {}, {}
 
     def _warn_if_edited(self, value: Value, version: int, line: SourceLine | None, done: str, do: str) -> None:
         for editor, where in value.memory.edits[version:]:

@@ -105,3 +105,55 @@ def test_a_pass_that_ends_early_leaves_nothing_behind(model, module):
                 model.middle.input.sum().save()
 
     assert module.watched.alive == [0] * TRACES
+
+
+def site(model: patchwire.Model) -> patchwire.Value:
+    with model.trace([1, 2, 3]):
+        return model.middle.output.save()
+
+
+def edited(model: patchwire.Model) -> patchwire.Value:
+    with model.trace([1, 2, 3]):
+        model.middle.output[:, 0] = 0
+        return model.middle.output.save()
+
+
+def weight(model: patchwire.Model) -> patchwire.Value:
+    with model.trace([1, 2, 3]):
+        return model.middle.weight.save()
+
+
+def changed_weight(model: patchwire.Model) -> patchwire.Value:
+    with model.trace([1, 2, 3]):
+        model.middle.weight[0] = 0
+        return model.middle.weight.save()
+
+
+def gradient(model: patchwire.Model) -> patchwire.Value:
+    with model.trace([1, 2, 3]):
+        early = model.embed.output
+        model.logits.sum().backward()
+        return early.grad.save()
+
+
+def everyone(model: patchwire.Model) -> patchwire.Value:
+    with model.trace() as trace:
+        for token in (1, 2):
+            with trace.invoke([token]):
+                pass
+        with trace.invoke():
+            return model.logits.save()
+
+
+def in_a_session(model: patchwire.Model) -> patchwire.Value:
+    with model.session(), model.trace([1, 2, 3]):
+        return model.logits.save()
+
+
+@pytest.mark.parametrize("saved", [site, edited, weight, changed_weight, gradient, everyone, in_a_session])
+def test_a_saved_tensor_goes_when_the_program_lets_go_of_it(model, saved):
+    value = saved(model)
+    tensor = weakref.ref(value.value)
+    del value
+
+    assert tensor() is None
