@@ -317,8 +317,9 @@ class Model(Module):
             blocking: Whether to wait for the saved values at the end of the block. If not, the block only submits its
                 request, and `trace.job` is the job: it runs on the server by itself, and can be fetched later, from
                 another program too.
-            exact: Whether each invoke runs in a pass of its own. Else invokes share passes, and those with the same
-                prompt share rows until one of them is changed, wherever the numbers are the same up to rounding.
+            exact: Whether each invoke runs in a pass of its own (two that write values of each other share one). Else
+                invokes share passes, and those with the same prompt share rows until one of them is changed, wherever
+                the numbers are the same up to rounding.
 
         `async with` does the same as `with`, and lets the event loop go on while it waits.
 

@@ -203,6 +203,20 @@ class TestAnSSM:
         torch.testing.assert_close(found[:, 6], whole[:, 6], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found[:, [4, 5]], apart.value[:, [4, 5]], rtol=1e-5, atol=1e-5)
 
+    def test_in_exact_passes_each_has_its_two_runs_in_one_of_its_own(self, served, references):
+        model = served["mamba"]
+        with model.trace(exact=True) as trace:
+            found = []
+            for layers in ([1], [0, 1], []):
+                with trace.invoke(PROMPT):
+                    for layer in layers:
+                        patchwire.knockout(model.layers[layer].mixer, KEYS, QUERIES)
+                    found.append(model.logits.save())
+        assert trace.stats.passes == 3
+        for layers, logits in zip(([1], [0, 1], []), found, strict=True):
+            wanted = run_twice(references["mamba"], layers, [PROMPT], KEYS, QUERIES, zeroed(KEYS))
+            torch.testing.assert_close(logits.value, wanted, rtol=1e-5, atol=1e-5)
+
     def test_the_second_run_is_not_shown(self, served):
         model = served["mamba"]
         with model.trace() as trace:

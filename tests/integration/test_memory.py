@@ -18,20 +18,24 @@ MOST_ROWS = 8
 PROMPT, OTHER = tiny.prompt(9), tiny.prompt(12, seed=1)
 
 
-@pytest.fixture(scope="module", params=["device", "host"])
-def narrow(request: pytest.FixtureRequest) -> patchwire.Model:
+def with_little_memory(name: str, words: str) -> patchwire.Model:
     """A model whose second layer has no memory for more than a few rows, in the words of a device or of a computer."""
-    served = tiny.build("llama")
+    served = tiny.build(name)
 
     def refuse(module: Any, args: Any, kwargs: Any) -> None:
         rows = (args[0] if args else kwargs["hidden_states"]).shape[0]
-        if rows > MOST_ROWS and request.param == "device":
+        if rows > MOST_ROWS and words == "device":
             raise torch.OutOfMemoryError("CUDA out of memory.")
         if rows > MOST_ROWS:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")
 
-    served.model.layers[1].register_forward_pre_hook(refuse, with_kwargs=True)
+    served.base_model.layers[1].register_forward_pre_hook(refuse, with_kwargs=True)
     return patchwire.local(served, progress=False)
+
+
+@pytest.fixture(scope="module", params=["device", "host"])
+def narrow(request: pytest.FixtureRequest) -> patchwire.Model:
+    return with_little_memory("llama", request.param)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +86,23 @@ def test_a_pass_for_which_there_is_no_memory_runs_in_parts(
     found, stats = work(narrow)
     assert stats.passes > usual.passes
     assert stats.result_bytes == usual.result_bytes
+    for one, other in zip(found, expected, strict=True):
+        assert_same(one.value, other.value)
+
+
+def test_the_two_runs_of_a_knocked_out_ssm_stay_together() -> None:
+    def work(model: patchwire.Model) -> tuple[list[Any], Any]:
+        found = []
+        with model.trace() as trace:
+            for seed in range(11):
+                with trace.invoke(tiny.prompt(9, seed=seed)):
+                    patchwire.knockout(model.layers[1].mixer, keys=[1, 2], queries=6)
+                    found.append(model.logits.save())
+        return found, trace.stats
+
+    found, stats = work(with_little_memory("mamba", "device"))
+    expected, usual = work(patchwire.local(tiny.build("mamba"), progress=False))
+    assert stats.passes > usual.passes
     for one, other in zip(found, expected, strict=True):
         assert_same(one.value, other.value)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
-from itertools import pairwise
+from itertools import chain, pairwise
 from operator import itemgetter
 from typing import Any
 
@@ -279,8 +279,9 @@ def _groups(
     """The invokes of a trace, in groups that share a pass each, in the order in which they run."""
     if len(whole.invokes) == 1:
         return [whole]
-    if whole.trace.generation is not None or whole.trace.exact or not _may_share(whole, differentiated):
-        return [whole.of([invoke]) for invoke in _ordered(whole, behind())]
+    may_share = whole.trace.generation is None and _may_share(whole, differentiated)
+    if whole.trace.exact or not may_share:
+        return [whole.of(part) for part in _ordered(whole, behind(), together=may_share)]
     if whole.differentiated or whole.model.fits(whole.size):
         return [whole]
     try:
@@ -290,17 +291,17 @@ def _groups(
     return [whole.of(part) for part in _fitting(whole, ordered)]
 
 
-def _fitting(group: Group, invokes: Sequence[Invoke]) -> list[list[Invoke]]:
+def _fitting(group: Group, ordered: Sequence[list[Invoke]]) -> list[list[Invoke]]:
     """Invokes, in their order, in parts that fit."""
     parts: list[list[Invoke]] = []
     size: Size | None = None
-    for invoke in invokes:
-        own = group.of([invoke]).size
+    for invokes in ordered:
+        own = group.of(invokes).size
         size = own if size is None else size + own
         if not parts or not group.model.fits(size):
             parts.append([])
             size = own
-        parts[-1].append(invoke)
+        parts[-1] += invokes
     return parts
 
 
@@ -314,14 +315,16 @@ def halves(group: Group) -> list[Group]:
     try:
         behind = _invokes_behind(group.admitted, group.needed.nodes)
         ordered = [
-            invoke
+            invokes
             for trace in traces
-            for invoke in _ordered(group.of([each for each in group.invokes if each[0] == trace]), behind)
+            for invokes in _ordered(group.of([each for each in group.invokes if each[0] == trace]), behind)
         ]
     except (OrderError, LimitError):
         return [group]
+    if len(ordered) == 1:
+        return [group]
     half = len(ordered) // 2
-    return [group.of(part) for part in (ordered[:half], ordered[half:])]
+    return [group.of(list(chain(*part))) for part in (ordered[:half], ordered[half:])]
 
 
 def _lengths(group: Group) -> set[int]:
@@ -359,15 +362,29 @@ def _writes_alone(model: HostedModel, leaf: Leaf) -> bool:
     return has_rows and (leaf.location._replace(occurrence=0), leaf.path) not in model.overwritten
 
 
-def _ordered(group: Group, behind: Mapping[torch.fx.Node, frozenset[int]]) -> list[Invoke]:
-    """The invokes of a trace that run one after the other, those first whose values others write."""
-    sources: dict[Invoke, dict[Invoke, torch.fx.Node]] = {invoke: {} for invoke in group.invokes}
+def _ordered(
+    group: Group, behind: Mapping[torch.fx.Node, frozenset[int]], *, together: bool = True
+) -> list[list[Invoke]]:
+    """The invokes of a trace that run one after the other, those first whose values others write.
+
+    Two that write values of each other, as the two runs of a knocked out SSM do, run `together`, if they may.
+
+    Raises:
+        OrderError: invokes that cannot share a pass need values of each other.
+    """
+    needs: dict[Invoke, dict[Invoke, torch.fx.Node]] = {invoke: {} for invoke in group.invokes}
     for trace, invoke in group.invokes:
         for node in group.accesses.get((trace, invoke), ()):
             if node.target is g.write and _trace(node) == trace:
                 others = [(trace, each) for each in sorted(behind[node] - {invoke})]
-                sources[trace, invoke] |= dict.fromkeys((each for each in others if each in sources), node)
-    sorter, ordered = TopologicalSorter(sources), list[Invoke]()
+                needs[trace, invoke] |= dict.fromkeys((each for each in others if each in needs), node)
+    parts = _pairs(needs) if together else {each: [each] for each in needs}
+    part_of = {invoke: first for first, invokes in parts.items() for invoke in invokes}
+    sources: dict[Invoke, dict[Invoke, torch.fx.Node]] = {first: {} for first in parts}
+    for user, needed in needs.items():
+        mine = part_of[user]
+        sources[mine] |= {part_of[source]: node for source, node in needed.items() if part_of[source] != mine}
+    sorter, ordered = TopologicalSorter(sources), list[list[Invoke]]()
     try:
         sorter.prepare()
     except CycleError as error:
@@ -381,11 +398,27 @@ def _ordered(group: Group, behind: Mapping[torch.fx.Node, frozenset[int]]) -> li
     ready = list(sorter.get_ready())
     heapq.heapify(ready)
     while ready:
-        ordered.append(heapq.heappop(ready))
-        sorter.done(ordered[-1])
+        first = heapq.heappop(ready)
+        ordered.append(parts[first])
+        sorter.done(first)
         for each in sorter.get_ready():
             heapq.heappush(ready, each)
     return ordered
+
+
+def _pairs(needs: Mapping[Invoke, Mapping[Invoke, Any]]) -> dict[Invoke, list[Invoke]]:
+    """The invokes, by the first of those that each needs and that need it, or that these need in the same way."""
+    parts: dict[Invoke, list[Invoke]] = {}
+    seen: set[Invoke] = set()
+    for first in sorted(needs):
+        stack = [first]
+        while stack:
+            each = stack.pop()
+            if each not in seen:
+                seen.add(each)
+                parts.setdefault(first, []).append(each)
+                stack += [other for other in needs[each] if each in needs[other]]
+    return {first: sorted(invokes) for first, invokes in parts.items()}
 
 
 def _trace(node: torch.fx.Node) -> int | None:
