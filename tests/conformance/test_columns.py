@@ -354,7 +354,25 @@ class OtherResult(LlamaForCausalLM):
         return result
 
 
-@pytest.mark.parametrize("how", ["another module", "another forward", "another result"])
+class Masked(LlamaForCausalLM):
+    """A model that never says two of its tokens, and one of these is asked for."""
+
+    def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
+        result = super().forward(input_ids=input_ids, **kwargs)
+        result.logits[..., [2, ANSWERS[1]]] = torch.finfo(result.logits.dtype).min
+        return result
+
+
+class Biased(LlamaForCausalLM):
+    """A model that adds something to one of its logits, however many there are."""
+
+    def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
+        result = super().forward(input_ids=input_ids, **kwargs)
+        result.logits = result.logits + 0.1 * (torch.arange(result.logits.shape[-1]) == ANSWERS[0])
+        return result
+
+
+@pytest.mark.parametrize("how", ["another module", "another forward", "another result", "masked", "biased"])
 def test_a_head_that_is_more_than_a_product_has_all(how: str) -> None:
     module: Any = tiny.build("llama").requires_grad_(False)
     match how:
@@ -366,6 +384,10 @@ def test_a_head_that_is_more_than_a_product_has_all(how: str) -> None:
             module.lm_head = head
         case "another result":
             module.__class__ = OtherResult
+        case "masked":
+            module.__class__ = Masked
+        case "biased":
+            module.__class__ = Biased
     expected = forward(module, LONG).logits
     watched = Watched(module)
     with watched.model.trace(LONG):

@@ -105,7 +105,8 @@ class HostedModel:
         self.overwritten = frozenset(learner.overwritten)
         self.entries = learner.entries(self.catalogue)
         self.trimmed = learner.trimmed(_POSITIONS) if self._takes(_POSITIONS) else None
-        self.narrowed = None if self._head is None else learner.narrowed(self._narrowed_to)
+        head = self.catalogue.raw("lm_head")
+        self.narrowed = None if self._head is None or head is None else learner.narrowed(self._narrowed_to, head)
         after = learner.after_past(self.catalogue, self.entries)
         self.entries_after_past, self.same_after_past, self.looking_back = after.entries, after.same, after.looking_back
         self.noted_at = _noted_at(self.catalogue) if after.notes else None

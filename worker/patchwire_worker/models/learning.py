@@ -296,14 +296,16 @@ class Learner:
         others = {each for each, (shape, _) in whole.leaves.items() if part.leaves.get(each, (shape, _))[0] != shape}
         return frozenset(location.module for location, _ in others)
 
-    def narrowed(self, some: Callable[[Sequence[int]], Sequence[SiteMediator]]) -> frozenset[str] | None:
+    def narrowed(self, some: Callable[[Sequence[int]], Sequence[SiteMediator]], head: str) -> frozenset[str] | None:
         """The modules that see another thing when logits of some entries of the vocabulary alone are computed.
 
         Args:
             some: What has to happen in a pass, so that it computes those alone.
+            head: The module that computes them, by its path.
 
         Returns:
-            None if they are not those that there are among all.
+            None if they are not those that there are among all, or if the model does something else to some entries
+            than to their neighbours: then what it does to a few would depend on which they are.
         """
         ids, columns = self.prompts()[-1], [0, self.vocabulary // 2, self.vocabulary - 1]
         place = (Location("", OUTPUT), ("logits",))
@@ -313,6 +315,10 @@ class Learner:
             logits, found = whole.values[place], part.values[place]
             wanted = logits[..., columns]
             if logits.shape[2:] != (self.vocabulary,) or wanted.shape != found.shape or not is_same(found, wanted):
+                return None
+            moved = _Seen(self.sides)
+            self.look(ids, moved.observe, mediators=[SiteMediator(Location(head, OUTPUT), _moved_on)])
+            if not is_same(moved.values[place], _moved_on(logits)):
                 return None
         except Exception as error:  # a model fails in whatever way it likes
             log.info("%s computes logits of the whole vocabulary (%s)", type(self.module).__name__, first_line(error))
@@ -532,6 +538,11 @@ def is_same(one: Tensor, other: Tensor) -> bool:
     finite = other[other.abs() < _MASKED]
     scale = float(finite.abs().max()) if finite.numel() else 1.0
     return torch.allclose(one, other, rtol=0, atol=tolerance * max(scale, 1e-6), equal_nan=True)
+
+
+def _moved_on(logits: Tensor) -> Tensor:
+    """Each logit in the place of the next entry of the vocabulary, the last in that of the first."""
+    return logits.roll(1, -1)
 
 
 def dim_of(lengths: tuple[int, ...]) -> Dim:
