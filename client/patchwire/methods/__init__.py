@@ -27,6 +27,7 @@ from patchwire.methods.information_flow import information_flow
 from patchwire.methods.lens import LogitLens, logit_lens
 from patchwire.methods.measured import Measured
 from patchwire.methods.mediation import mediation, relative_importance
+from patchwire.methods.memories import SHARES, key_value_memories
 from patchwire.methods.metrics import KL, LogitDifference, LogProbability, Metric, Probability, Rank
 from patchwire.methods.neurons import NEURONS, Neurons, scale_coefficients, set_coefficients
 from patchwire.methods.parameters import PARAMETERS, Interaction, TopPairs, Vectors, project_to_vocabulary
@@ -50,6 +51,7 @@ __all__ = [
     "PLACES",
     "PROJECTIONS",
     "ROLES",
+    "SHARES",
     "STOPWORDS",
     "Agreement",
     "Axis",
@@ -94,6 +96,7 @@ __all__ = [
     "harmonic_mean",
     "information_flow",
     "integrated_gradients",
+    "key_value_memories",
     "linear_relation",
     "load",
     "logit_lens",
