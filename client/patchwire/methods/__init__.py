@@ -30,7 +30,15 @@ from patchwire.methods.mediation import mediation, relative_importance
 from patchwire.methods.memories import SHARES, key_value_memories
 from patchwire.methods.metrics import KL, LogitDifference, LogProbability, Metric, Probability, Rank
 from patchwire.methods.neurons import NEURONS, Neurons, scale_coefficients, set_coefficients
-from patchwire.methods.parameters import PARAMETERS, Interaction, TopPairs, Vectors, project_to_vocabulary
+from patchwire.methods.parameters import (
+    PARAMETERS,
+    Interaction,
+    TopPairs,
+    Vectors,
+    keep_k,
+    project_to_vocabulary,
+    recall_at_k,
+)
 from patchwire.methods.patching import activation_patching
 from patchwire.methods.patchscope import IDENTITY, Patchscope, patchscope, patchscope_text
 from patchwire.methods.places import PLACES
@@ -96,6 +104,7 @@ __all__ = [
     "harmonic_mean",
     "information_flow",
     "integrated_gradients",
+    "keep_k",
     "key_value_memories",
     "linear_relation",
     "load",
@@ -107,6 +116,7 @@ __all__ = [
     "patchscope_text",
     "project_to_vocabulary",
     "rank_one_edit",
+    "recall_at_k",
     "relative_importance",
     "sampled_prefixes",
     "scale_coefficients",
