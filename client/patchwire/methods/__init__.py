@@ -7,7 +7,7 @@ tensors, a `table()` for the terminal and a `plot()`.
 from __future__ import annotations
 
 from patchwire.methods.attribution import Agreement, agreement, attribution_patching, integrated_gradients
-from patchwire.methods.averaging import ROLES, by_role, stacked
+from patchwire.methods.averaging import by_role, stacked
 from patchwire.methods.causal import Noise, Replacement, causal_trace, embedding_std
 from patchwire.methods.editing import (
     PROJECTIONS,
@@ -25,7 +25,7 @@ from patchwire.methods.extraction import extraction_events
 from patchwire.methods.grids import Blocks
 from patchwire.methods.information_flow import information_flow
 from patchwire.methods.lens import LogitLens, logit_lens
-from patchwire.methods.measured import Measured
+from patchwire.methods.measured import ROLES, Measured
 from patchwire.methods.mediation import mediation, relative_importance
 from patchwire.methods.memories import SHARES, key_value_memories
 from patchwire.methods.metrics import KL, LogitDifference, LogProbability, Metric, Probability, Rank

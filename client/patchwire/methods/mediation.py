@@ -18,7 +18,7 @@ from torch import Tensor
 from patchwire.errors import InputError, here
 from patchwire.methods.averaging import PROMPT
 from patchwire.methods.grids import At, Grid
-from patchwire.methods.measured import LAYER, TOKEN
+from patchwire.methods.measured import LAYER, ROLE, TOKEN
 from patchwire.methods.patching import LAYERS_AND_TOKENS, Pair
 from patchwire.methods.prompts import token_of
 from patchwire.methods.result import Origin, Result
@@ -155,7 +155,10 @@ def relative_importance(
     logs: dict[str, Tensor] = {}
     for name, each in effects.items():
         mean = each.mean(PROMPT) if each.axes[0].name == PROMPT else each
-        if [axis.name for axis in mean.axes] != [LAYER, TOKEN] or each.origin.method != "mediation":
+        if [axis.name for axis in mean.axes] not in (
+            [LAYER, TOKEN],
+            [LAYER, ROLE],
+        ) or each.origin.method != "mediation":
             raise InputError(f"“{name}” has no indirect effects by layer and token.", lines=here())
         logs[name] = torch.log1p(mean.values.double())
     part = logs[component]

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from patchwire.errors import InputError, PatchwireError, here
-from patchwire.methods.measured import LAYER, ROLE, TOKEN, Measured
+from patchwire.methods.measured import LAYER, ROLE, TOKEN, Measured, is_role
 from patchwire.model import Model
 from patchwire.results import Stats
 from patchwire.version import VERSION
@@ -52,7 +52,8 @@ class Axis:
         """The labels as figures show them: with a * where they are marked, and with visible spaces in tokens."""
         from patchwire import plots
 
-        labels = map(plots.visible, self.labels) if self.name == TOKEN else self.labels
+        is_token = self.name == TOKEN
+        labels = [plots.visible(each) if is_token and not is_role(each) else each for each in self.labels]
         return [label + ("*" if index in self.marked else "") for index, label in enumerate(labels)]
 
 
