@@ -42,8 +42,9 @@ from patchwire.methods.parameters import (
 from patchwire.methods.patching import activation_patching
 from patchwire.methods.patchscope import IDENTITY, Patchscope, patchscope, patchscope_text
 from patchwire.methods.places import PLACES
+from patchwire.methods.prompts import Prompt, prompt_of, span, token_of
 from patchwire.methods.relations import LinearRelation, linear_relation
-from patchwire.methods.result import Axis, Origin, Result, load, side_by_side
+from patchwire.methods.result import Axis, Origin, Result, layers_axis, load, side_by_side, tokens_axis
 from patchwire.methods.scores import consistency, edit_scores, generated_texts, harmonic_mean, ngram_entropy, overall
 from patchwire.methods.stopwords import STOPWORDS
 from patchwire.methods.triggering import Triggers, triggers
@@ -78,6 +79,7 @@ __all__ = [
     "Patchscope",
     "Probability",
     "Projection",
+    "Prompt",
     "Rank",
     "RankOneEdit",
     "Replacement",
@@ -106,6 +108,7 @@ __all__ = [
     "integrated_gradients",
     "keep_k",
     "key_value_memories",
+    "layers_axis",
     "linear_relation",
     "load",
     "logit_lens",
@@ -115,6 +118,7 @@ __all__ = [
     "patchscope",
     "patchscope_text",
     "project_to_vocabulary",
+    "prompt_of",
     "rank_one_edit",
     "recall_at_k",
     "relative_importance",
@@ -123,9 +127,12 @@ __all__ = [
     "second_moment",
     "set_coefficients",
     "side_by_side",
+    "span",
     "stacked",
     "sub_updates",
     "sublayer_knockout",
+    "token_of",
+    "tokens_axis",
     "triggers",
     "tuned_lens",
     "value_projections",

@@ -318,12 +318,18 @@ def side_by_side(results: Mapping[str, Result], *, title: str = "") -> Figure:
 
 
 def layers_axis(model: Model) -> Axis:
-    """The layers of a model."""
+    """The axis "layer" of a result: all layers of a model, labelled with their numbers."""
     return Axis(LAYER, tuple(map(str, range(model.num_layers))))
 
 
 def tokens_axis(labels: Sequence[str], marked: Sequence[int] = ()) -> Axis:
-    """The tokens of a prompt."""
+    """The axis "token" of a result.
+
+    Args:
+        labels: The texts of the tokens: `prompt.tokens`.
+        marked: Those that stand out, by position: the subject, `span(prompt, "The Eiffel Tower")`. `by_role` averages
+            by them.
+    """
     return Axis(TOKEN, tuple(labels), tuple(marked))
 
 
