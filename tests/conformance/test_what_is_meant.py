@@ -514,3 +514,13 @@ class TestATupleOfValues:
             best.save()
 
         assert_same(best.value, forward(reference, IDS).logits[0, -1].topk(3).values)
+
+    def test_goes_as_one_argument_into_a_loop(self, model: Any, reference: Any) -> None:
+        with model.session() as session:
+            with model.trace(IDS):
+                halves = model.layers[1].output.split(tiny.WIDTH // 2, dim=-1)
+            loop = session.repeat(2)
+            with loop:
+                again = torch.cat(halves, -1).save()
+
+        assert_same(again.value[1], record(reference, IDS)[MIDDLE])
