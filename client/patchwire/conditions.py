@@ -72,7 +72,7 @@ def _chosen(recorder: Recorder, condition: Value, one: Any, other: Any, where: s
         if looks[0] != looks[1]:
             raise _different(where, *map(describe, fakes))
         return recorder.call(_WHERE, (condition, one, other), {})
-    if isinstance(one, (tuple, list)) and isinstance(other, type(one)):
+    if any(isinstance(one, kind) and isinstance(other, kind) for kind in (tuple, list)):
         if len(one) != len(other):
             raise _different(where, f"{len(one)} items", f"{len(other)} items")
         pairs = enumerate(zip(one, other, strict=True))

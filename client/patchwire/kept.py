@@ -13,6 +13,7 @@ from torch import Tensor
 from patchwire.checking import describe
 from patchwire.errors import GraphError, here
 from patchwire.graph import KeptTensor
+from patchwire.subscripts import in_subscript
 
 if TYPE_CHECKING:
     from patchwire.connection import Connection
@@ -121,9 +122,14 @@ class Kept:
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return function(*_values(args), **_values(kwargs or {}))
+        args, kwargs = _values(args), _values(kwargs or {})
+        recorder = RECORDER.get()
+        assert recorder is not None  # or there would be no values
+        return recorder.function(function, args, kwargs)
 
     def __len__(self) -> int:
+        if in_subscript():
+            raise TypeError("A value is one index, and no list of them.")
         return self.shape[0]
 
     def __iter__(self) -> Iterator[Any]:

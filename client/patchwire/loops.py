@@ -23,7 +23,7 @@ from patchwire.checking import Checker, behind, describe, fake_of
 from patchwire.errors import GraphError, PatchwireError, ShapeError, SourceLine, here, user_line, with_code
 from patchwire.kept import Kept
 from patchwire.optim import Optimiser
-from patchwire.proxy import Memory, Value
+from patchwire.proxy import Memory, Value, Values
 from patchwire.recording import Recorder
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class BodyRecorder(Recorder):
         match argument:
             case Value() if argument.recorder is self.parent and not argument.ready:
                 return self._inside(argument)
-            case tuple() if type(argument) is tuple:
+            case tuple() if type(argument) in (tuple, Values):
                 return tuple(self._mine(each) for each in argument)
             case list():
                 return [self._mine(each) for each in argument]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -36,6 +36,7 @@ from patchwire.errors import (
 from patchwire.graph import Change, Site
 from patchwire.kept import Kept
 from patchwire.sites import Address, Leaf, Path, Step
+from patchwire.subscripts import in_subscript
 
 if TYPE_CHECKING:
     from patchwire.recording import Recorder
@@ -332,8 +333,8 @@ class Value(torch.fx.Proxy):
         return int(math.prod(self.shape))
 
     def __len__(self) -> int:
-        if not self.ndim:
-            raise TypeError("len() of a 0-d tensor")
+        if not self.ndim or in_subscript():
+            raise TypeError("len() of a 0-d tensor" if not self.ndim else "A value is one index, and no list of them.")
         return int(self.shape[0])
 
     def __iter__(self) -> Iterator[Any]:
@@ -468,8 +469,8 @@ def _is_settable(attribute: Any) -> bool:
     return isinstance(attribute, property) and attribute.fset is not None
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
+def _same(saved: Any) -> Any:
+    return saved
 
 
 def values_in(argument: Any) -> Iterator[Value]:
@@ -601,6 +602,52 @@ def save_all(values: Any) -> Any:
     for each in values_in(values):
         each.save()
     return values
+
+
+class Values(tuple[Value, ...]):
+    """What an operation gives that gives several values: a tuple, whose items also have the names that PyTorch gives
+    them, as in `logits.topk(3).indices`.
+    """
+
+    _kind: type[tuple[Any, ...]]
+
+    def __new__(cls, items: Iterable[Value], kind: type[tuple[Any, ...]] = tuple) -> Values:
+        """
+        Args:
+            items: The values.
+            kind: What PyTorch gives in their place.
+        """
+        values = super().__new__(cls, items)
+        values._kind = kind
+        return values
+
+    def save(self) -> Values:
+        """Ask for the tensors: after the block, the values behave as them.
+
+        It is written out because nnsight, where it is in the same program, gives every object a `save` of its own.
+        """
+        for each in self:
+            each.save()
+        return self
+
+    @property
+    def value(self) -> Any:
+        """The tensors, as PyTorch gives them.
+
+        Raises:
+            BranchError: the block has not ended.
+            GraphError: one was not saved, the run failed, or it was detached and has not been fetched.
+        """
+        return self._kind([each.value for each in self])
+
+    def __getattr__(self, name: str) -> Value:
+        names = getattr(self._kind, "__match_args__", ()) if name != "_kind" else ()
+        if name not in names:
+            raise AttributeError(f"A tuple of values has no “{name}”.")
+        return self[names.index(name)]
+
+    def __reduce__(self) -> Any:
+        return (_same, (self.value,))
 
 
 class Structure:

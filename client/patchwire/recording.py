@@ -42,7 +42,7 @@ from patchwire.errors import (
 )
 from patchwire.graph import Graph, KeptTensor, Site
 from patchwire.kept import Kept
-from patchwire.proxy import Memory, Structure, Value, values_in
+from patchwire.proxy import Memory, Structure, Value, Values, values_in
 from patchwire.sites import OUTPUT, Axis, Catalogue, Leaf, Location, spell
 
 if TYPE_CHECKING:
@@ -345,7 +345,7 @@ class Recorder(TracerBase):
         change: g.Change,
         operation: ops.Operation,
         others: list[Value],
-    ) -> Value | tuple[Value, ...]:
+    ) -> Value | Values:
         """The value of a node, or the values of one that yields several; views of `source` if they share its memory."""
         fake = fake_of(node)
         views = (*source.views, change) if source is not None else ()
@@ -354,7 +354,7 @@ class Recorder(TracerBase):
             for index in range(len(fake)):
                 item = self._create(operator.getitem, (node, index), None, _GETITEM)
                 items.append(self._alias(item, source, (*views, (_GETITEM.name, (index,), {})), operation, others))
-            return type(fake)(items)
+            return Values(items, type(fake))
         return self._alias(node, source, views, operation, others)
 
     def _alias(

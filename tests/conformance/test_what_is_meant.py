@@ -432,3 +432,95 @@ def test_numbers_of_numpy_are_numbers_on_either_side(model: Any, reference: Any)
     expected = record(reference, IDS)[MIDDLE] * 0.5
     assert_same(one.value, expected)
     assert_same(other.value, expected)
+
+
+class TestATensorOfTheProgram:
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize(
+        "index",
+        [lambda found: found, lambda found: found[None], lambda found: found[0], lambda found: (found, 1)],
+        ids=["a list", "two dimensions", "one", "with a number"],
+    )
+    @pytest.mark.parametrize("count", [1, 3, 40])
+    def test_is_indexed_by_a_value_as_a_whole(self, model: Any, reference: Any, count: int, index: Any) -> None:
+        table = torch.randn(tiny.VOCABULARY, 4, generator=torch.Generator().manual_seed(0))
+
+        with model.trace(IDS):
+            found = model.logits[0, -1].topk(count)[1]
+            rows = table[index(found)].save()
+            there = found.save()
+
+        expected = forward(reference, IDS).logits[0, -1].topk(count)[1]
+        assert torch.equal(rows.value, table[index(expected)])
+        assert torch.equal(table[there], table[expected])  # also when the block has ended
+
+    @pytest.mark.filterwarnings("error")
+    def test_is_indexed_by_a_value_that_is_kept(self, model: Any, reference: Any) -> None:
+        table = torch.arange(tiny.VOCABULARY) * 2
+        with model.trace(IDS):
+            kept = model.logits[0, -1].topk(3)[1].keep()
+        with model.trace(IDS):
+            rows = table[kept].save()
+        kept.forget()
+
+        assert torch.equal(rows.value, 2 * forward(reference, IDS).logits[0, -1].topk(3)[1])
+
+    def test_is_not_changed_at_a_place_that_is_not_known(self, model: Any) -> None:
+        table = torch.zeros(tiny.VOCABULARY)
+
+        with refused(GraphError, "cannot be changed in place"), model.trace(IDS):
+            table[model.logits[0, -1].topk(3)[1]] = 1.0  # this line
+
+
+class TestATupleOfValues:
+    def test_is_saved_part_by_part_even_beside_nnsight(self, model: Any, reference: Any) -> None:
+        import nnsight  # noqa: F401 - it gives every object a `save`
+
+        with model.trace(IDS):
+            top = model.logits[0, -1].topk(3).save()
+            halves = model.layers[0].output.split(tiny.WIDTH // 2, dim=-1).save()
+
+        expected = forward(reference, IDS).logits[0, -1].topk(3)
+        assert isinstance(top.value, torch.return_types.topk)
+        assert_same(top.value.values, expected.values)
+        assert torch.equal(top.indices, expected.indices)
+        hidden = record(reference, IDS)["transformer.h.0", "output", ()]
+        assert_same(torch.cat(halves.value, -1), hidden)
+
+    def test_is_a_tuple_with_the_names_of_its_items(self, model: Any) -> None:
+        with model.trace(IDS):
+            top = model.logits[0, -1].topk(3)
+            values, indices = top
+            assert (top.values, top.indices) == (values, indices)
+            with pytest.raises(AttributeError, match="no “best”"):
+                top.best  # noqa: B018
+            gradients = patchwire.grad(model.logits[0, -1].sum(), model.layers[0].output.split(1, dim=1))
+            top.values.sum().save()
+        assert isinstance(gradients, tuple)
+
+    def test_is_there_only_when_the_block_has_ended(self, model: Any) -> None:
+        with refused(patchwire.BranchError, "when the block has ended"), model.trace(IDS):
+            model.logits[0, -1].topk(3).save().value  # noqa: B018 # this line
+        with model.trace(IDS):
+            top = model.logits[0, -1].topk(3)
+            top.values.save()
+        with pytest.raises(GraphError, match="was not saved"):
+            top.value  # noqa: B018
+
+    def test_may_be_what_either_branch_returns(self, model: Any, reference: Any) -> None:
+        with model.trace(IDS):
+            last = model.logits[0, -1]
+            best, _ = patchwire.cond(last[0] > 1e9, lambda: (last[:3], last[:3].argsort()), lambda: last.topk(3))
+            best.save()
+
+        assert_same(best.value, forward(reference, IDS).logits[0, -1].topk(3).values)
+
+    def test_goes_as_one_argument_into_a_loop(self, model: Any, reference: Any) -> None:
+        with model.session() as session:
+            with model.trace(IDS):
+                halves = model.layers[1].output.split(tiny.WIDTH // 2, dim=-1)
+            loop = session.repeat(2)
+            with loop:
+                again = torch.cat(halves, -1).save()
+
+        assert_same(again.value[1], record(reference, IDS)[MIDDLE])

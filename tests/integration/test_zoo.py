@@ -125,6 +125,11 @@ class TestFacts:
         assert models["facts-gpt2"].tokenizer.decode(tokens[start:stop]) == corpus.facts()[0].subject
 
 
+def some_facts(count: int) -> Sequence[corpus.Fact]:
+    """About so many facts. The step is odd, so that each of the four relations, which take turns, is among them."""
+    return corpus.facts()[:: len(corpus.facts()) // count | 1]
+
+
 def traced(model: patchwire.Model, template: int, count: int = 12) -> dict[str, list[float]]:
     """What share of the right answer's probability comes back when one state is restored, after each layer.
 
@@ -134,7 +139,7 @@ def traced(model: patchwire.Model, template: int, count: int = 12) -> dict[str, 
     gained: dict[str, list[patchwire.Value]] = {}
     lost = []
     with model.session():
-        for fact in corpus.facts()[:: len(corpus.facts()) // count]:
+        for fact in some_facts(count):
             right, wrong = fact.prompt(template), corpus.counterpart(fact).prompt(template)
             answer = model.tokenizer.encode(right.answer)[0]
             last, end = right.subject[1] - 1, len(right.words) - 1
@@ -162,7 +167,7 @@ def without_flow(model: patchwire.Model, layers: Sequence[int], count: int = 20)
     """The mean probability of the answer when the words after a subject do not see it in some layers."""
     found = []
     with model.session():
-        for fact in corpus.facts()[:: len(corpus.facts()) // count]:
+        for fact in some_facts(count):
             prompt = fact.prompt()
             with model.trace(prompt.text):
                 for layer in layers:

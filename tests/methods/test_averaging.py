@@ -10,7 +10,7 @@ import torch
 import patchwire
 from patchwire import methods
 from patchwire.errors import InputError
-from patchwire.methods.averaging import role_of
+from patchwire.methods.measured import role_of
 from patchwire.methods.result import Axis, Origin, Result
 
 ORIGIN = Origin("causal_trace", "tiny", "", {"prompt": "text"})
@@ -52,6 +52,51 @@ def test_prompts_of_a_template_are_put_on_top_of_each_other() -> None:
     assert both.axes[2].labels == ("a", "1", "c")
     assert both.axes[2].marked == (1,)
     torch.testing.assert_close(both.mean("prompt").values, torch.full((2, 3), 0.5))
+
+
+def test_tokens_of_a_template_are_named_by_what_they_are(served: Mapping[str, patchwire.Model]) -> None:
+    facts = [([3, 14, 15, 16, 9, 10, 26], 44), ([3, 24, 25, 26, 8, 10, 27], 45), ([3, 4, 5, 6, 8, 10, 28], 43)]
+    traces = [
+        methods.causal_trace(
+            served["gpt2"], prompt, range(1, 4), methods.Replacement([prompt[0], other, *prompt[2:]]), answer=7
+        )
+        for prompt, other in facts
+    ]
+
+    found = methods.stacked(traces)
+    roles = ("#3", *methods.ROLES[:4], "#10", methods.ROLES[5])
+    assert found.axes[2] == Axis("token", roles, (1, 2, 3))
+    assert found.axes[2].shown[2:4] == ["middle subject tokens*", "last subject token*"]
+    further = [(prompt[:1] + prompt[1:2] * 2 + prompt[3:], other) for prompt, other in facts]
+    both = methods.stacked(
+        [
+            methods.causal_trace(served["gpt2"], prompt, range(1), methods.Replacement([other, *prompt[1:]]), answer=7)
+            for prompt, other in further
+        ]
+    )
+    assert both.axes[2].labels[2:4] == ("further tokens 2", "further tokens 3")
+    assert both.axes[2].shown[2] == "further tokens 2"
+
+    named = methods.stacked(traces, roles=tuple("abcdefg"))
+    assert named.axes[2] == Axis("role", tuple("abcdefg"), (1, 2, 3))
+    with pytest.raises(InputError, match="There are 7 tokens, and 2 roles"):
+        methods.stacked(traces, roles=("subject", "rest"))
+
+
+def test_effects_of_a_template_with_named_tokens_have_a_relative_importance(
+    served: Mapping[str, patchwire.Model],
+) -> None:
+    pairs = [([3, 14, 9, 26], [3, 33, 9, 26]), ([5, 14, 9, 26], [5, 20, 9, 26])]
+    effects = {
+        at: methods.stacked(
+            [methods.mediation(served["gpt2"], *pair, at=at) for pair in pairs],
+            roles=("first operand", "second operand", "of", "equals"),
+        )
+        for at in ("mlp", "mixer")
+    }
+
+    plain = {at: methods.stacked([methods.mediation(served["gpt2"], *pair, at=at) for pair in pairs]) for at in effects}
+    assert methods.relative_importance(effects, "mlp") == methods.relative_importance(plain, "mlp")
 
 
 def test_what_does_not_belong_together_is_refused() -> None:

@@ -97,22 +97,37 @@ def test_what_is_not_as_wide_is_refused(served: Mapping[str, patchwire.Model]) -
         methods.logit_lens(served["gpt2"], PROMPT, at="mlp.neurons")
 
 
+@pytest.mark.parametrize(("epochs", "decay", "seed"), [(1, False, None), (2, True, 5)], ids=["plain", "as theirs"])
 def test_translators_learn_by_the_gradient_of_the_divergence(
-    served: Mapping[str, patchwire.Model], references: Mapping[str, PreTrainedModel], name: str
+    served: Mapping[str, patchwire.Model],
+    references: Mapping[str, PreTrainedModel],
+    name: str,
+    epochs: int,
+    decay: bool,
+    seed: int | None,
 ) -> None:
-    """Two steps of Adam, on the server and with autograd."""
+    """Two steps of Adam in each epoch, on the server and with autograd."""
     reference = references[name]
     layers, norm = parts(reference)
     width = reference.get_input_embeddings().weight.shape[1]
-    found = methods.tuned_lens(served[name], TEXTS, batch_size=2, lr=0.01)
+    options = {"epochs": epochs, "decay": decay, "seed": seed}
+    found = methods.tuned_lens(served[name], TEXTS, batch_size=2, lr=0.01, **options)  # type: ignore[arg-type]
     assert found.losses is not None
 
     maps = [torch.zeros(width, width, requires_grad=True) for _ in layers]
     biases = [torch.zeros(width, requires_grad=True) for _ in layers]
     optimizer = torch.optim.Adam([*maps, *biases], lr=0.01)
-    for step in range(2):
+    steps = 2 * epochs
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps if decay else 1.0)
+    generator = torch.Generator()
+    if seed is not None:
+        generator.manual_seed(seed)
+    orders = [torch.randperm(len(TEXTS), generator=generator) for _ in range(epochs)]
+    texts = TEXTS if seed is None else [TEXTS[index] for order in orders for index in order.tolist()]
+    assert seed is None or len({tuple(order.tolist()) for order in orders} | {tuple(range(len(TEXTS)))}) == 3
+    for step in range(steps):
         far: list[list[Tensor]] = [[] for _ in layers]
-        for ids in TEXTS[2 * step : 2 * step + 2]:
+        for ids in texts[2 * step : 2 * step + 2]:
             states, logits = seen(reference, ids, [layers[0], *layers[:-1]])
             with torch.no_grad():
                 before: list[Tensor] = []
@@ -130,6 +145,7 @@ def test_translators_learn_by_the_gradient_of_the_divergence(
         optimizer.zero_grad()
         losses.sum().backward()
         optimizer.step()
+        schedule.step()
     # Adam divides by the size of a gradient: where that is next to nothing, rounding decides its sign.
     torch.testing.assert_close(found.biases, torch.stack(biases).detach(), rtol=1e-2, atol=1e-3)
 

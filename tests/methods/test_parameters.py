@@ -204,6 +204,62 @@ def test_an_edit_is_projected_as_it_stands(planted: tuple[patchwire.Model, Tenso
     assert found.scores.values.tolist() == [0, 0, 0]
 
 
+# --- how much two lists have in common ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "parameter"), [("gpt2", "mlp_in"), ("llama", "mlp_gate"), ("mamba", "ssm_in")])
+def test_recall_counts_the_tokens_that_are_in_both_lists(
+    served: Mapping[str, patchwire.Model], name: str, parameter: str
+) -> None:
+    one, other = (
+        methods.project_to_vocabulary(served[name], LAYER, parameter, top=9, inputs=inputs)  # type: ignore[arg-type]
+        for inputs in ("embedding", "inverse")
+    )
+    assert isinstance(one, methods.TopTokens)
+    assert isinstance(other, methods.TopTokens)
+    found = methods.recall_at_k(one, other, 5)
+
+    pairs = zip(one.ids[:, :5].tolist(), other.ids[:, :5].tolist(), strict=True)
+    assert found.values.tolist() == pytest.approx([len({*mine} & {*its}) / 5 for mine, its in pairs])
+    assert found.unit == "R@5"
+    assert found.axes == one.scores.axes[:1]
+    assert torch.equal(methods.recall_at_k(other, one, 5).values, found.values)
+    assert methods.recall_at_k(one, one).values.tolist() == [1.0] * len(one.ids)
+
+
+def test_recall_of_pairs_is_of_both_of_their_tokens(served: Mapping[str, patchwire.Model]) -> None:
+    one, other = (methods.project_to_vocabulary(served["gpt2"], LAYER, "ov", head=head, top=2000) for head in (0, 1))
+    assert isinstance(one, methods.TopPairs)
+    assert isinstance(other, methods.TopPairs)
+
+    mine, its = ({*zip(each.first.tolist(), each.second.tolist(), strict=True)} for each in (one, other))
+    assert float(methods.recall_at_k(one, other).values) == pytest.approx(len(mine & its) / 2000)
+
+
+def test_recall_is_of_lists_that_belong_together(served: Mapping[str, patchwire.Model]) -> None:
+    tokens = methods.project_to_vocabulary(served["gpt2"], LAYER, "mlp_in", top=3)
+    pairs = methods.project_to_vocabulary(served["gpt2"], LAYER, "ov", head=0, top=3)
+    with pytest.raises(patchwire.InputError, match="have no pairs"):
+        methods.recall_at_k(tokens, pairs)
+    with pytest.raises(patchwire.InputError, match="There are 3 tokens in both lists"):
+        methods.recall_at_k(tokens, tokens, 4)
+
+
+def test_what_is_kept_of_a_vector_is_its_largest_numbers(
+    served: Mapping[str, patchwire.Model], references: Mapping[str, PreTrainedModel]
+) -> None:
+    model = served["gpt2"]
+    with model.trace([[5, 6, 7]]):
+        kept = methods.keep_k(model.layers[LAYER].output[0, -1] @ model.W_U, 4).save()
+
+    hidden = references["gpt2"](torch.tensor([[5, 6, 7]]), output_hidden_states=True).hidden_states[LAYER + 1][0, -1]
+    expected = (hidden @ references["gpt2"].get_output_embeddings().weight.T).detach()
+    torch.testing.assert_close(kept.value, expected.where(expected >= expected.sort()[0][-4], 0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(methods.keep_k(expected, 4), kept.value, rtol=1e-4, atol=1e-5)
+    with pytest.raises(patchwire.InputError, match="There are 61 numbers"):
+        methods.keep_k(expected, 62)
+
+
 # --- how much is there at once --------------------------------------------------------------------------------------
 
 

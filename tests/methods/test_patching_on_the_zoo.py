@@ -15,7 +15,7 @@ from patchwire_worker.zoo import corpus
 from serving import Server
 
 PAIR = ("facts-gpt2", "facts-mamba")
-FACTS = corpus.facts()[::130]
+FACTS = corpus.facts()[::41]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_facts_are_in_the_subject_early_and_at_the_last_token_late(model: patchw
 
     assert subject[1] > 0.7
     assert subject[-1] == pytest.approx(0, abs=1e-4)
-    assert between[:2].max() < 0.1
+    assert between[:2].max() < 0.2
     assert last[:2].max() < 0.1
     assert last[-1] == pytest.approx(1, abs=1e-4)
 
@@ -81,7 +81,7 @@ def test_gradients_between_the_runs_estimate_better_than_those_at_one(model: pat
 
 @pytest.mark.parametrize(
     ("name", "severed", "left"),
-    [("facts-gpt2", "mlp", 0.25), ("facts-gpt2", "mixer", 0.75), ("facts-mamba", "scan", 0.6)],
+    [("facts-gpt2", "mlp", 0.35), ("facts-gpt2", "mixer", 0.75), ("facts-mamba", "scan", 0.6)],
 )
 def test_what_is_restored_early_goes_through_what_comes_after_it_at_the_subject(
     models: dict[str, patchwire.Model], name: str, severed: str, left: float

@@ -13,53 +13,28 @@ import torch
 from torch import Tensor
 
 from patchwire.errors import InputError, here
-from patchwire.methods.measured import ROLE, TOKEN
+from patchwire.methods.measured import ROLE, ROLES, TOKEN, role_of
 from patchwire.methods.result import Axis, Result
 from patchwire.results import Stats
 
 PROMPT = "prompt"
-ROLES = (
-    "first subject token",
-    "middle subject tokens",
-    "last subject token",
-    "first subsequent token",
-    "further tokens",
-    "last token",
-)
 
 
-def role_of(token: int, subject: Sequence[int], length: int) -> str | None:
-    """The role of a token, one of `ROLES`; None before the subject.
-
-    The last token is that even where it is the subject's last, or follows it; and the only token of a subject is its
-    last.
-
-    Args:
-        token: Its position.
-        subject: The positions of the subject.
-        length: How many tokens the prompt has.
-    """
-    first, last = min(subject), max(subject)
-    if token == length - 1:
-        return ROLES[5]
-    if token <= last:
-        known = {first: ROLES[0], last: ROLES[2]}
-        return None if token < first else known.get(token, ROLES[1])
-    return ROLES[3] if token == last + 1 else ROLES[4]
-
-
-def stacked(results: Sequence[Result]) -> Result:
+def stacked(results: Sequence[Result], *, roles: Sequence[str] | None = None) -> Result:
     """Results of one method on prompts of one template, as one: `.mean("prompt")` is their average.
 
     Args:
         results: At least one; their axes have the same names and lengths.
+        roles: What each token of the template is: `("first operand", "plus", "second operand", "equals")`.
 
     Returns:
-        A first axis "prompt" and those of the results. A label that is not the same in all of them is the index.
+        A first axis "prompt" and those of the results. A token that is not the same in all of them is labelled with its
+        role, one of `ROLES`, if the subject that `causal_trace` was told is in the same place; any other label that is
+        not the same is the index. With `roles` these are the labels, and the axis is "role" in place of "token".
         `numbers` are the means.
 
     Raises:
-        InputError: there is none, or they are of different things.
+        InputError: there is none, they are of different things, or there are not as many roles as tokens.
     """
     first = _alike(results)
     if any(each.values.shape != first.values.shape for each in results):
@@ -68,17 +43,28 @@ def stacked(results: Sequence[Result]) -> Result:
             hint="Average them by role: `methods.by_role(results)`.",
             lines=here(),
         )
-    axes = [
-        Axis(
-            axis.name,
-            tuple(one if set(others) == {one} else str(at) for at, (one, *others) in enumerate(
-                zip(axis.labels, *(each.axes[dim].labels for each in results), strict=True))),
-            axis.marked if all(each.axes[dim].marked == axis.marked for each in results) else (),
-        )
-        for dim, axis in enumerate(first.axes)
-    ]  # fmt: skip
+    of_subjects = all("subject" in each.origin.arguments for each in results)
+    axes = [_common([each.axes[dim] for each in results], of_subjects) for dim in range(len(first.axes))]
+    if roles is not None:
+        dim = first.axis(TOKEN)
+        if len(roles) != len(axes[dim]):
+            raise InputError(f"There are {len(axes[dim])} tokens, and {len(roles)} roles.", lines=here())
+        axes[dim] = Axis(ROLE, tuple(roles), axes[dim].marked)
     prompts = Axis(PROMPT, tuple(map(str, range(len(results)))))
     return _averaged(results, torch.stack([each.values for each in results]), (prompts, *axes))
+
+
+def _common(axes: Sequence[Axis], of_subjects: bool) -> Axis:
+    """An axis of several results: what all of them have in common; `of_subjects` says that subjects are marked."""
+    first = axes[0]
+    marked = first.marked if all(each.marked == first.marked for each in axes) else ()
+    known = of_subjects and marked and first.name == TOKEN
+    roles = [role_of(at, marked, len(first)) if known else None for at in range(len(first))]
+    labels = []
+    for at, (role, one, *others) in enumerate(zip(roles, *(each.labels for each in axes), strict=True)):
+        named = str(at) if role is None else role if roles.count(role) == 1 else f"{role} {at}"
+        labels.append(one if set(others) <= {one} else named)
+    return Axis(first.name, tuple(labels), marked)
 
 
 def by_role(results: Sequence[Result]) -> Result:

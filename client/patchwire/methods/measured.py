@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,6 +12,14 @@ LAYER = "layer"
 TOKEN = "token"
 ROLE = "role"
 """What the tokens of several facts have in common, in place of the tokens."""
+ROLES = (
+    "first subject token",
+    "middle subject tokens",
+    "last subject token",
+    "first subsequent token",
+    "further tokens",
+    "last token",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +45,31 @@ class Measuring(Protocol):
     @property
     def measured(self) -> Measured:
         """Its numbers by layer and token."""
+
+
+def role_of(token: int, subject: Sequence[int], length: int) -> str | None:
+    """The role of a token, one of `ROLES`; None before the subject.
+
+    The last token is that even where it is the subject's last, or follows it; and the only token of a subject is its
+    last.
+
+    Args:
+        token: Its position.
+        subject: The positions of the subject.
+        length: How many tokens the prompt has.
+    """
+    first, last = min(subject), max(subject)
+    if token == length - 1:
+        return ROLES[5]
+    if token <= last:
+        known = {first: ROLES[0], last: ROLES[2]}
+        return None if token < first else known.get(token, ROLES[1])
+    return ROLES[3] if token == last + 1 else ROLES[4]
+
+
+def is_role(label: str) -> bool:
+    """Whether a token's label is its role, perhaps with its position where several have the same."""
+    return label.rstrip(" 0123456789") in ROLES
 
 
 def depths(layers: int) -> tuple[float, ...]:

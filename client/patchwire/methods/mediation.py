@@ -18,7 +18,7 @@ from torch import Tensor
 from patchwire.errors import InputError, here
 from patchwire.methods.averaging import PROMPT
 from patchwire.methods.grids import At, Grid
-from patchwire.methods.measured import LAYER, TOKEN
+from patchwire.methods.measured import LAYER, ROLE, TOKEN
 from patchwire.methods.patching import LAYERS_AND_TOKENS, Pair
 from patchwire.methods.prompts import token_of
 from patchwire.methods.result import Origin, Result
@@ -138,10 +138,11 @@ def relative_importance(
     """How much of all effects is that of some components: `Σ_M log(IE + 1) / Σ log(IE + 1)` (Stolfo et al. 2023).
 
     Args:
-        effects: All indirect effects, by component: `{"mlp": …, "mixer": …}`; of several pairs their mean is taken.
+        effects: All indirect effects, by component: `{"mlp": …, "mixer": …}`; of several pairs, by `stacked` or
+            `by_role`, their mean is taken.
         component: Which of them.
         layers: In which of its layers; all if left out. Negative ones are from the end.
-        tokens: At which tokens; all if left out. Negative ones are from the end.
+        tokens: At which tokens, or roles; all if left out. Negative ones are from the end.
 
     Raises:
         InputError: there is no such component, layer or token, or the effects are of something else.
@@ -155,9 +156,11 @@ def relative_importance(
     logs: dict[str, Tensor] = {}
     for name, each in effects.items():
         mean = each.mean(PROMPT) if each.axes[0].name == PROMPT else each
-        if [axis.name for axis in mean.axes] != [LAYER, TOKEN] or each.origin.method != "mediation":
+        names = [axis.name for axis in mean.axes]
+        if names not in ([LAYER, TOKEN], [LAYER, ROLE]) or each.origin.method != "mediation":
             raise InputError(f"“{name}” has no indirect effects by layer and token.", lines=here())
-        logs[name] = torch.log1p(mean.values.double())
+        of_nobody = mean.values.isnan().all(0) & (names[1] == ROLE)  # `by_role` gives roles that no prompt has
+        logs[name] = torch.log1p(mean.values.double()).masked_fill(of_nobody, 0.0)
     part = logs[component]
     for dim, wanted in enumerate((layers, tokens)):
         if wanted is not None:

@@ -9,7 +9,7 @@ an MLP, keys are `K E'ᵀ` and values `V E`. Norms, biases, positions and activa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,7 @@ from patchwire.errors import InputError, here
 from patchwire.methods.neurons import layer_of
 from patchwire.methods.prompts import words_of
 from patchwire.methods.result import Axis, Origin, Result
-from patchwire.methods.vocabulary import TopTokens, project, project_pairs
+from patchwire.methods.vocabulary import TopTokens, check_top, project, project_pairs
 from patchwire.model import Model, Module
 from patchwire.results import Stats
 
@@ -166,6 +166,67 @@ def project_to_vocabulary(
     words = [words_of(model, each.tolist()) for each in (first, second)]
     labels = tuple(f"{one} → {other}" for one, other in zip(*words, strict=True))
     return TopPairs(Result(scores, (Axis("pair", labels),), "score", origin, signed=True, stats=stats), first, second)
+
+
+def keep_k(values: Any, k: int) -> Any:
+    """The `k` largest numbers along the last dimension, and 0 in the place of the others: a vector that says as few
+    tokens, `keep_k(x @ E, k)` (Dar et al. 2023, section 4).
+
+    Args:
+        values: A tensor, or in a block a value, `[…, vocabulary]`.
+        k: How many.
+
+    Raises:
+        InputError: there are not so many.
+    """
+    check_top(k, values.shape[-1], "numbers")
+    largest, places = values.topk(k)
+    return torch.zeros_like(values).scatter(-1, places, largest)
+
+
+def recall_at_k(found: TopTokens | TopPairs, wanted: TopTokens | TopPairs, k: int | None = None) -> Result:
+    """How many of the first `k` tokens of one list are among the first `k` of another: R@k, as a share of `k`.
+
+    It is the same in both directions. Of lists of the same vectors in two bases, for example with another E', it says
+    how much of the meaning is lost. The intersection over the union is `r / (2 - r)`.
+
+    Args:
+        found: Tokens of vectors, or pairs of tokens.
+        wanted: The same of as many others; of a model with the same vocabulary.
+        k: How many; all that both have, if left out.
+
+    Returns:
+        The axes of `found` without the tokens, float32, from 0 to 1.
+
+    Raises:
+        InputError: these are not lists of as many vectors, or not so long.
+
+    Example:
+        >>> one, other = (methods.project_to_vocabulary(model, 5, "mlp_in", inputs=each, top=100)
+        ...               for each in ("embedding", "inverse"))
+        >>> methods.recall_at_k(other, one, 10).values.mean()
+    """
+    first, second = _listed(found), _listed(wanted)
+    if first.shape[:-1] != second.shape[:-1]:
+        sizes = " and ".join(str(list(each.shape[:-1])) for each in (first, second))
+        raise InputError(f"Lists of {sizes} vectors have no pairs.", lines=here())
+    length = min(first.shape[-1], second.shape[-1])
+    k = length if k is None else k
+    check_top(k, length, "tokens in both lists")
+    there = (first[..., :k, None] == second[..., None, :k]).any(-2)
+    return replace(
+        found.scores,
+        values=there.float().mean(-1),
+        axes=found.scores.axes[:-1],
+        unit=f"R@{k}",
+        numbers={},
+        signed=False,
+    )
+
+
+def _listed(found: TopTokens | TopPairs) -> Tensor:
+    """A number for each token or pair of tokens."""
+    return found.ids if isinstance(found, TopTokens) else (found.first << 32) + found.second
 
 
 def _parameter(parameter: str | Vectors | Interaction) -> Vectors | Interaction:

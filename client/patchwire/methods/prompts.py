@@ -31,10 +31,20 @@ class Prompt:
 
 
 def prompt_of(model: Model, given: Any) -> Prompt:
-    """A prompt.
+    """One prompt, as a model sees it: its token ids, their texts, and the `rows` that a trace takes.
+
+    Args:
+        model: The model, which knows how to tokenize it.
+        given: A text, or token ids.
 
     Raises:
         InputError: it is several, or the model cannot take it.
+
+    Example:
+        >>> given = methods.prompt_of(model, "The Eiffel Tower is in the city of")
+        >>> given.tokens[0], len(given), methods.span(given, "The Eiffel Tower")
+        >>> with model.trace(given.rows):
+        ...     logits = model.logits[:, -1].save()
     """
     rows = model.tokenize(given)
     if len(rows) != 1:
@@ -92,6 +102,11 @@ def span(prompt: Prompt, part: str | range | Sequence[int]) -> range:
 
 def token_of(model: Model, prompt: Prompt, answer: str | int) -> int:
     """The token id of an answer: itself, or the first token with which the text goes on.
+
+    Args:
+        model: The model.
+        prompt: What goes on.
+        answer: How, " Paris"; or a token id.
 
     Raises:
         InputError: the text does not go on like that, or the prompt is token ids.

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from patchwire.errors import InputError, PatchwireError, here
-from patchwire.methods.measured import LAYER, ROLE, TOKEN, Measured
+from patchwire.methods.measured import LAYER, ROLE, TOKEN, Measured, is_role
 from patchwire.model import Model
 from patchwire.results import Stats
 from patchwire.version import VERSION
@@ -52,7 +52,8 @@ class Axis:
         """The labels as figures show them: with a * where they are marked, and with visible spaces in tokens."""
         from patchwire import plots
 
-        labels = map(plots.visible, self.labels) if self.name == TOKEN else self.labels
+        is_token = self.name == TOKEN
+        labels = [plots.visible(each) if is_token and not is_role(each) else each for each in self.labels]
         return [label + ("*" if index in self.marked else "") for index, label in enumerate(labels)]
 
 
@@ -317,12 +318,18 @@ def side_by_side(results: Mapping[str, Result], *, title: str = "") -> Figure:
 
 
 def layers_axis(model: Model) -> Axis:
-    """The layers of a model."""
+    """The axis "layer" of a result: all layers of a model, labelled with their numbers."""
     return Axis(LAYER, tuple(map(str, range(model.num_layers))))
 
 
 def tokens_axis(labels: Sequence[str], marked: Sequence[int] = ()) -> Axis:
-    """The tokens of a prompt."""
+    """The axis "token" of a result.
+
+    Args:
+        labels: The texts of the tokens: `prompt.tokens`.
+        marked: Those that stand out, by position: the subject, `span(prompt, "The Eiffel Tower")`. `by_role` averages
+            by them.
+    """
     return Axis(TOKEN, tuple(labels), tuple(marked))
 
 

@@ -26,7 +26,7 @@ from patchwire.results import Stats
 
 _BATCHES = 64
 """How many batches a request has."""
-_SECONDS = 3600.0
+SECONDS = 3600.0
 """For how long the server keeps what it has found so far, if the next request does not come."""
 _SPAN = 1 << 24
 """An example's number times this, plus a position, is one number."""
@@ -132,11 +132,11 @@ def triggers(
     rows: list[tuple[int, ...]] = []
     met: dict[tuple[int, int], int] = {}
     costs: list[Stats] = []
-    for part in _parts(model, examples, batch_size):
+    for part in parts(model, examples, batch_size):
         # Texts of about one length share a batch: less is padded.
         order = sorted(range(len(part)), key=lambda index: len(part[index]))
         numbers = torch.tensor(order) + len(rows)
-        counts = _counts(part, met if distinct else None)[torch.tensor(order)]
+        counts = new_prefixes(part, met if distinct else None)[torch.tensor(order)]
         rows += [tuple(row) for row in part]
         before = state
         with model.session() as session:
@@ -153,17 +153,17 @@ def triggers(
                 places = torch.index_select(numbers, 0, row)[:, None] * _SPAN + positions
                 for each, then in zip(carried, _next(carried, seen, mask, counted, places), strict=True):
                     batches.update(each, then)
-            state = [batches.result(each).keep(seconds=_SECONDS) for each in carried]
+            state = [batches.result(each).keep(seconds=SECONDS) for each in carried]
         assert session.stats is not None
         costs.append(session.stats)
-        _forget(before)
+        forget(before)
         if batches.iterations < batches.count:  # Ctrl-C: what has been found is the result
             break
     if not rows:
         raise InputError("There are no examples.", hint="Give texts, or lists of token ids.", lines=here())
     with model.trace([[0]]):
         saved = [each.save() for each in state]
-    _forget(state)
+    forget(state)
 
     best, found, sums, count = (each.value for each in saved)
     there = best > -torch.inf
@@ -222,14 +222,14 @@ def _next(carried: Sequence[Any], seen: Any, mask: Any, counted: Any, places: An
     return [most, torch.where(index < top, older, newer), sums, count + mask.sum()]
 
 
-def _forget(state: Sequence[Any]) -> None:
+def forget(state: Sequence[Any]) -> None:
     """Have the server drop what it keeps."""
     for each in state:
         if isinstance(each, Kept):
             each.forget()
 
 
-def _parts(model: Model, examples: Iterable[Any], batch_size: int) -> Iterator[list[list[int]]]:
+def parts(model: Model, examples: Iterable[Any], batch_size: int) -> Iterator[list[list[int]]]:
     """The token ids of as many examples as a request has.
 
     Raises:
@@ -242,7 +242,7 @@ def _parts(model: Model, examples: Iterable[Any], batch_size: int) -> Iterator[l
         yield model.tokenize([each.tolist() if isinstance(each, Tensor) else each for each in part])
 
 
-def _counts(rows: Sequence[Sequence[int]], met: dict[tuple[int, int], int] | None) -> Tensor:
+def new_prefixes(rows: Sequence[Sequence[int]], met: dict[tuple[int, int], int] | None) -> Tensor:
     """Which prefixes count, `[rows, longest]` bool: those not met before, if they are noted. A prefix is noted as the
     number of the one without its last token, and that token."""
     found = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.bool)

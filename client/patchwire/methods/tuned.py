@@ -94,7 +94,14 @@ class TunedLens:
 
 
 def tuned_lens(
-    model: Model, texts: Sequence[Any], *, epochs: int = 1, batch_size: int = 8, lr: float = 1e-3
+    model: Model,
+    texts: Sequence[Any],
+    *,
+    epochs: int = 1,
+    batch_size: int = 8,
+    lr: float = 1e-3,
+    decay: bool = True,
+    seed: int | None = 0,
 ) -> TunedLens:
     """Train a tuned lens on texts (Belrose et al. 2023, section 3).
 
@@ -108,6 +115,8 @@ def tuned_lens(
         epochs: How often each text is seen.
         batch_size: How many texts a step has.
         lr: Adam's learning rate. Belrose et al. use SGD with Nesterov momentum, on 250 steps of 2^18 tokens.
+        decay: Whether the learning rate falls linearly, from `lr` at the first step to 0 after the last; theirs does.
+        seed: Of the order of the texts, which is another in each epoch; None for the order in which they are given.
 
     Raises:
         InputError: there are no texts, or the model cannot take one.
@@ -122,7 +131,8 @@ def tuned_lens(
         raise InputError("A lens is trained on a list of texts.", lines=here())
     if epochs < 1 or batch_size < 1 or not lr > 0:
         raise InputError("There is at least one epoch and one text in a batch, and `lr` is above 0.", lines=here())
-    rows = model.tokenize(list(texts)) * epochs
+    given = model.tokenize(list(texts))
+    rows = [given[index] for order in _orders(len(given), epochs, seed) for index in order]
     width, last = model.W_U.shape[0], model.num_layers
     together = max(1, _BYTES // (_OPTIMISER * 4 * width * (width + 1)))
     found: list[tuple[Any, Any, Any]] = []
@@ -134,6 +144,7 @@ def tuned_lens(
             with batches:
                 maps = [batches.carry(torch.zeros(width, width)) for _ in part]
                 biases = [batches.carry(torch.zeros(width)) for _ in part]
+                left = 1 - batches.index / -(-len(rows) // batch_size) if decay else 1.0
                 with model.trace(batches.prompt) as trace:
                     mask: Any = trace.mask()
                     # Beyond the end of a text there is no number, which no gradient may meet.
@@ -148,14 +159,15 @@ def tuned_lens(
                         # What is saved stays for a while, and would keep all that its gradient needs.
                         losses.append(loss.detach().save())
                         # Layer by layer: one of them has its logits at a time.
-                        batches.step(optim.Adam(lr=lr), loss, [matrix, bias])
+                        batches.step(optim.Adam(lr=lr * left), loss, [matrix, bias])
             found += [
                 (batches.result(matrix).save(), batches.result(bias).save(), loss)
                 for matrix, bias, loss in zip(maps, biases, losses, strict=True)
             ]
         assert session.stats is not None
         costs.append(session.stats)
-    origin = Origin.of("tuned_lens", model, texts=len(texts), epochs=epochs, batch_size=batch_size, lr=lr)
+    told = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "decay": decay, "seed": seed}
+    origin = Origin.of("tuned_lens", model, texts=len(texts), **told)
     # A loop that was interrupted has fewer steps than others.
     history = pad_sequence([loss.value for *_, loss in found], padding_value=torch.nan)
     steps = Axis("step", tuple(map(str, range(len(history)))))
@@ -168,6 +180,14 @@ def tuned_lens(
             stats=Stats.sum(costs),
         ),
     )  # fmt: skip
+
+
+def _orders(count: int, epochs: int, seed: int | None) -> list[list[int]]:
+    """In which order the texts come in each epoch."""
+    if seed is None:
+        return [list(range(count))] * epochs
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randperm(count, generator=generator).tolist() for _ in range(epochs)]
 
 
 def _translated(state: Any, matrix: Any, bias: Any) -> Any:

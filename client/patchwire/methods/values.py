@@ -115,7 +115,7 @@ def value_projections(
         return ValueProjections(tokens)
     there = next_tokens >= 0
     agree = (ids[:, 0] == next_tokens).float().masked_fill(~there, torch.nan)
-    numbers = {"agreement": float(agree.nanmean()), "chance": _chance(ids[there, 0], next_tokens[there])}
+    numbers = {"agreement": float(agree.nanmean()), "chance": chance(ids[there, 0], next_tokens[there])}
     return ValueProjections(
         tokens,
         Result(agree, (axis,), "1 where both are the same token", origin, numbers, stats=stats),
@@ -225,7 +225,7 @@ def sub_updates(
     )
 
 
-def _chance(first: Tensor, second: Tensor) -> float:
+def chance(first: Tensor, second: Tensor) -> float:
     """How often tokens of both agree if they are paired in any way."""
     if not len(first):
         return float("nan")
