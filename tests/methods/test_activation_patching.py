@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -371,6 +372,35 @@ def test_what_cannot_be_patched_is_refused(model: patchwire.Model, arguments: di
         methods.activation_patching(model, CLEAN, **wanted)
     assert message in str(caught.value)
     assert caught.value.lines
+
+
+@pytest.mark.parametrize("name", ["gpt2"], indirect=True)
+@pytest.mark.parametrize(("axis", "site"), [("head", "attn.z"), ("neuron", "mlp.neurons"), ("key", "attn.pattern")])
+def test_an_axis_that_is_elsewhere_is_named_there(model: patchwire.Model, axis: str, site: str) -> None:
+    with pytest.raises(patchwire.InputError, match=f'`at="{site}"` has it'):
+        methods.activation_patching(model, CLEAN, CORRUPT, answer=ANSWER, over=("layer", axis))
+    assert methods.activation_patching(model, CLEAN, CORRUPT, answer=ANSWER, at=site, over=(axis,)).axes[0].name == axis
+
+
+@pytest.mark.parametrize("metric", ["logit_diff", lambda logits, clean: logits[:, 0]], ids=["a name", "a function"])
+def test_what_is_no_metric_is_refused(model: patchwire.Model, metric: Any) -> None:
+    with pytest.raises(patchwire.InputError, match=r"is no metric(.|\n)*LogitDifference\(answer, foil\)"):
+        methods.activation_patching(model, CLEAN, CORRUPT, metric)
+
+
+def test_a_result_says_what_it_is_and_where_it_is_highest(model: patchwire.Model) -> None:
+    found = methods.activation_patching(model, CLEAN, CORRUPT, answer=ANSWER)
+    best = found.values.argmax()
+    layer, token = divmod(int(best), len(CLEAN))
+
+    said = repr(found)
+    assert said.startswith(
+        f"<activation_patching of {model.name}: probability, {model.num_layers} layers × 6 tokens; from "
+    )
+    assert f" to {found.values.max():.4g} (layer {layer}, token {found.axes[1].shown[token]}); base " in said
+    assert repr(found.at(layer=0, token=0)).split("; ")[1] == f"{found.values[0, 0]:.4g}"
+    nowhere = dataclasses.replace(found, values=torch.full_like(found.values, torch.nan))
+    assert "from" not in repr(nowhere)
 
 
 def test_a_result_goes_to_a_file_and_back(model: patchwire.Model, tmp_path: Any) -> None:

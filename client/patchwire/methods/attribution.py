@@ -19,7 +19,7 @@ from torch import Tensor
 import patchwire
 from patchwire.errors import InputError, here
 from patchwire.methods.grids import Along, At, Grid, Over
-from patchwire.methods.metrics import Metric
+from patchwire.methods.metrics import Metric, checked
 from patchwire.methods.patching import LAYERS_AND_TOKENS, Direction, Pair, Runs, metric_of, origin_of
 from patchwire.methods.result import Result
 from patchwire.model import Model
@@ -65,7 +65,7 @@ def attribution_patching(
         >>> agreement(estimated, exact)
     """
     pair = Pair.of(model, clean, corrupt, direction)
-    metric = metric or metric_of(model, pair.clean, answer, foil)
+    metric = checked(metric) or metric_of(model, pair.clean, answer, foil)
     grid = Grid.of(model, pair.clean, at, over, marked=pair.different)
     values, numbers, stats = _estimated(model, pair, metric, grid, 1)
     origin = origin_of("attribution_patching", model, pair, metric, at, grid)
@@ -104,7 +104,7 @@ def integrated_gradients(
     if steps < 1:
         raise InputError(f"Gradients are averaged over at least one step, not {steps}.", lines=here())
     pair = Pair.of(model, clean, corrupt, direction)
-    metric = metric or metric_of(model, pair.clean, answer, foil)
+    metric = checked(metric) or metric_of(model, pair.clean, answer, foil)
     grid = Grid.of(model, pair.clean, at, over, marked=pair.different)
     values, numbers, stats = _estimated(model, pair, metric, grid, steps)
     origin = origin_of("integrated_gradients", model, pair, metric, at, grid, steps=steps)

@@ -12,7 +12,7 @@ from typing import Any
 
 from patchwire import random
 from patchwire.errors import InputError, here
-from patchwire.methods.metrics import Metric, Probability
+from patchwire.methods.metrics import Metric, Probability, checked
 from patchwire.methods.places import Place, at, window_around
 from patchwire.methods.prompts import Prompt, answer_of, prompt_of, span
 from patchwire.methods.result import Origin, Result, layers_axis, tokens_axis
@@ -121,7 +121,7 @@ def causal_trace(
     clean = prompt_of(model, prompt)
     where = span(clean, subject if isinstance(subject, str) else list(subject))
     corrupted = _corrupted(model, clean, where, corruption or Noise())
-    metric = metric or Probability(answer_of(model, clean, answer))
+    metric = checked(metric) or Probability(answer_of(model, clean, answer))
     last = model.num_layers
 
     def before(trace: Trace) -> _Runs:

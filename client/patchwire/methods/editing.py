@@ -73,7 +73,7 @@ class SecondMoment:
 
     layer: int
     projection: str
-    matrix: Tensor | Kept
+    matrix: Tensor | Kept = field(repr=False)
     """`[d_key, d_key]` float64: here, or kept on the server."""
     count: int
     """Of how many tokens."""
@@ -90,13 +90,13 @@ class RankOneEdit:
     original: Model
     layer: int
     projection: str
-    key: Tensor
+    key: Tensor = field(repr=False)
     """k*: the subject's key, the mean over prefixes, `[d_key]` float32."""
-    direction: Tensor
+    direction: Tensor = field(repr=False)
     """u: C⁻¹ k*, of length 1, `[d_key]` float32."""
-    value: Tensor
+    value: Tensor = field(repr=False)
     """v*: what the subject's key is to be answered with, `[d_value]` float32."""
-    update: Tensor
+    update: Tensor = field(repr=False)
     """Λ: (v* - v) / (k · u), `[d_value]` float32."""
     losses: Result
     """`[step, part]`: the loss and its parts in each step of the search for v*; "probability" is the target's. After

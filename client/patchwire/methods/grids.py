@@ -31,6 +31,8 @@ DIMENSIONS: Mapping[str, tuple[str, ...]] = {
     "channel": ("d_inner", "d_model"),
 }
 """What an axis goes along: the first of these dimensions (docs/sites.md) that the site has."""
+_SITE_WITH = {"head": "attn.z", "neuron": "mlp.neurons", "key": "attn.pattern"}
+"""A site that has the axis, for those that most have not."""
 _UNNAMED = {3: ("batch", "seq", "d_model"), 4: ("batch", "seq", "head", "d_head")}
 """What the dimensions of a site are that has no canonical name."""
 
@@ -109,8 +111,11 @@ class Grid:
             dim = next((names.index(each) for each in DIMENSIONS.get(name, ()) if each in names), None)
             if dim is None:
                 there = [each for each, meant in DIMENSIONS.items() if set(meant) & set(names)]
+                site = _SITE_WITH.get(name, "")
                 raise InputError(
-                    f"There is no axis “{name}” at “{at}”; there are {', '.join([LAYER, *there])}.", lines=here()
+                    f"There is no axis “{name}” at “{at}”; there are {', '.join([LAYER, *there])}.",
+                    hint=f'`at="{site}"` has it.' if f"layers.{named[0]}.{site}" in model.catalogue.names else "",
+                    lines=here(),
                 )
             size = shapes[0][dim]
             labels = prompt.tokens if name in (TOKEN, "key") else tuple(map(str, range(size)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,9 +47,9 @@ class LogitLens:
     """The prompt."""
     tokens: tuple[str, ...]
     """The prompt's tokens; a lens at a position says what would come after it."""
-    probabilities: Tensor
+    probabilities: Tensor = field(repr=False)
     """`[layers, tokens, top]` float32."""
-    ids: Tensor
+    ids: Tensor = field(repr=False)
     """`[layers, tokens, top]` int64: the token ids."""
     words: tuple[tuple[tuple[str, ...], ...], ...]
     """The same as text."""
@@ -220,7 +220,7 @@ def read_lens(
         raise ValueError(f"top is the number of tokens to keep, not {top}")
     rows = model.tokenize(prompt)
     if len(rows) != 1:
-        raise InputError(f"The lens takes one prompt, not {len(rows)}.", lines=here())
+        raise InputError(f"The lens takes one prompt, not {len(rows)}.", hint="Call it once for each.", lines=here())
     given = prompt_of(model, rows[0]) if not isinstance(prompt, str) else prompt_of(model, prompt)
     token = None if answer is None else token_of(model, given, answer)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -26,7 +26,7 @@ ROLES = (
 class Measured:
     """Numbers by layer, by token, or by both."""
 
-    values: Tensor
+    values: Tensor = field(repr=False)
     """`[layers, tokens]`, `[layers]` or `[tokens]`, any real dtype."""
     axes: tuple[str, ...]
     """What its dimensions are: `("layer", "token")`, `("layer",)` or `("token",)`."""

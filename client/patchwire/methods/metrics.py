@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from patchwire.errors import InputError, here
+
 
 class Metric(Protocol):
     """A formula over the last token's logits."""
@@ -32,6 +34,22 @@ class Metric(Protocol):
         Returns:
             `[rows]` float32.
         """
+
+
+def checked(metric: Metric | None) -> Metric | None:
+    """A metric that was given, or None.
+
+    Raises:
+        InputError: it is no metric.
+    """
+    if metric is None or (callable(metric) and hasattr(metric, "unit") and hasattr(metric, "signed")):
+        return metric
+    raise InputError(
+        f"{metric!r} is no metric.",
+        hint="Give one of `patchwire.methods`, such as `metric=LogitDifference(answer, foil)` with the ids of two "
+        "tokens, or an object of yours like them (`methods.Metric`).",
+        lines=here(),
+    )
 
 
 @dataclass(frozen=True)

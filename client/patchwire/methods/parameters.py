@@ -9,7 +9,7 @@ an MLP, keys are `K E'ᵀ` and values `V E`. Norms, biases, positions and activa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -88,9 +88,9 @@ class TopPairs:
 
     scores: Result
     """`[pair]` float32, the largest first."""
-    first: Tensor
+    first: Tensor = field(repr=False)
     """`[pair]` int64: the token that is read; of "qk" the one that looks."""
-    second: Tensor
+    second: Tensor = field(repr=False)
     """`[pair]` int64: the token that is written; of "qk" the one that is looked at."""
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from patchwire.errors import InputError, here
 from patchwire.methods.grids import At, Cell, Grid, Over
 from patchwire.methods.measured import LAYER, TOKEN
-from patchwire.methods.metrics import LogitDifference, Metric, Probability
+from patchwire.methods.metrics import LogitDifference, Metric, Probability, checked
 from patchwire.methods.prompts import Prompt, answer_of, prompt_of, token_of
 from patchwire.methods.result import Origin, Result
 from patchwire.methods.sweeping import sweep
@@ -147,7 +147,7 @@ def activation_patching(
         >>> heads.normalised().plot().savefig("heads.png")
     """
     pair = Pair.of(model, clean, corrupt, direction)
-    metric = metric or metric_of(model, pair.clean, answer, foil)
+    metric = checked(metric) or metric_of(model, pair.clean, answer, foil)
     grid = Grid.of(model, pair.clean, at, over, marked=pair.different).windows(window)
 
     def measure(trace: Trace, runs: Runs, cell: Cell) -> Any:

@@ -33,9 +33,9 @@ class LinearRelation:
     model: Model
     layer: int
     """After which layer the subject's state is read."""
-    jacobian: Tensor
+    jacobian: Tensor = field(repr=False)
     """J: the mean over examples of ∂o/∂s, `[width, width]` float32."""
-    bias: Tensor
+    bias: Tensor = field(repr=False)
     """b: the mean over examples of o - ∂o/∂s s, `[width]` float32."""
     stats: Stats = field(default_factory=Stats)
     """What the runs cost."""

@@ -80,7 +80,7 @@ class Origin:
         return cls(method, model.name, model.fingerprint, json.loads(json.dumps(arguments, default=_plain)))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Result:
     """Numbers with named axes."""
 
@@ -105,6 +105,26 @@ class Result:
             raise InputError(
                 f"Values of shape {list(self.values.shape)} do not fit axes of {[len(each) for each in self.axes]}."
             )
+
+    def __repr__(self) -> str:
+        """What was measured of what, from its lowest to its highest number, and what else was measured."""
+        axes = " × ".join(f"{len(each)} {each.name}s" for each in self.axes)
+        said = [f"{self.origin.method} of {self.origin.model}: {self.unit}{f', {axes}' if axes else ''}"]
+        numbers = self.values.nan_to_num(torch.nan, torch.nan, torch.nan).flatten()
+        if self.axes and not numbers.isnan().all():
+            lowest = numbers.nan_to_num(torch.inf).argmin()
+            highest = numbers.nan_to_num(-torch.inf).argmax()
+            said.append(f"from {self._shown(int(lowest))} to {self._shown(int(highest))}")
+        elif not self.axes:
+            said.append(f"{self.values.item():.4g}")
+        said += [f"{name} {number:.4g}" for name, number in self.numbers.items()]
+        return f"<{'; '.join(said)}>"
+
+    def _shown(self, index: int) -> str:
+        """One of its numbers, and where it is."""
+        places = torch.unravel_index(torch.tensor(index), self.values.shape)
+        where = [f"{axis.name} {axis.shown[int(at)]}" for axis, at in zip(self.axes, places, strict=True)]
+        return f"{self.values.flatten()[index].item():.4g} ({', '.join(where)})"
 
     def axis(self, name: str) -> int:
         """The position of an axis.

@@ -8,7 +8,7 @@ each neuron stay on the server, so that no activations travel.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -38,9 +38,9 @@ class Triggers:
 
     coefficients: Result
     """`[neuron, rank]` float32: the coefficients, the largest first; NaN where there are not so many examples."""
-    examples: Tensor
+    examples: Tensor = field(repr=False)
     """`[neuron, rank]` int64: the numbers of the examples; -1 where there are not so many."""
-    positions: Tensor
+    positions: Tensor = field(repr=False)
     """`[neuron, rank]` int64: at which token."""
     statistics: Result
     """`[neuron, statistic]` float32, over all tokens: "active", the share of them at which the coefficient is more than

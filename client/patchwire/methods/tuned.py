@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,9 @@ _FORMAT = 1
 class TunedLens:
     """Translators of every row of a lens but the last, which is the model's own output."""
 
-    maps: Tensor
+    maps: Tensor = field(repr=False)
     """A, `[rows, width, width]` float32; a state `h` becomes `h + A h + b`."""
-    biases: Tensor
+    biases: Tensor = field(repr=False)
     """b, `[rows, width]` float32."""
     origin: Origin
     losses: Result | None = None

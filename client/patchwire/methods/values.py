@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class SubUpdates:
     """`[layer, rank]` float32: |m_i| ‖v_i‖, the largest first."""
     coefficients: Result
     """`[layer, rank]` float32: m_i."""
-    neurons: Tensor
+    neurons: Tensor = field(repr=False)
     """`[layer, rank]` int64: which neurons they are."""
     tokens: TopTokens
     """`[layer, rank, token]`: the tokens whose logits `m_i v_i` raises most, and by how much."""

@@ -6,7 +6,7 @@ pairs of tokens even more: they are made on the server a block at a time, and of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -29,7 +29,7 @@ class TopTokens:
 
     scores: Result
     """`[…, token]` float32: their logits, the largest first."""
-    ids: Tensor
+    ids: Tensor = field(repr=False)
     """`[…, token]` int64: which tokens they are."""
     model: Model
 
