@@ -49,9 +49,15 @@ of_all = pytest.mark.parametrize("name", (*GPTS, *MAMBAS))
 
 
 def some(count: int) -> list[tuple[corpus.Fact, int]]:
-    """Facts of every relation, each with a template; in every third of these, words stand before the subject."""
+    """Facts of every relation, each with a template in which a word at least is between the subject and the last; in
+    about every third, words stand before the subject."""
     step = len(corpus.facts()) // count | 1
-    return [(fact, index % 3) for index, fact in enumerate(corpus.facts()[::step][:count])]
+    found = []
+    for index, fact in enumerate(corpus.facts()[::step][:count]):
+        prompt = fact.prompt(index % 3)
+        assert prompt.subject is not None
+        found.append((fact, index % 3 if prompt.subject[1] + 1 < len(prompt.words) else 0))
+    return found
 
 
 # --- causal tracing ---------------------------------------------------------------------------------------------------
@@ -196,7 +202,7 @@ def test_the_last_layer_writes_the_answer(model: patchwire.Model) -> None:
     events = methods.extraction_events(model, prompts).mean("prompt").values
 
     assert events[2] >= 0.95
-    assert events[:2].max() <= 0.05
+    assert events[:2].max() <= 0.2
 
 
 # --- editing ----------------------------------------------------------------------------------------------------------
