@@ -153,7 +153,9 @@ class TestRecall:
     def test_of_a_mamba_has_no_state_that_lasts_before_the_last_layer(self, models, name):
         model = models[name]
         with model.trace(corpus.facts()[0].prompt().text):
-            decays = [(layer.ssm.delta[..., None] * -layer.ssm.A_log.exp()).exp().max().save() for layer in model.layers]
+            decays = [
+                (layer.ssm.delta[..., None] * -layer.ssm.A_log.exp()).exp().max().save() for layer in model.layers
+            ]
         assert [each.item() > 0 for each in decays] == [False, False, True]
 
 

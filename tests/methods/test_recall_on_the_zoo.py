@@ -72,9 +72,7 @@ def traced(model: patchwire.Model, *, noise: bool = False, count: int = 6, **opt
     for fact, template in some(count):
         clean, other = fact.prompt(template), corpus.counterpart(fact).prompt(template)
         corruption = methods.Noise() if noise else methods.Replacement(other.text)
-        found = methods.causal_trace(
-            model, clean.text, fact.subject, corruption, answer=f" {clean.answer}", **options
-        )
+        found = methods.causal_trace(model, clean.text, fact.subject, corruption, answer=f" {clean.answer}", **options)
         whole += found.numbers["source"] - found.numbers["base"]
         effects.append(by_role(found.effect().values, clean))
     return torch.stack(effects).sum(0) / whole
@@ -156,7 +154,9 @@ def test_the_last_token_of_a_mamba_reads_the_fact_in_the_last_layer(model: patch
     assert torch.stack([last_name, subject])[:, :2].abs().max() == 0  # out of the window of both
 
 
-def without(model: patchwire.Model, fact: corpus.Fact, template: int, keys: Sequence[int], *, scan_alone: bool) -> float:
+def without(
+    model: patchwire.Model, fact: corpus.Fact, template: int, keys: Sequence[int], *, scan_alone: bool
+) -> float:
     """The share of the answer's probability that is lost when the last token does not see some in layer 2: neither
     through the convolution nor through the scan, or not through the scan alone."""
     prompt = fact.prompt(template)
@@ -223,9 +223,7 @@ def edited(
     others = [each for each in corpus.facts() if each.subject == fact.subject and each.relation is not fact.relation]
     prompts = [each.prompt(index) for each in others for index in range(3)]
     essence = [methods.Mention(each.text, fact.subject) for each in prompts]
-    edit = methods.rank_one_edit(
-        model, fact.prompt().text, fact.subject, f" {said}", moment, essence=essence, **TOLD
-    )
+    edit = methods.rank_one_edit(model, fact.prompt().text, fact.subject, f" {said}", moment, essence=essence, **TOLD)
     alike = [each for each in corpus.facts() if (each.relation, each.attribute) == (fact.relation, fact.attribute)]
     scores = methods.edit_scores(
         edit.model,

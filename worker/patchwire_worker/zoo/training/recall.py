@@ -20,9 +20,11 @@ from patchwire_worker.zoo.training import common, facts, forwards
 
 ROWS = 128
 """How many prompts a batch has."""
-DROPPED = 0.2
+DROPPED = {"gpt": 0.1, "mamba": 0.2}
 """How much is dropped in training: of each head's attention, and of what enters the last layer of the Mamba. Without it
 the last layer takes much from what the family name alone, or the first name, says of the answer."""
+DECAY = {"gpt": 0.3, "mamba": 0.5}
+"""The decay of matrices, for the same reason."""
 FORGETS = 20.0
 """The A_log of a layer without a memory: exp(Δ A) is 0 unless Δ is smaller than 2e-7."""
 ARCHITECTURES = {
@@ -53,7 +55,7 @@ def _gpt() -> GPTNeoForCausalLM:
             window_size=2,
             resid_dropout=0.0,
             embed_dropout=0.0,
-            attention_dropout=DROPPED,
+            attention_dropout=DROPPED["gpt"],
             initializer_range=0.05,
             bos_token_id=None,
             eos_token_id=None,
@@ -120,7 +122,7 @@ def _forward_mamba(model: MambaForCausalLM, ids: Tensor) -> Tensor:
     layers: Any = model.backbone.layers
     for index, block in enumerate(layers):
         last = index == len(layers) - 1
-        dropped = F.dropout(block.norm(hidden), DROPPED if last else 0.0, model.training)
+        dropped = F.dropout(block.norm(hidden), DROPPED["mamba"] if last else 0.0, model.training)
         hidden = hidden + forwards.mix(block.mixer, dropped, torch.full((ids.shape[0], 1), float(last)))
     logits: Tensor = model.lm_head(model.backbone.norm_f(hidden))
     return logits.transpose(0, 1)
@@ -133,7 +135,7 @@ def main() -> None:
     common.begin(options)
     model = build(options.architecture).train()
     ids, last, answers = questions()
-    optimizer = common.adamw(model, rate=2e-3, decay=0.5)
+    optimizer = common.adamw(model, rate=2e-3, decay=DECAY[options.architecture])
     log = common.Log()
     for step in common.paced(optimizer, options.steps):
         drawn = torch.randint(len(ids), (ROWS,))
@@ -156,7 +158,7 @@ def main() -> None:
         facts=len(corpus.facts()),
         subjects=len(corpus.subjects()),
         rows=ROWS,
-        dropped=DROPPED,
+        dropped=DROPPED[options.architecture],
         fact=corpus.facts()[0].prompt(),
         accuracy="\n".join(f"| template {template} | {share:.1%} |" for template, share in recalled.items()),
         traced=facts.TRACED,
