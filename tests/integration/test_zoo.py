@@ -24,8 +24,8 @@ from serving import Server
 PAIR = ("facts-gpt2", "facts-mamba")
 RECALL = ("recall-gpt", "recall-gpt@seed-1", "recall-mamba", "recall-mamba@seed-1")
 SERVED = (
-    *PAIR, *RECALL, "induction-2l", "modular-addition", "modular-addition@500", "modular-addition@3000", "modular-addition@5000",
-    "superposition", "superposition@dense", "superposition@20-features",
+    *PAIR, *RECALL, "induction-2l", "modular-addition", "modular-addition@500", "modular-addition@3000",
+    "modular-addition@5000", "superposition", "superposition@dense", "superposition@20-features",
 )  # fmt: skip
 EVERY = [name for entry in zoo.ENTRIES for name in entry.names]
 

@@ -1,7 +1,7 @@
 """Methods on models that can keep facts in one place only: they find it, whatever the seed of the model.
 
-In `zoo:recall-gpt` it is the MLP of layer 1, at the subject's last name; in `zoo:recall-mamba` layers 0 and 1, which see
-no further than the token before. In both, layer 2 alone can bring the fact to the end of the prompt.
+In `zoo:recall-gpt` it is the MLP of layer 1, at the subject's last name; in `zoo:recall-mamba` layers 0 and 1, of which
+the first alone sees the token before. In both, layer 2 alone can bring the fact to the end of the prompt.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def model(models: Mapping[str, patchwire.Model], name: str) -> patchwire.Model:
 
 of_gpts = pytest.mark.parametrize("name", GPTS)
 of_mambas = pytest.mark.parametrize("name", MAMBAS)
-of_all = pytest.mark.parametrize("name", (*GPTS, *MAMBAS))
+of_all = pytest.mark.parametrize("name", [*GPTS, *MAMBAS])
 
 
 def some(count: int) -> list[tuple[corpus.Fact, int]]:
@@ -146,12 +146,13 @@ def test_the_last_token_reads_the_fact_from_the_last_name_in_the_last_layer(mode
 
 
 @of_mambas
-def test_the_last_token_of_a_mamba_reads_the_fact_in_the_last_layer(model: patchwire.Model) -> None:
+def test_the_last_token_of_a_mamba_reads_the_fact_in_the_last_layer_alone(model: patchwire.Model) -> None:
     last_name, subject, relation, last = flow(model)
 
-    assert last_name[2] <= -70
-    assert subject[2] <= -85
-    assert torch.stack([last_name, subject])[:, :2].abs().max() == 0  # out of the window of both
+    assert max(last_name[2], subject[2]) <= -60
+    assert relation[2] <= -50  # where the convolution has taken the fact
+    assert last[2] >= -5
+    assert torch.stack([last_name, subject, relation])[:, :2].abs().max() <= 0.1
 
 
 def without(
@@ -284,16 +285,30 @@ def test_an_edit_is_taken_back_to_the_last_bit(model: patchwire.Model) -> None:
 
 
 @of_gpts
-def test_what_triggers_a_neuron_is_about_one_name(model: patchwire.Model) -> None:
-    """Which share of an active neuron's ten triggers have its most frequent name in them, the mean over neurons."""
-    texts = [fact.prompt(template).text for fact in corpus.facts() for template in range(3)]
-    found = methods.triggers(model, 1, texts, top=10, batch_size=64)
+@pytest.mark.parametrize(("distinct", "least"), [(False, 0.8), (True, 0.65)])
+def test_what_triggers_a_neuron_is_about_one_name(model: patchwire.Model, distinct: bool, least: float) -> None:
+    """Which share of an active neuron's ten triggers have its most frequent name in them, the mean over neurons.
 
-    names = {*corpus.FIRST_NAMES, *corpus.FAMILY_NAMES}
+    Ten texts about a subject begin with no more than five prefixes that end with its last name. So when each prefix
+    counts once, a neuron that is of one subject has triggers of others, too.
+    """
+    texts = [fact.prompt(template).text for fact in corpus.facts() for template in range(3)]
+    found = methods.triggers(model, 1, texts, top=10, batch_size=64, distinct=distinct)
+
     active = (found.coefficients.values[:, 0] > 0.5).nonzero().flatten().tolist()
-    shares = []
-    for neuron in active:
-        words = Counter(word for rank in range(10) for word in names & {*"".join(found.prefix(neuron, rank)).split()})
-        shares.append(words.most_common(1)[0][1] / 10 if words else 0.0)
+    prefixes = [
+        [" ".join(texts[example].split()[: place + 1]) for example, place in zip(*each, strict=True)]
+        for each in zip(found.examples[active].tolist(), found.positions[active].tolist(), strict=True)
+    ]
+    mixed = [prefix for each in prefixes for prefix in each]
+    order = torch.randperm(len(mixed), generator=torch.Generator().manual_seed(0)).view(-1, 10).tolist()
     assert len(active) >= 100
-    assert sum(shares) / len(shares) >= 0.8
+    assert sum(map(of_one_name, prefixes)) / len(active) >= least
+    assert sum(of_one_name([mixed[index] for index in each]) for each in order) / len(active) <= 0.4
+
+
+def of_one_name(texts: Sequence[str]) -> float:
+    """The share of texts that have the most frequent name in them."""
+    names = {*corpus.FIRST_NAMES, *corpus.FAMILY_NAMES}
+    counted = Counter(word for text in texts for word in names & {*text.split()})
+    return max(counted.values(), default=0) / len(texts)
