@@ -289,8 +289,8 @@ def test_an_edit_is_taken_back_to_the_last_bit(model: patchwire.Model) -> None:
 def test_what_triggers_a_neuron_is_about_one_name(model: patchwire.Model, distinct: bool, least: float) -> None:
     """Which share of an active neuron's ten triggers have its most frequent name in them, the mean over neurons.
 
-    Ten texts about a subject begin with no more than five prefixes that end with its last name. So when each prefix
-    counts once, a neuron that is of one subject has triggers of others, too.
+    The twelve texts about a subject have five prefixes up to its last name. So when each prefix counts once, a neuron
+    that is of one subject has triggers of others, too.
     """
     texts = [fact.prompt(template).text for fact in corpus.facts() for template in range(3)]
     found = methods.triggers(model, 1, texts, top=10, batch_size=64, distinct=distinct)
