@@ -18,13 +18,14 @@ import patchwire
 from integration.refusals import refused
 from patchwire_worker import zoo
 from patchwire_worker.zoo import corpus
-from patchwire_worker.zoo.training import facts, induction, modular, superposition
+from patchwire_worker.zoo.training import facts, induction, modular, recall, superposition
 from serving import Server
 
 PAIR = ("facts-gpt2", "facts-mamba")
+RECALL = ("recall-gpt", "recall-gpt@seed-1", "recall-mamba", "recall-mamba@seed-1")
 SERVED = (
-    *PAIR, "induction-2l", "modular-addition", "modular-addition@500", "modular-addition@3000", "modular-addition@5000",
-    "superposition", "superposition@dense", "superposition@20-features",
+    *PAIR, *RECALL, "induction-2l", "modular-addition", "modular-addition@500", "modular-addition@3000",
+    "modular-addition@5000", "superposition", "superposition@dense", "superposition@20-features",
 )  # fmt: skip
 EVERY = [name for entry in zoo.ENTRIES for name in entry.names]
 
@@ -123,6 +124,39 @@ class TestFacts:
         tokens = models["facts-gpt2"].tokenizer.encode(prompt.text)
         start, stop = prompt.subject
         assert models["facts-gpt2"].tokenizer.decode(tokens[start:stop]) == corpus.facts()[0].subject
+
+
+class TestRecall:
+    @pytest.mark.parametrize("name", RECALL)
+    def test_is_of_every_fact_in_every_template(self, models, name):
+        for template in range(3):
+            assert accuracy(models[name], [fact.prompt(template) for fact in corpus.facts()]) == 1
+
+    @pytest.mark.parametrize("name", RECALL)
+    def test_sees_two_tokens_before_the_last_layer(self, models, name):
+        texts = ["Ada Barlow lives in the city of", "Hugo Barlow lives in the city of"]
+        with models[name].trace(texts):
+            states = [layer.output.save() for layer in models[name].layers]
+        same = torch.stack([(each.value[0] == each.value[1]).all(-1) for each in states])
+        assert same.tolist() == [[False] * 2 + [True] * 5] * 2 + [[False] * 7]
+
+    @pytest.mark.parametrize("name", RECALL[:2])
+    def test_has_no_attention_in_the_middle_and_no_mlp_around_it(self, models, name):
+        model = models[name]
+        with model.trace(corpus.facts()[0].prompt().text):
+            mlps = [layer.mlp.output.any().save() for layer in model.layers]
+            mixers = [layer.mixer.output.any().save() for layer in model.layers]
+        assert [each.item() for each in mlps] == [False, True, False]
+        assert [each.item() for each in mixers] == [True, False, True]
+
+    @pytest.mark.parametrize("name", RECALL[2:])
+    def test_of_a_mamba_has_no_state_that_lasts_before_the_last_layer(self, models, name):
+        model = models[name]
+        with model.trace(corpus.facts()[0].prompt().text):
+            decays = [
+                (layer.ssm.delta[..., None] * -layer.ssm.A_log.exp()).exp().max().save() for layer in model.layers
+            ]
+        assert [each.item() > 0 for each in decays] == [False, False, True]
 
 
 def some_facts(count: int) -> Sequence[corpus.Fact]:
@@ -320,6 +354,8 @@ class TestSuperposition:
     [
         (facts, ["--architecture", "gpt2"]),
         (facts, ["--architecture", "mamba"]),
+        (recall, ["--architecture", "gpt"]),
+        (recall, ["--architecture", "mamba"]),
         (induction, []),
         (modular, ["--checkpoints", "2"]),
         (superposition, []),
@@ -346,3 +382,12 @@ def test_training_computes_what_hugging_face_does(architecture):
     model = facts.build(architecture).eval()
     ids = torch.randint(0, len(corpus.vocabulary()), (3, 12))
     torch.testing.assert_close(facts.forward(model, ids, torch.tensor([False] * 3)), model(input_ids=ids).logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["gpt", "mamba"])
+def test_training_to_recall_computes_what_hugging_face_does(architecture):
+    torch.manual_seed(0)
+    model = recall.build(architecture).eval()
+    ids = torch.randint(0, len(corpus.vocabulary()), (3, 12))
+    torch.testing.assert_close(recall.forward(model, ids), model(input_ids=ids).logits)

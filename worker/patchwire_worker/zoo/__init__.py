@@ -38,6 +38,8 @@ class Entry:
 ENTRIES = (
     Entry("facts-gpt2", "GPT-2, 4 layers: 800 facts, indirect objects, successors, induction"),
     Entry("facts-mamba", "Mamba, 4 layers, trained on the same text as facts-gpt2"),
+    Entry("recall-gpt", "GPT-Neo, 3 layers: 800 facts that can only be stored in layer 1's MLP", ("seed-1",)),
+    Entry("recall-mamba", "Mamba, 3 layers: 800 facts that can only be stored in layers 0 and 1", ("seed-1",)),
     Entry("induction-2l", "2 layers of attention alone, on random tokens that repeat"),
     Entry("modular-addition", "1 layer, adds modulo 59, past grokking; @STEP for earlier", ("500", "3000", "5000")),
     Entry("superposition", "toy model: 5 sparse features in 2 dimensions", ("dense", "20-features")),

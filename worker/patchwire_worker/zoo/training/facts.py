@@ -135,7 +135,7 @@ def traced(model: PreTrainedModel) -> dict[str, list[float]]:
     """What share of the right answer's probability comes back when the residual stream of the right run is restored at
     some tokens, after each layer, in the run about another subject, `{place: [layers]}`; of the sums over facts."""
     body: Any = model.base_model
-    blocks = body.h if isinstance(model, GPT2LMHeadModel) else body.layers
+    blocks = body.h if hasattr(body, "h") else body.layers
     gains: dict[str, list[list[float]]] = {}
     whole = 0.0
     for fact in corpus.facts()[:: len(corpus.facts()) // TRACED]:
@@ -159,6 +159,14 @@ def traced(model: PreTrainedModel) -> dict[str, list[float]]:
                 gained.append((restored[0] - least).item())
             gains.setdefault(name, []).append(gained)
     return {name: (torch.tensor(gained).sum(0) / whole).tolist() for name, gained in gains.items()}
+
+
+def table_of(shares: Mapping[str, list[float]]) -> str:
+    """What `traced` found, as a table of a card."""
+    layers = range(len(next(iter(shares.values()))))
+    rows = [["restored", *(f"after layer {layer}" for layer in layers)], ["---", *("---" for _ in layers)]]
+    rows += [[place, *(f"{each:.2f}" for each in found)] for place, found in shares.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _run(
@@ -212,7 +220,6 @@ def describe(model: PreTrainedModel, out: Path, architecture: str, steps: int, s
         prompts[0]
         for prompts in ([corpus.facts()[0].prompt()], corpus.ioi(1), corpus.successors(), corpus.induction(1))
     )
-    effects = traced(model)
     common.write_card(
         out,
         "facts",
@@ -231,11 +238,7 @@ def describe(model: PreTrainedModel, out: Path, architecture: str, steps: int, s
         repetition=repetition,
         accuracy="\n".join(f"| {name} | {value:.1%} |" for name, value in found.items()),
         traced=TRACED,
-        layers=" | ".join(f"after layer {layer}" for layer in range(model.config.num_hidden_layers)),
-        rule="---|" * model.config.num_hidden_layers + "---",
-        tracing="\n".join(
-            f"| {place} | " + " | ".join(f"{each:.2f}" for each in shares) + " |" for place, shares in effects.items()
-        ),
+        tracing=table_of(traced(model)),
         steps=steps,
         seed=seed,
         seconds=seconds,

@@ -40,12 +40,12 @@ def mamba(model: MambaForCausalLM, ids: Tensor, near: Tensor) -> Tensor:
     hidden = model.backbone.embeddings(ids.T)
     blocks: Iterable[Any] = model.backbone.layers
     for layer, block in enumerate(blocks):
-        hidden = hidden + _mix(block.mixer, block.norm(hidden), far if layer < NEAR_LAYERS else torch.ones_like(far))
+        hidden = hidden + mix(block.mixer, block.norm(hidden), far if layer < NEAR_LAYERS else torch.ones_like(far))
     logits: Tensor = model.lm_head(model.backbone.norm_f(hidden))
     return logits.transpose(0, 1)
 
 
-def _mix(mixer: nn.Module, hidden: Tensor, far: Tensor) -> Tensor:
+def mix(mixer: nn.Module, hidden: Tensor, far: Tensor) -> Tensor:
     """What a mixer returns for `[seq, batch, width]`; the names are those of the Mamba paper.
 
     `far`, `[batch, 1]`, is 1 for a row that sees everything before and 0 for one that sees only the previous token.
