@@ -61,7 +61,7 @@ class PlannedPass:
     modules_skipped: int
     """Modules that come after its end."""
     positions: int | None
-    """Positions of each row whose logits are computed; None if of all."""
+    """Positions of each row whose logits are computed: None if of all, 0 if it ends before them."""
     columns: int | None
     """Entries of the vocabulary whose logits are computed; None if of all."""
     generates: int
@@ -245,7 +245,7 @@ def _cells(each: PlannedPass) -> tuple[str, ...]:
 
 
 def _logits(each: PlannedPass) -> str:
-    if each.layers_computed < each.layers:
+    if each.positions == 0:
         return "none"
     if each.generates:
         return "last"

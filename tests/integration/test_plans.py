@@ -361,3 +361,56 @@ def test_a_plan_survives_another_connection(server: Server):
             model.logits.save()
     with refused(patchwire.ConnectionFailedError, "closed by this program", line=False):
         trace.plan()
+
+
+@pytest.mark.parametrize("name", tiny.CORE)
+@pytest.mark.parametrize("place", ["input", "output", "mixer.output", "norm.input"])
+def test_every_layer_computes_as_many_rows_as_the_plan_says(name: str, place: str):
+    module = tiny.build(name).requires_grad_(False)
+    model = patchwire.local(module, progress=False)
+    rows = [0] * model.num_layers
+    with model.trace() as trace:
+        with trace.invoke(tiny.prompt(9, seed=1)):
+            model.logits[0, -1, 3].save()
+        for layer in model.layers:
+            for position in (0, 4):
+                with trace.invoke(IDS):
+                    at = model if place == "norm.input" else layer
+                    for part in place.split("."):
+                        if part in ("input", "output"):
+                            getattr(at, part)[:, position] = 0
+                        else:
+                            at = getattr(at, part)
+                    model.logits[0, -1, 3].save()
+        plan = trace.plan()
+        for index, path in enumerate(model.catalogue.layers):
+            inside = module.get_submodule(path)
+
+            def count(_: object, given: tuple[Any, ...], named: dict[str, Any], index: int = index) -> None:
+                rows[index] += len(next(each for each in (*given, *named.values()) if torch.is_tensor(each)))
+
+            # A part of the layer, which is called after the rows have forked that do so before it.
+            next(inside.children()).register_forward_pre_hook(count, with_kwargs=True)
+
+    assert rows == [sum(each) for each in zip(*(each.rows_of_layers() for each in plan.passes), strict=True)]
+    assert (trace.stats.passes, trace.stats.rows) == (plan.calls, plan.rows)
+
+
+def test_what_a_sweep_computes_is_what_its_layers_do(served: Served):
+    """Counted by hand: a layer has 9 tokens, two operations for each weight, and four for each pair of its positions,
+    which PyTorch's attention computes of the later ones too."""
+    model, length = served["llama"], len(IDS)
+    weights = sum(each.numel() for each in tiny.build("llama").model.layers[0].parameters() if each.ndim == 2)
+    with model.trace() as trace:
+        for at in model.layers:
+            for position in (0, 4):
+                with trace.invoke(IDS):
+                    at.output[:, position] = 0
+                    model.norm.input.save()
+        [each] = trace.plan().passes
+
+    # The unpatched row goes as far as there is somebody who shares it.
+    rows = [1 + 2 * before for before in range(model.num_layers)]
+    assert each.rows_of_layers() == rows
+    assert each.positions == 0
+    assert each.flops == pytest.approx(sum(rows) * (2 * length * weights + 4 * length**2 * tiny.WIDTH))

@@ -73,7 +73,7 @@ def _pass(each: Pass) -> service_pb2.PlannedPass:
         rows=rows,
         tokens=tokens,
         cached=len(each.past),
-        forks=[service_pb2.PlannedFork(before=_name(model.catalogue, place), rows=n) for place, n in each.forks],
+        forks=[service_pb2.PlannedFork(before=_part(model.catalogue, at), rows=n) for at, n in _forks(each)],
         modules_skipped=each.modules_skipped,
         positions=None if each.positions is None else len(each.positions),
         columns=None if each.columns is None else len(each.columns),
@@ -88,6 +88,8 @@ def _pass(each: Pass) -> service_pb2.PlannedPass:
         message.calls = message.generates if to_the_end or last is None else last.step + 1
     until = None if to_the_end or last is None else model.layers_before(last.order)
     message.layers_computed = model.catalogue.num_layers if until is None else until
+    if until is not None:
+        message.positions = 0
     message.stops_after = "" if to_the_end or last is None else _address(model.catalogue, last.location)
     message.traces.extend(sorted({trace for trace, _ in invokes}))
     message.invokes = len(invokes)
@@ -96,11 +98,11 @@ def _pass(each: Pass) -> service_pb2.PlannedPass:
 
 
 def _add_costs(message: service_pb2.PlannedPass, each: Pass, until: int | None) -> None:
-    costs, layers = each.model.costs, {path: at for at, path in enumerate(each.model.catalogue.layers)}
+    costs = each.model.costs
     ways = {(work.location.module, work.location.operations) for work in each.works}
     stepwise = each.model.interleaver.goes_stepwise(ways)
     starts: list[tuple[int | None, int]] = [(None, message.rows)]
-    starts += [(layers.get(place.module, len(layers)), n) for place, n in each.forks]
+    starts += _forks(each)
     # All but the last position of a prompt are generated from without their logits.
     positions = None if each.positions is None else len(each.positions)
     positions = 1 if each.generation is not None else positions
@@ -115,6 +117,19 @@ def _add_costs(message: service_pb2.PlannedPass, each: Pass, until: int | None) 
         steps, rows = message.calls - 1, message.rows
         message.flops += steps * costs.flops(rows, 1, past=message.tokens + steps // 2)
         message.bytes += int(costs.cache(rows, message.tokens + steps))
+
+
+def _forks(each: Pass) -> list[tuple[int, int]]:
+    """The first layer that has so many rows, and how many, wherever rows fork; behind the last layer is the norm.
+
+    Rows that fork when a layer has returned something are first computed apart by the next.
+    """
+    layers = {path: at for at, path in enumerate(each.model.catalogue.layers)}
+    return [(layers.get(place.module, len(layers)) + (place.side == OUTPUT), rows) for place, rows in each.forks]
+
+
+def _part(catalogue: Catalogue, index: int) -> str:
+    return f"layers.{index}" if index < catalogue.num_layers else "norm"
 
 
 def _address(catalogue: Catalogue, location: Location) -> str:
