@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -158,3 +159,41 @@ def test_who_leaves_takes_nobody_along(server: Server) -> None:
         assert_same(one, expected)
         assert_same(other, expected)
     client.close()
+
+
+@pytest.mark.parametrize("long", ["exact", "gradients", "loop"])
+def test_a_short_request_does_not_wait_for_all_passes_of_a_long_one(long: str) -> None:
+    module: Any = tiny.build("llama").requires_grad_(False)
+    model = patchwire.local(module, progress=False)
+    expected = {length: read(length)(model)[1] for length in (4, 9)}
+    lengths: list[int] = []
+    found: list[Any] = []
+    short = threading.Thread(target=lambda: found.append(read(4)(model)))
+
+    def passing(_: object, given: tuple[torch.Tensor, ...]) -> None:
+        lengths.append(given[0].shape[1])
+        if len(lengths) == 1:
+            short.start()
+        if 4 not in lengths:
+            time.sleep(0.05)  # it is on its way
+
+    module.model.embed_tokens.register_forward_pre_hook(passing)
+    prompt, saved = tiny.prompt(9, seed=9), []
+    with model.session(exact=long == "exact") as session:
+        if long == "loop":
+            with session.repeat(40), model.trace(prompt):
+                saved.append(model.logits[:, -1].save())
+        for _ in range(40 if long != "loop" else 0):
+            with model.trace(prompt):
+                if long == "gradients":
+                    patchwire.grad(model.logits[0, -1, 3], model.layers[0].output).save()
+                saved.append(model.logits[:, -1].save())
+    short.join()
+
+    assert lengths.count(4) == 1
+    assert lengths.count(9) == session.stats.passes == 40
+    assert 4 in lengths[:-1]
+    assert_same(found[0][1], expected[4])
+    for each in saved:
+        for value in each.value if long == "loop" else [each.value]:
+            assert_same(value, expected[9])

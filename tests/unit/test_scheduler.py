@@ -43,7 +43,7 @@ def work(monkeypatch) -> Callable[[Callable[..., Any]], None]:
             def __init__(self, admitted, plan, listener, stopping, *, result_bytes, store) -> None:
                 self.given = (admitted, stopping)
 
-        def run(execution: Execution) -> Cost:
+        def run(execution: Execution, between: Callable[[], None]) -> Cost:
             function(*execution.given)
             return Cost()
 
@@ -205,7 +205,7 @@ class TestARunThatMayNotGetFarAhead:
             def __init__(self, admitted, plan, listener, stopping, *, result_bytes, store) -> None:
                 self.listener, self.stopping = listener, stopping
 
-        def run(execution: Execution) -> Cost:
+        def run(execution: Execution, between: Callable[[], None]) -> Cost:
             for number in range(50):
                 if execution.stopping.reason is not None:
                     raise execution.stopping.reason
@@ -273,7 +273,7 @@ class TestARunWhoseValuesAreTakenSlowly:
             def __init__(self, admitted, plan, listener, stopping, *, result_bytes, store) -> None:
                 self.listener = listener
 
-        def run(execution: Execution) -> Cost:
+        def run(execution: Execution, between: Callable[[], None]) -> Cost:
             for number in range(count):
                 execution.listener.saved(number, torch.full((size,), number, dtype=torch.uint8))
             ended.set()

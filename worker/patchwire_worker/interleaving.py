@@ -124,6 +124,11 @@ class Stopping:
         """End it when so many seconds have passed."""
         self._late = time.perf_counter() + seconds, reason
 
+    def pause(self, seconds: float) -> None:
+        """Give it so many seconds more, in which others had the model."""
+        if self._late is not None:
+            self._late = self._late[0] + seconds, self._late[1]
+
     @property
     def reason(self) -> PatchwireError | None:
         """Why it has to end now, if it has to."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -34,8 +34,12 @@ _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 """What PyTorch says on the CPU, where it has no kind of error for it."""
 
 
-def run(execution: Execution) -> Cost:
+def run(execution: Execution, between: Callable[[], None] = lambda: None) -> Cost:
     """Run all passes of a request.
+
+    Args:
+        execution: The request.
+        between: Called between its passes, and between the iterations of its loops: others may run then.
 
     Raises:
         PatchwireError: of the kind of what went wrong, at the line that caused it.
@@ -46,9 +50,11 @@ def run(execution: Execution) -> Cost:
             execution.begin()
             execution.remembered.wanted = Counter(each.past for each in plan.passes if isinstance(each, Pass))
             for number, each in enumerate(plan.passes, start=1):
+                if number > 1:
+                    between()
                 execution.listener.running(number, len(plan.passes))
                 if isinstance(each, Looping):
-                    _run_loop(execution, each)
+                    _run_loop(execution, each, between)
                 else:
                     _run_pass(each, [execution])
                     execution.remembered.done(each.past)
@@ -258,17 +264,19 @@ def _goes_on(execution: Execution) -> bool:
     return execution.failure is None
 
 
-def _run_loop(execution: Execution, each: Looping) -> None:
+def _run_loop(execution: Execution, each: Looping, between: Callable[[], None]) -> None:
     loop = execution.admitted.graph.traces[each.trace].loop
     assert loop is not None
     outside = execution.given(each.node)
     iterations = Iterations(execution.admitted.bodies[each.trace])
     for number in range(loop.count):
+        if number:
+            between()
         body, planned = iterations.at(number, outside)
         listener = Within(execution.listener, (each.trace, number))
         iteration = Execution(body, planned, listener, execution.stopping, result_bytes=execution.result_bytes)
         iteration.cost.result_bytes, iteration.cost.logged = execution.cost.result_bytes, execution.cost.logged
-        cost = run(iteration)
+        cost = run(iteration, between)
         execution.cost.add(cost)
         execution.cost.result_bytes, execution.cost.logged = cost.result_bytes, cost.logged
         for index, value in iteration.carried.items():

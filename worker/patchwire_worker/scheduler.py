@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -442,6 +443,21 @@ class Scheduler:
             first = self._waiting.pop(0)
             jobs, gathering = self._together(first)
             self._running = jobs
+        self._run_jobs(jobs, gathering)
+
+    def _let_past(self, job: _Job) -> None:
+        """Between two passes of a job: run those that wait for one pass, once, so that they do not wait for all."""
+        with self._moving:
+            first = next((each for each in self._waiting if _is_short(each)), None)
+            if first is None:
+                return
+            self._waiting.remove(first)
+            jobs, gathering = self._together(first)
+        began = time.perf_counter()
+        self._run_jobs(jobs, gathering)
+        job.stopping.pause(time.perf_counter() - began)
+
+    def _run_jobs(self, jobs: Sequence[_Job], gathering: Gathering) -> None:
         late = TimeoutError(
             f"The request ran longer than the server's {self.limits.seconds:g} seconds.",
             hint="Ask for less in one trace.",
@@ -455,7 +471,7 @@ class Scheduler:
         outcomes = self._outcomes(jobs, gathering)
         self._last = len(jobs) + len(self._waiting), time.perf_counter() - began
         # In this order: whoever asks after hearing of the end finds the model free.
-        self._running = []
+        self._running = [each for each in self._running if each not in jobs]
         for job, outcome in zip(jobs, outcomes, strict=True):
             job.tell(outcome)
             if job.left:
@@ -512,13 +528,19 @@ class Scheduler:
             elif jobs[0].stopping.reason is not None:
                 raise jobs[0].stopping.reason
             else:
-                found = [run(executions[0])]
+                found = [run(executions[0], partial(self._let_past, jobs[0]))]
         except BaseException as error:
             found = [error for _ in jobs]
         return [
             Done(each, seconds) if isinstance(each, Cost) else _told(each)
             for each, seconds in zip(found, queued, strict=True)
         ]
+
+
+def _is_short(job: _Job) -> bool:
+    """Whether a request takes one forward pass of one model."""
+    only = job.plan.passes[0] if len(job.plan.passes) == 1 else None
+    return isinstance(only, Pass) and only.generation is None and len(job.admitted.all_models) == 1
 
 
 def _joinable(job: _Job) -> list[Group]:
