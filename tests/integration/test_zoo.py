@@ -389,5 +389,5 @@ def test_training_computes_what_hugging_face_does(architecture):
 def test_training_to_recall_computes_what_hugging_face_does(architecture):
     torch.manual_seed(0)
     model = recall.build(architecture).eval()
-    ids = torch.randint(0, len(corpus.vocabulary()), (3, 12))
-    torch.testing.assert_close(recall.forward(model, ids), model(input_ids=ids).logits)
+    ids, end = torch.randint(0, len(corpus.vocabulary()), (3, 12)), torch.full((3,), 11)
+    torch.testing.assert_close(recall.forward(model, ids, end, end), model(input_ids=ids).logits)

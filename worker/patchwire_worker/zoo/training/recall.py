@@ -28,6 +28,10 @@ DECAY = {"gpt": 0.5, "mamba": 0.5}
 HIDDEN = 0.7
 """How often, in training, the word after a subject sees itself alone in the GPT's first layer. It would see the family
 name there too, and the last layer would take from it what that says of the answer."""
+_SAID_OF_HIDDEN = (
+    f"In {HIDDEN:.0%} of the prompts the word after the subject did not see it in layer 0, so that the fact is not "
+    "there too. "
+)
 FORGETS = 20.0
 """The A_log of a layer without a memory: exp(Δ A) is 0 unless Δ is smaller than 2e-7."""
 ARCHITECTURES = {
@@ -169,6 +173,7 @@ def main() -> None:
         subjects=len(corpus.subjects()),
         rows=ROWS,
         dropped=DROPPED[options.architecture],
+        hidden=_SAID_OF_HIDDEN if options.architecture == "gpt" else "",
         fact=corpus.facts()[0].prompt(),
         accuracy="\n".join(f"| template {template} | {share:.1%} |" for template, share in recalled.items()),
         traced=facts.TRACED,
