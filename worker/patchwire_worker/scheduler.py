@@ -448,7 +448,9 @@ class Scheduler:
     def _let_past(self, job: _Job) -> None:
         """Between two passes of a job: run those that wait for one pass, once, so that they do not wait for all."""
         with self._moving:
-            first = next((each for each in self._waiting if _is_short(each)), None)
+            # While a gradient is taken, parameters are told apart by it, and PyTorch may round otherwise.
+            exact = not job.plan.differentiated
+            first = next((each for each in self._waiting if _is_short(each, exact=exact)), None)
             if first is None:
                 return
             self._waiting.remove(first)
@@ -537,10 +539,12 @@ class Scheduler:
         ]
 
 
-def _is_short(job: _Job) -> bool:
-    """Whether a request takes one forward pass of one model."""
+def _is_short(job: _Job, *, exact: bool) -> bool:
+    """Whether a request takes one forward pass of one model, which is exact only if that may be."""
     only = job.plan.passes[0] if len(job.plan.passes) == 1 else None
-    return isinstance(only, Pass) and only.generation is None and len(job.admitted.all_models) == 1
+    if not isinstance(only, Pass) or only.generation is not None or len(job.admitted.all_models) > 1:
+        return False
+    return exact or not any(group.trace.exact for group in only.groups)
 
 
 def _joinable(job: _Job) -> list[Group]:
