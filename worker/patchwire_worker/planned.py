@@ -88,7 +88,7 @@ def _pass(each: Pass) -> service_pb2.PlannedPass:
         message.calls = message.generates if to_the_end or last is None else last.step + 1
     until = None if to_the_end or last is None else model.layers_before(last.order)
     message.layers_computed = model.catalogue.num_layers if until is None else until
-    if until is not None:
+    if until is not None and message.calls == 1:  # a generation needs those of every step before its last
         message.positions = 0
     message.stops_after = "" if to_the_end or last is None else _address(model.catalogue, last.location)
     message.traces.extend(sorted({trace for trace, _ in invokes}))
