@@ -61,7 +61,7 @@ class PlannedPass:
     modules_skipped: int
     """Modules that come after its end."""
     positions: int | None
-    """Positions of each row whose logits are computed: None if of all, 0 if it ends before them."""
+    """Positions, of all rows together, whose logits are computed: None if of all, 0 if it ends before them."""
     columns: int | None
     """Entries of the vocabulary whose logits are computed; None if of all."""
     generates: int
@@ -249,7 +249,7 @@ def _logits(each: PlannedPass) -> str:
         return "none"
     if each.generates:
         return "last"
-    where = "" if each.positions is None else f"{each.positions:,} of {each.tokens:,}"
+    where = "" if each.positions is None else f"{each.positions:,} of {each.rows_at_end * each.tokens:,}"
     which = "" if each.columns is None else _plural(each.columns, "column", "columns")
     return ", ".join(filter(None, (where, which))) or "all"
 

@@ -175,11 +175,31 @@ def test_all_of_them_if_each_looks_at_others_and_together_they_are_many(fresh: W
     assert_same(torch.cat([each.value for each in found], 1), fresh.expected(LONG)[:, -1, :50])
 
 
-def test_rows_of_several_lengths_in_one_invoke_have_all(fresh: Watched) -> None:
-    with fresh.model.trace([SHORT, LONG]):
-        found = fresh.model.logits[:, -1, 5].save()
-    assert fresh.columns == [ALL]
+def test_rows_of_several_lengths_in_one_invoke_have_their_own(fresh: Watched) -> None:
+    with fresh.model.trace() as trace:
+        with trace.invoke([SHORT, LONG]):
+            found, second = fresh.model.logits[:, -1, 5].save(), fresh.model.logits[1, -2:, [9, 5]].save()
+        with trace.invoke(LONG[::-1]):
+            other = fresh.model.logits[:, 3, 9].save()
+    assert fresh.columns == [2]
     assert_same(found.value, torch.stack([fresh.expected(each)[0, -1, 5] for each in (SHORT, LONG)]))
+    assert_same(second.value, fresh.expected(LONG)[0, -2:, [9, 5]])
+    assert_same(other.value, fresh.expected(LONG[::-1])[:, 3, 9])
+
+
+@pytest.mark.parametrize("what", ["padding", "whole"])
+def test_rows_of_several_lengths_have_all_if_more_is_looked_at(fresh: Watched, what: str) -> None:
+    with fresh.model.trace() as trace:
+        with trace.invoke([SHORT, LONG]):
+            found = fresh.model.logits[:, 2 if what == "padding" else -1, 5].save()
+        with trace.invoke(LONG[::-1]):
+            other = (fresh.model.logits * 1 if what == "whole" else fresh.model.logits[:, -1, 3]).save()
+    assert fresh.columns == [ALL]
+    position = 2 if what == "padding" else -1
+    assert found.value[0].isnan() == (what == "padding")
+    assert_same(found.value[1], fresh.expected(LONG)[0, position, 5])
+    expected = fresh.expected(LONG[::-1])
+    assert_same(other.value, expected if what == "whole" else expected[:, -1, 3])
 
 
 @pytest.mark.parametrize("what", ["whole", "head", "written", "edited", "operation", "gradient", "weight", "tied"])

@@ -21,7 +21,7 @@ FAMILIES = [
 
 
 class Watched:
-    """A model, its proxy, and how many positions the unembedding was applied to in each pass."""
+    """A model, its proxy, and to how many positions of all rows the unembedding was applied in each pass."""
 
     def __init__(self, name: str) -> None:
         self.reference: Any = tiny.build(name).requires_grad_(False)
@@ -31,7 +31,7 @@ class Watched:
         head = served.get_submodule(self.model.catalogue.raw("lm_head"))
         with self.model.trace(SHORT):  # whatever is found out when it is first asked
             self.model.logits[0, -1].save()
-        head.register_forward_hook(lambda _, __, output: self.positions.append(output.shape[1]))
+        head.register_forward_hook(lambda _, __, output: self.positions.append(output[..., 0].numel()))
 
     def expected(self, prompt: list[int]) -> torch.Tensor:
         return forward(self.reference, prompt).logits
@@ -86,7 +86,7 @@ def test_of_prompts_of_several_lengths(gpt2: Watched) -> None:
         for prompt in (SHORT, LONG, SHORT):
             with trace.invoke(prompt):
                 found.append((model.logits[0, -1].save(), model.logits[:, -1].argmax(-1).save()))
-    assert gpt2.positions == [2]
+    assert gpt2.positions == [2]  # equal prompts share a row
 
     for prompt, (last, best) in zip((SHORT, LONG, SHORT), found, strict=True):
         expected = gpt2.expected(prompt)[0, -1]
@@ -94,11 +94,65 @@ def test_of_prompts_of_several_lengths(gpt2: Watched) -> None:
         assert best.value.item() == expected.argmax().item()
 
 
-@pytest.mark.parametrize("what", ["whole", "head", "written", "list"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_row_has_its_own_last_token(name: str) -> None:
+    watched = Watched(name)
+    model, prompts = watched.model, [SHORT, LONG, SHORT[:3]]
+    with model.trace() as trace:
+        with trace.invoke(prompts):
+            last, before = model.logits[:, -1].save(), model.logits[1:, -3:-1].save()
+        with trace.invoke(LONG[::-1]):
+            other = model.logits[0, 4].save()
+    if name in ("gpt2", "llama", "mamba"):  # which take prompts of several lengths in one pass
+        assert watched.positions == [3 * 3 + 1]
+    assert_same(last.value, torch.stack([watched.expected(each)[0, -1] for each in prompts]))
+    assert_same(before.value, torch.stack([watched.expected(each)[0, -3:-1] for each in prompts[1:]]))
+    assert_same(other.value, watched.expected(LONG[::-1])[0, 4])
+
+
+def test_positions_that_some_rows_do_not_have_are_padding(gpt2: Watched) -> None:
+    gpt2.positions.clear()
+    with gpt2.model.trace([SHORT, LONG]):
+        found = gpt2.model.logits[:, 2].save()
+    assert gpt2.positions == [2 * 9]
+    assert found.value[0].isnan().all()
+    assert_same(found.value[1], gpt2.expected(LONG)[0, 2])
+
+
+def test_forks_of_one_prompt_have_the_positions_that_each_looks_at(gpt2: Watched) -> None:
+    model, found = gpt2.model, []
+    gpt2.positions.clear()
+    with model.trace() as trace:
+        for position in range(9):
+            with trace.invoke(LONG):
+                model.layers[1].mlp.output[:, position] = 0
+                found.append(model.logits[:, position].save())
+        with trace.invoke(LONG):
+            none, some = model.logits[:, 3:3].save(), model.layers[0].output.save()
+        with trace.invoke(LONG):
+            clean = model.logits[0, 4:6].save()
+    assert gpt2.positions == [9 + 2]
+
+    expected = gpt2.expected(LONG)
+    assert_same(clean.value, expected[0, 4:6])
+    assert none.value.shape == (1, 0, tiny.VOCABULARY)
+    assert some.value.shape == (1, 9, some.value.shape[-1])
+    mlp = gpt2.reference.transformer.h[1].mlp
+    for position, each in enumerate(found):
+
+        def ablate(_: Any, __: Any, output: torch.Tensor, position: int = position) -> None:
+            output[:, position] = 0
+
+        handle = mlp.register_forward_hook(ablate)
+        assert_same(each.value, gpt2.expected(LONG)[:, position])
+        handle.remove()
+
+
+@pytest.mark.parametrize("what", ["whole", "head", "written"])
 def test_all_of_them_if_something_needs_all(gpt2: Watched, what: str) -> None:
     model = gpt2.model
     gpt2.positions.clear()
-    with model.trace([LONG, SHORT] if what == "list" else LONG):
+    with model.trace(LONG):
         match what:
             case "whole":
                 model.logits.save()

@@ -65,21 +65,19 @@ def positions_of(part: Part) -> Sequence[int]:
     return _several(part[1])
 
 
-def moved(part: Part, row: int, positions: Mapping[int, int], columns: Mapping[int, int]) -> Part:
-    """The same part in a tensor that has other rows before it, and not all positions and columns.
+def moved(part: Part, positions: Mapping[int, int], columns: Mapping[int, int]) -> Part:
+    """The same part in a tensor that does not have all positions and columns.
 
     Args:
         part: The part.
-        row: Where its first row is.
         positions: Where each position is.
         columns: Where each column is.
     """
-    rows = {each: row + each for each in _several(part[0])}
-    first, second, third = (
+    second, third = (
         there[each] if isinstance(each, int) else tuple(there[one] for one in each)
-        for each, there in zip(part, (rows, positions, columns), strict=True)
+        for each, there in zip(part[1:], (positions, columns), strict=True)
     )
-    return first, second, third
+    return part[0], second, third
 
 
 def take(whole: Tensor, part: Part) -> Tensor:

@@ -301,8 +301,9 @@ class Execution:
             tensor = self._leaf(access, value)
             self._lent.append(tensor)
             if access.parts is not None:
+                own = access.rows.computed(tensor)
                 self._parts |= {
-                    node: None if part is None else columns.take(tensor, part) for node, part in access.parts.items()
+                    node: None if part is None else columns.take(own, part) for node, part in access.parts.items()
                 }
                 self._set(access.node, None)  # nobody looks at more than its parts
                 continue

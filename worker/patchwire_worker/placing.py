@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 import torch.fx
@@ -155,23 +156,39 @@ class Group:
         rows = sum(_rows_of(node) for node in logits)
         ways = {(leaf.module, leaf.operations) for leaf in map(leaf_of, self.nodes)}
         stepwise = self.model.interleaver.goes_stepwise(ways)
-        looked_at = self.looked_at
-        positions = None if looked_at is None else frozenset().union(*looked_at.values())
+        positions = None if self.looked_at is None else sum(map(self._count_looked_at, self.invokes))
         columns = None if self.parts is None else _columns(self.parts)
         return Size(len(lengths), max(lengths), self.end, positions, held, rows, stepwise, columns)
 
     @cached_property
     def looked_at(self) -> Mapping[torch.fx.Node, Positions] | None:
-        """The positions that each read of the logits is for; None if that is not known of all of them."""
+        """The positions that each read of the logits is for; None if that is not known of all of them.
+
+        Rows of different lengths are aligned at their end, and of those only positions that all of them have are known.
+        """
         reads = self._reads_of_logits(self.model.trimmed)
         if reads is None:
             return None
-        found = {node: self.needed.taken(node, length) for node, _, length in reads}
+        found = {node: self.needed.taken(node, max(lengths)) for node, lengths in reads}
         for node, each in (self.parts or {}).items():
             if found.get(node, ()) is None:
                 found[node] = frozenset(position for part in each.values() if part for position in positions_of(part))
-        known = {node: positions for node, positions in found.items() if positions is not None}
+        before = {node: max(lengths) - min(lengths) for node, lengths in reads}
+        known = {
+            node: positions
+            for node, positions in found.items()
+            if positions is not None and min(positions, default=before[node]) >= before[node]
+        }
         return known if len(known) == len(found) else None
+
+    def positions_of(self, invoke: Invoke) -> Positions:
+        """The positions that one of its invokes looks at the logits of, as far as `looked_at` knows."""
+        known = self.looked_at or {}
+        return frozenset().union(*(known.get(node, ()) for node in self.accesses.get(invoke, ())))
+
+    def _count_looked_at(self, invoke: Invoke) -> int:
+        trace, number = invoke
+        return len(self.positions_of(invoke)) * len(self.admitted.graph.traces[trace].invokes[number].rows)
 
     @cached_property
     def parts(self) -> Mapping[torch.fx.Node, Mapping[torch.fx.Node, Part | None]] | None:
@@ -183,12 +200,16 @@ class Group:
         if reads is None:
             return None
         vocabulary = self.model.vocabulary if reads else 0
-        found = {node: self.needed.parts(node, rows, length, vocabulary) for node, rows, length in reads}
-        known = {node: each for node, each in found.items() if each is not None}
+        found = {node: self.needed.parts(node, len(each), max(each), vocabulary) for node, each in reads}
+        known = {
+            node: each
+            for (node, lengths), each in zip(reads, found.values(), strict=True)
+            if each is not None and (len(set(lengths)) == 1 or self.model.trimmed is not None)
+        }
         return known if len(known) == len(found) else None
 
-    def _reads_of_logits(self, modules: Collection[str] | None) -> list[tuple[torch.fx.Node, int, int]] | None:
-        """The reads of the logits, and of how many rows and tokens each is; None if anything needs all of them.
+    def _reads_of_logits(self, modules: Collection[str] | None) -> list[tuple[torch.fx.Node, list[int]]] | None:
+        """The reads of the logits, and how many tokens each of their rows has; None if anything needs all of them.
 
         Args:
             modules: Those that see another thing when not all are computed; None if all always are.
@@ -204,9 +225,9 @@ class Group:
                     if leaf.module in modules and leaf.location != _CALL:
                         return None
                     continue
-                if node.target is not g.read or len(set(lengths)) > 1:
+                if node.target is not g.read:
                     return None
-                found.append((node, len(lengths), lengths[0]))
+                found.append((node, lengths))
         return found
 
     def of(self, invokes: Sequence[Invoke], past: int = 0) -> Group:
@@ -240,8 +261,8 @@ class Pass:
     """How many modules come after that."""
     rows: int
     """How many rows it ends with."""
-    positions: tuple[int, ...] | None = None
-    """The positions whose logits are computed; None for all."""
+    positions: tuple[tuple[int, int], ...] | None = None
+    """The positions whose logits are computed, as rows and positions in them; None for all."""
     columns: tuple[int, ...] | None = None
     """The entries of the vocabulary whose logits are computed; None for all."""
     generation: Generating | None = None
@@ -283,13 +304,10 @@ def placed(groups: Sequence[Group]) -> Pass:
                 ids[row, : len(tokens) - past] = torch.tensor(tokens[past:])
     works: dict[tuple[int, Location], Work] = {}
     results: list[torch.fx.Node] = []
-    looked_at = _looked_at(groups)
-    if not are_few(len(set().union(*looked_at.values())), rows.seq + past):
-        looked_at = {}
-    positions = tuple(sorted(set().union(*looked_at.values())))
-    parts = _parts(groups)
+    trimmed = _trimmed(groups, keys, rows)
+    ragged = any(len(set(lengths)) > 1 for lengths in rows.lengths.values())
+    parts = {} if ragged and trimmed is None else _parts(groups)
     columns = tuple(sorted(_columns(parts)))
-    position_at = {each: place for place, each in enumerate(positions or range(past, past + rows.seq))}
     column_at = {each: place for place, each in enumerate(columns)}
     for key in keys:
         group = groups[key[0]]
@@ -305,10 +323,14 @@ def placed(groups: Sequence[Group]) -> Pass:
             if site.step:
                 before = owned.lengths[0] + site.step - 1 if leaf.in_steps else 1
                 owned = replace(owned, lengths=(before,) * len(owned.lengths), seq=before)
-            if node in looked_at:
-                places = tuple((position, positions.index(position)) for position in sorted(looked_at[node]))
+            position_at: Mapping[int, int] = (
+                {past + each: each for each in range(owned.longest)} if node in parts else {}
+            )
+            if trimmed is not None and _is_logits(leaf):
+                first_at, position_at = trimmed.of[owned.start]
                 length = owned.longest + past
-                owned = SomePositions(owned.start, owned.lengths, owned.batch, len(positions), places, length)
+                count = len(trimmed.positions)
+                owned = SomePositions(owned.start, owned.lengths, count, 1, first_at, position_at, length)
             elif past:
                 owned = LaterPositions(owned.start, owned.lengths, owned.batch, owned.seq, past)
             access = Access(node, leaf, owned, key[0])
@@ -325,7 +347,7 @@ def placed(groups: Sequence[Group]) -> Pass:
         generating = Generating(first.trace.generation, *first.invokes[0], results)
         return Pass(groups, model, ids, ordered, 0, batch, generation=generating, weights=weights)
     skipped = len(model.catalogue.entries) - bisect_right(model.catalogue.entries, ordered[-1].order) if ordered else 0
-    some = tuple(position - past for position in positions) or None, columns or None
+    some = None if trimmed is None else trimmed.positions, columns or None
     before = first.rows(first.invokes[0])[0][:past]
     # With other weights the model remembers something else.
     unchanged = {} if past or weights or len(groups) > 1 else _unchanged(first, keys, rows)
@@ -360,10 +382,33 @@ def _rows_of(read: torch.fx.Node) -> int:
     return fake.shape[0] if isinstance(fake, Tensor) else 0
 
 
-def _looked_at(groups: Sequence[Group]) -> dict[torch.fx.Node, Positions]:
-    """The positions that each read of the logits is for; empty if that is not known of all of them."""
-    known = [group.looked_at for group in groups]
-    return {} if None in known else {node: positions for each in known if each for node, positions in each.items()}
+class _Trimmed(NamedTuple):
+    """Where logits are computed, if not everywhere."""
+
+    positions: tuple[tuple[int, int], ...]
+    """As rows and positions in them; those of a row stand together."""
+    of: Mapping[int, tuple[int, Mapping[int, int]]]
+    """For the first row of each invoke: where those of its rows begin, and each of them in what a row has."""
+
+
+def _trimmed(groups: Sequence[Group], keys: Sequence[_Key], rows: Forks) -> _Trimmed | None:
+    """Where the logits of a pass are computed; None if everywhere, or if it is not known where they are looked at."""
+    if any(group.looked_at is None for group in groups):
+        return None
+    last, past = rows.stages[-1], groups[0].past
+    wanted: dict[int, set[int]] = {}
+    lengths: dict[int, tuple[int, ...]] = {}
+    for key in keys:  # some of them share rows
+        wanted.setdefault(last.starts[key], set()).update(groups[key[0]].positions_of(key[1:]))
+        lengths[last.starts[key]] = rows.lengths[key]
+    found: list[tuple[int, int]] = []
+    of: dict[int, tuple[int, Mapping[int, int]]] = {}
+    for start, positions in wanted.items():
+        of[start] = len(found), {position: place for place, position in enumerate(sorted(positions))}
+        longest = max(lengths[start])
+        for row, length in enumerate(lengths[start], start=start):
+            found += [(row, position - past - (longest - length)) for position in of[start][1]]
+    return _Trimmed(tuple(found), of) if are_few(len(found), last.batch * (rows.seq + past)) else None
 
 
 def _parts(groups: Sequence[Group]) -> dict[torch.fx.Node, Mapping[torch.fx.Node, Part | None]]:
@@ -390,10 +435,7 @@ def _with_parts(
     """The read of a tensor of which some columns are computed, and parts of it where they are then."""
     *dims, _ = access.leaf.shape
     leaf = replace(access.leaf, shape=(*dims, Dim(Axis.CONSTANT, len(columns))))
-    placed = {
-        node: None if part is None else moved(part, access.rows.start, positions, columns)
-        for node, part in parts.items()
-    }
+    placed = {node: None if part is None else moved(part, positions, columns) for node, part in parts.items()}
     return replace(access, leaf=leaf, parts=placed)
 
 

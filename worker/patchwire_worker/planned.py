@@ -105,7 +105,7 @@ def _add_costs(message: service_pb2.PlannedPass, each: Pass, until: int | None) 
     starts += _forks(each)
     # All but the last position of a prompt are generated from without their logits.
     positions = None if each.positions is None else len(each.positions)
-    positions = 1 if each.generation is not None else positions
+    positions = message.rows if each.generation is not None else positions
     columns = None if each.columns is None else len(each.columns)
     for (since, rows), (end, _) in pairwise([*starts, (until, 0)]):
         part: Any = partial(dict, past=message.cached, since=since, until=end, positions=positions, columns=columns)

@@ -8,7 +8,8 @@ has none): padding that finds its way into a result cannot go unnoticed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -57,6 +58,10 @@ class Rows:
         else:
             part = self._cut(whole, axes, self.longest)
         return self._flattened(part, leaf)
+
+    def computed(self, whole: Tensor) -> Tensor:
+        """What a tensor `[batch, seq, …]` has of this invoke's rows, all positions that were computed; a view of it."""
+        return whole.narrow(0, self.start, len(self.lengths))
 
     def put(self, whole: Tensor, leaf: Leaf, part: Tensor, *, mutable: bool = False) -> Tensor:
         """The site's tensor with this invoke's part replaced; other rows and padding stay as they are.
@@ -122,26 +127,35 @@ class Rows:
 
 @dataclass(frozen=True)
 class SomePositions(Rows):
-    """The rows of one invoke in a tensor `[batch, seq, …]` that was computed at some positions only.
+    """The rows of one invoke in a tensor `[position, 1, …]` that has some positions of each row, one after the other.
 
     It looks as if it had all of them: what is at the others is of no meaning, and nobody looks there.
     """
 
-    places: tuple[tuple[int, int], ...] = ()
-    """The positions that the invoke looks at, each with where in the tensor it is."""
+    first: int = 0
+    """Where those of its first row begin."""
+    places: Mapping[int, int] = field(default_factory=dict)
+    """The positions that were computed, of rows that are aligned at their end, and which of its row's each is."""
     length: int = 0
     """How many positions it looks as if it had."""
 
     def take(self, whole: Tensor, leaf: Leaf) -> Tensor:
-        """This invoke's part; a view of it if it looks at one position."""
-        mine = whole.narrow(0, self.start, len(self.lengths))
-        if len({place for _, place in self.places}) == 1:
-            place = self.places[0][1]
-            return mine.narrow(1, place, 1).expand(-1, self.length, *mine.shape[2:])
+        """This invoke's part; a view of it if one position was computed."""
+        if not self.places:
+            return whole.narrow(0, 0, 1).expand(len(self.lengths), self.length, *whole.shape[2:])
+        mine = self.computed(whole)
+        if len(self.places) == 1:
+            return mine.expand(-1, self.length, *mine.shape[2:])
         index = torch.zeros(self.length, dtype=torch.long)
-        for position, place in self.places:
+        for position, place in self.places.items():
             index[position] = place
         return mine.index_select(1, index.to(mine.device))
+
+    def computed(self, whole: Tensor) -> Tensor:
+        """What a tensor has of this invoke's rows, `[row, place, …]`; a view of it."""
+        rows, places = len(self.lengths), len(self.places)
+        mine = whole.narrow(0, self.first, rows * places)
+        return mine.view(rows, places, *mine.shape[2:])
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,9 @@ ONCE, ROW, TOKEN = np.eye(16)[[0, 8, 9]]
 """The polynomials that are 1, the number of rows, and the number of tokens in all rows."""
 
 
-def are_few(positions: int, seq: int) -> bool:
+def are_few(positions: int, of: int) -> bool:
     """Whether logits are computed at some positions alone; most of them are hardly fewer than all."""
-    return 0 < 2 * positions <= seq
+    return 0 < 2 * positions <= of
 
 
 _MOST_COLUMNS = 1 << 10
@@ -63,8 +63,8 @@ class Size:
     """How many tokens the longest has."""
     end: Order
     """The last moment that it is for."""
-    positions: frozenset[int] | None
-    """The positions whose logits are looked at; None if it may be all."""
+    positions: int | None
+    """How many positions, of all rows together, have logits that are looked at; None if it may be all."""
     held: int
     """Bytes of what is read in it, but for logits."""
     logits: int
@@ -77,7 +77,7 @@ class Size:
     @property
     def few(self) -> int | None:
         """At how many positions logits are computed; None if at all."""
-        return len(self.positions) if self.positions and are_few(len(self.positions), self.seq) else None
+        return self.positions if self.positions and are_few(self.positions, self.rows * self.seq) else None
 
     def __add__(self, other: Size) -> Size:
         """Of both in one pass."""
@@ -86,7 +86,7 @@ class Size:
             self.rows + other.rows,
             max(self.seq, other.seq),
             max(self.end, other.end),
-            (self.positions or frozenset()) | (other.positions or frozenset()) if known else None,
+            (self.positions or 0) + (other.positions or 0) if known else None,
             self.held + other.held,
             self.logits + other.logits,
             self.stepwise or other.stepwise,
@@ -150,7 +150,7 @@ class Costs:
             past: How many tokens before these are in a cache.
             since: The layer that is the first to be computed; from the embeddings on if left out.
             until: The layer that is the first not to be computed (`num_layers`: the last norm); to the end if left out.
-            positions: How many positions of each row have logits; all if left out.
+            positions: How many positions, of all rows together, have logits; all if left out.
             columns: Of how many entries of the vocabulary; all if left out.
         """
         usual, of_head = self._terms(rows, seq, past, positions, columns)
@@ -178,7 +178,7 @@ class Costs:
             past: How many tokens before these are in a cache, whose own bytes are `cache`.
             since: The layer that is the first to be looked at; from the embeddings on if left out.
             until: The layer that is the first not to be computed; to the end if left out.
-            positions: How many positions of each row have logits; all if left out.
+            positions: How many positions, of all rows together, have logits; all if left out.
             columns: Of how many entries of the vocabulary; all if left out.
             stepwise: Whether attention is computed step by step.
         """
@@ -193,9 +193,9 @@ class Costs:
         """
         return float(self.cached @ terms(rows, tokens, 0, self.chunk))
 
-    def logits(self, rows: int, positions: int, columns: int | None = None) -> int:
-        """The bytes of the logits of so many positions of so many rows, which are a part of `bytes`."""
-        return rows * positions * self.logit_bytes * (columns or self.vocabulary) // self.vocabulary
+    def logits(self, positions: int, columns: int | None = None) -> int:
+        """The bytes of the logits of so many positions, of all rows together, which are a part of `bytes`."""
+        return positions * self.logit_bytes * (columns or self.vocabulary) // self.vocabulary
 
     def few_columns(self, columns: Collection[int] | None) -> int | None:
         """Of how many entries of the vocabulary logits are computed, if those are looked at; None if of all."""
@@ -212,7 +212,7 @@ class Costs:
     ) -> tuple[Polynomial, Polynomial]:
         """What polynomials of the model, and of its head, are multiplied with."""
         usual = terms(rows, seq, past, self.chunk)
-        of_head = usual if positions is None else terms(rows, positions, 0, self.chunk)
+        of_head = usual if positions is None else terms(positions, 1, 0, self.chunk)
         return usual, of_head * self._share(columns)
 
     def _share(self, columns: int | None) -> float:

@@ -66,7 +66,8 @@ class HostedModel:
         name: What clients call it.
         module: The Hugging Face model.
         catalogue: Its modules and sites.
-        trimmed: The modules that see fewer positions when the logits of some alone are computed; None if none do.
+        trimmed: The modules that see another thing when the logits of some positions alone are computed; None if they
+            are always of all.
         narrowed: The modules that see another thing when logits of some entries of the vocabulary alone are computed;
             None if they are always of all.
         pads: Whether rows of different lengths may share a pass.
@@ -104,9 +105,10 @@ class HostedModel:
         self.interleaver.boundaries = self.catalogue.layers or self.interleaver.boundaries
         self.overwritten = frozenset(learner.overwritten)
         self.entries = learner.entries(self.catalogue)
-        self.trimmed = learner.trimmed(_POSITIONS) if self._takes(_POSITIONS) else None
         head = self.catalogue.raw("lm_head")
-        self.narrowed = None if self._head is None or head is None else learner.narrowed(self._narrowed_to, head)
+        self.trimmed = None if head is None else learner.trimmed(self._head_gives, head)
+        few = partial(self._head_gives, None)
+        self.narrowed = None if self._head is None or head is None else learner.narrowed(few, head)
         after = learner.after_past(self.catalogue, self.entries)
         self.entries_after_past, self.same_after_past, self.looking_back = after.entries, after.same, after.looking_back
         self.noted_at = _noted_at(self.catalogue) if after.notes else None
@@ -198,8 +200,9 @@ class HostedModel:
     def fits(self, size: Size) -> bool:
         """Whether a pass fits into the memory that it may take."""
         few, columns = size.few, self.costs.few_columns(size.columns)
-        held = size.held + self.costs.logits(size.logits, size.seq if few is None else few, columns)
-        half = self._rows_that_fit(size.seq, size.end, few, columns, size.stepwise, self.pass_bytes // 2)
+        held = size.held + self.costs.logits(size.logits * size.seq if few is None else few, columns)
+        of_each = None if few is None else -(-few // size.rows)
+        half = self._rows_that_fit(size.seq, size.end, of_each, columns, size.stepwise, self.pass_bytes // 2)
         if size.rows <= half and held <= self.pass_bytes // 2:
             return True
         return self._bytes(size.rows, size.seq, size.end, few, columns, size.stepwise) <= self.pass_bytes - held
@@ -212,11 +215,15 @@ class HostedModel:
 
     @lru_cache(maxsize=1 << 12)  # noqa: B019  models stay for as long as their server
     def _rows_that_fit(
-        self, seq: int, end: Order, positions: int | None, columns: int | None, stepwise: bool, into: int
+        self, seq: int, end: Order, of_each: int | None, columns: int | None, stepwise: bool, into: int
     ) -> int:
         """How many rows of so many tokens fit into so many bytes, to a power of two."""
+
+        def held(rows: int) -> float:
+            return self._bytes(rows, seq, end, None if of_each is None else rows * of_each, columns, stepwise)
+
         rows = 1
-        while self._bytes(2 * rows, seq, end, positions, columns, stepwise) <= into and rows * seq < _MOST_TOKENS:
+        while held(2 * rows) <= into and rows * seq < _MOST_TOKENS:
             rows *= 2
         return rows
 
@@ -256,7 +263,7 @@ class HostedModel:
         ids: Tensor,
         mediators: Sequence[SiteMediator],
         stopping: Stopping,
-        positions: Sequence[int] | None = None,
+        positions: Sequence[tuple[int, int]] | None = None,
         past: Past | Noting | None = None,
         columns: Sequence[int] | None = None,
     ) -> None:
@@ -266,17 +273,18 @@ class HostedModel:
             ids: Token ids `[batch, seq]`.
             mediators: Who waits where.
             stopping: Ends it early.
-            positions: Those whose logits are computed; None for all.
+            positions: Those whose logits are computed, as rows and positions in them: `[position, 1, vocabulary]`. None
+                for all.
             past: What is remembered of the tokens before, or what notes what is remembered of these.
             columns: The entries of the vocabulary whose logits are computed, in their order; None for all.
         """
         ids = ids.to(self.device)
-        more: dict[str, Any] = {} if positions is None else {_POSITIONS: torch.tensor(positions, device=self.device)}
+        more: dict[str, Any] = {}
         if past is not None:
             more[past.argument] = past
             mediators = [*mediators, *past.mediators()]
-        if columns is not None:
-            mediators = [*mediators, *self._narrowed_to(columns)]
+        if positions is not None or columns is not None:
+            mediators = [*mediators, *self._head_gives(positions, columns)]
         with self.lock:
             try:
                 with prompts_of(ids.shape[1]):
@@ -286,25 +294,38 @@ class HostedModel:
             finally:
                 self._memory.restore()
 
-    def _narrowed_to(self, columns: Sequence[int]) -> list[SiteMediator]:
-        """What has to happen in a pass, so that the head gives the logits of some entries of the vocabulary alone.
+    def _head_gives(
+        self, positions: Sequence[tuple[int, int]] | None = None, columns: Sequence[int] | None = None
+    ) -> list[SiteMediator]:
+        """What has to happen in a pass, so that the head gives few logits.
 
         The head's own weights stay as they are: they may be tied to the embeddings, or be in use on another thread.
+
+        Args:
+            positions: Those that the head is given, as rows and positions in them; None for all. To the head they are
+                rows of one position each.
+            columns: The entries of the vocabulary that it multiplies with; None for all.
         """
         path, head, given = self.catalogue.raw("lm_head"), self._head, list[Tensor]()
-        assert path is not None
-        assert head is not None, "what is learnt of it is asked first"
+        assert path is not None, "what is learnt of it is asked first"
 
         def take(call: tuple[tuple[Tensor, ...], dict[str, Any]]) -> Any:
-            given.append(call[0][0])
-            return call
+            (states, *rest), named = call
+            if positions is not None:
+                rows, places = torch.tensor(positions, device=states.device).unbind(-1)
+                states = states[rows, places][:, None]
+            if columns is not None:
+                given.append(states)
+            return (states, *rest), named
 
         def multiply(_: object) -> Tensor:
+            assert head is not None
             rows = torch.tensor(columns, device=head.weight.device)
             bias = None if head.bias is None else head.bias.index_select(0, rows)
             return functional.linear(given.pop(), head.weight.index_select(0, rows), bias)
 
-        return [SiteMediator(Location(path, INPUT), take), SiteMediator(Location(path, INSTEAD), multiply)]
+        taking = SiteMediator(Location(path, INPUT), take)
+        return [taking] if columns is None else [taking, SiteMediator(Location(path, INSTEAD), multiply)]
 
     def _metered(self) -> Costs:
         """What its passes cost."""

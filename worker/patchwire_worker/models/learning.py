@@ -275,26 +275,34 @@ class Learner:
         self.look(ids, seen.observe, more={past.argument: past}, mediators=past.mediators())
         return seen
 
-    def trimmed(self, option: str) -> frozenset[str] | None:
-        """The modules that see fewer positions when an option of the model's call names those whose logits are wanted.
+    def trimmed(
+        self, some: Callable[[Sequence[tuple[int, int]]], Sequence[SiteMediator]], head: str
+    ) -> frozenset[str] | None:
+        """The modules that see another thing when the logits of some positions alone are computed.
+
+        Args:
+            some: What has to happen in a pass, so that it computes those alone.
+            head: The module that computes them, by its path.
 
         Returns:
-            None if the model computes all of them all the same, or others.
+            None if they are not those that there are among all.
         """
-        ids = self.prompts()[-1]
-        kept = torch.tensor([1, ids.shape[1] - 1], device=self.device)
+        ids = self.prompts()[len(SHAPES) - 1]
+        rows, seq = ids.shape
+        kept = [(0, 1), (0, seq - 1), *((row, (2 * row) % seq) for row in range(1, rows)), (rows - 1, 0)]
         place = (Location("", OUTPUT), ("logits",))
         try:
             whole, part = self._run(ids), _Seen(self.sides)
-            self.look(ids, part.observe, more={option: kept})
-            wanted, found = whole.values[place][:, kept], part.values[place]
+            self.look(ids, part.observe, mediators=some(kept))
+            wanted = torch.stack([whole.values[place][at] for at in kept])[:, None]
+            found = part.values[place]
             if wanted.shape != found.shape or not is_same(found, wanted):
                 return None
         except Exception as error:  # a model fails in whatever way it likes
             log.info("%s computes all logits (%s)", type(self.module).__name__, first_line(error))
             return None
         others = {each for each, (shape, _) in whole.leaves.items() if part.leaves.get(each, (shape, _))[0] != shape}
-        return frozenset(location.module for location, _ in others)
+        return frozenset({head, *(location.module for location, _ in others)})
 
     def narrowed(self, some: Callable[[Sequence[int]], Sequence[SiteMediator]], head: str) -> frozenset[str] | None:
         """The modules that see another thing when logits of some entries of the vocabulary alone are computed.
