@@ -6,6 +6,7 @@ the server sent (or by asking the server, for chat templates and for tokenizers 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from patchwire.errors import InputError, here
+from patchwire.errors import InputError, PatchwireWarning, here, user_line
 from patchwire.graph import Invoke
 
 Rows = list[list[int]]
@@ -154,6 +155,9 @@ class ModelTokenizer:
             self._backend.no_padding()
             self._backend.no_truncation()
         self._ask = ask
+        self._warned: set[str] = set()
+        unknown = getattr(self._backend.model, "unk_token", None) if self._backend is not None else None
+        self._unknown = None if unknown is None or self._backend is None else self._backend.token_to_id(unknown)
         self._ids: Callable[[str], tuple[int, ...]] = lru_cache(_REMEMBERED_TEXTS)(self._ids_of)
 
     @property
@@ -173,6 +177,35 @@ class ModelTokenizer:
         if len(texts) == 1:  # a sweep is of one text, many times
             return [list(self._ids(texts[0]))]
         return [each.ids for each in self._backend.encode_batch(list(texts))]
+
+    def prompts(self, texts: Sequence[str]) -> Rows:
+        """The token ids of several texts that a model is to read.
+
+        Warns:
+            PatchwireWarning: it has no tokens for some words; once for each text.
+        """
+        rows = self.batch(texts)
+        for text, row in zip(texts, rows, strict=True):
+            if self._unknown in row and text not in self._warned:
+                self._warned.add(text)
+                words = ", ".join(f"“{word}”" for word in dict.fromkeys(self.unknown(text)))
+                line = user_line()
+                warnings.warn_explicit(
+                    PatchwireWarning(
+                        f"The model's tokenizer does not know {words}: all such words are one token to it."
+                    ),
+                    None,
+                    line.file if line else __file__,
+                    line.line if line else 0,
+                )
+        return rows
+
+    def unknown(self, text: str) -> list[str]:
+        """The parts of a text that the tokenizer does not know, each of which it makes the same token of."""
+        if self._unknown is None or self._backend is None:
+            return []
+        found = self._backend.encode(text)
+        return [text[slice(*at)] for each, at in zip(found.ids, found.offsets, strict=True) if each == self._unknown]
 
     def _ids_of(self, text: str) -> tuple[int, ...]:
         assert self._backend is not None

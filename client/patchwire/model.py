@@ -299,6 +299,11 @@ class Model(Module):
         return self.catalogue.num_layers
 
     @property
+    def vocab_size(self) -> int:
+        """How many token ids there are, from 0 on; 0 if that is not known."""
+        return int(self._description.vocabulary)
+
+    @property
     def sites(self) -> Listing:
         """Its canonical names as a table: dimensions, where each is in this model, and what can be written.
 
@@ -543,7 +548,7 @@ class Model(Module):
     def _rows(self, given: Any) -> g.Invoke:
         return to_invoke(
             given,
-            texts_to_ids=self.tokenizer.batch,
+            texts_to_ids=self.tokenizer.prompts,
             messages_to_ids=lambda messages: self.connection.tokenize(self.name, messages=list(messages)),  # type: ignore[arg-type]
             vocabulary=self._description.vocabulary,
             max_positions=self._description.max_positions,

@@ -64,6 +64,11 @@ class States(Value):
             return self.recorder.call(_GETITEM, (token, rest), {})
         if self._tensor is not None:
             return self._tensor[index]
+        if found is not None and found[0] and isinstance(index[0], slice):
+            tokens, rest = found
+            # As states, so that each may be written where it was taken from: all of them exist only after the last.
+            whole = all(each == slice(None) for each in rest)
+            return States(tokens if whole else [self.recorder.call(_GETITEM, (token, rest), {}) for token in tokens])
         return self.recorder.call(_GETITEM, (self, index), {})
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -81,6 +86,10 @@ class States(Value):
         place = self[index]
         if isinstance(value, Value) and not single and value.memory is place.memory:
             raise GraphError("Several states cannot be edited in place at once.", hint=_AT_A_POSITION, lines=here())
+        if isinstance(value, States) and not value.ready and len(value._tokens) == len(tokens) and not single:
+            for token, new in zip(tokens, value._tokens, strict=True):
+                token[rest] = new
+            return
         if isinstance(value, (Tensor, Value)) and not single:
             try:
                 value = torch.broadcast_to(value, place.shape)  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ def experiment(model: patchwire.Model, facts: list[Fact], place: str, window: in
     """The average indirect effect of a place at each layer, on the probability of what the model says of each fact:
     `[layers, roles]`. A trace is one request.
     """
-    traces = [causal_trace(model, prompt, subject, place=place, window=window) for prompt, subject in facts]
+    traces = [causal_trace(model, prompt, subject, at=place, window=window) for prompt, subject in facts]
     return by_role([each.effect() for each in traces])
 
 

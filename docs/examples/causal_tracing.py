@@ -39,7 +39,7 @@ def modules(model: patchwire.Model, prompt: str, subject: str, answer: str | Non
     """What modules add, restored in `window` layers around each at once: one of them alone does little (figure 1)."""
     places = ["mixer", "mlp"] if hasattr(model.layers[0], "mlp") else ["mixer"]
     return {
-        f"{place}, {window} layers": causal_trace(model, prompt, subject, answer=answer, place=place, window=window)
+        f"{place}, {window} layers": causal_trace(model, prompt, subject, answer=answer, at=place, window=window)
         for place in places
     }
 

@@ -35,7 +35,7 @@ def experiment(
     found = {}
     for name, place in PLACES.items():
         around = 1 if place == "resid" else window
-        trace = causal_trace(model, prompt, subject, Replacement(other), answer=answer, place=place, window=around)
+        trace = causal_trace(model, prompt, subject, Replacement(other), answer=answer, at=place, window=around)
         found[name] = trace.normalised()
     return found
 

@@ -502,6 +502,61 @@ def test_the_mlp_of_a_hybrid_has_the_same_vocabulary_as_elsewhere(name: str, pai
             assert torch.equal(found["chosen_experts"].value[0].sort(-1)[0], best.sort(-1)[0])
 
 
+@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize(
+    "index",
+    [(slice(None), slice(3, 4)), (slice(None), slice(2, 5)), (slice(None), slice(None, None, 2)), (slice(None), 3)],
+    ids=str,
+)
+def test_states_of_one_run_are_written_into_another_at_the_same_positions(
+    name: str, index: tuple[Any, ...], pairs: Pairs
+) -> None:
+    """As a whole slice, and as each token's state, one after the other: they are the same."""
+    model, _ = pairs[name]
+    other = tiny.prompt(len(PROMPT), seed=5)
+    positions = range(len(PROMPT))[index[1]]
+    found, states = [], []
+    for whole in (True, False):
+        with model.trace() as trace:
+            with trace.invoke(other):
+                given = model.layers[0].ssm.state
+            with trace.invoke(PROMPT):
+                own = model.layers[0].ssm.state
+                if whole:
+                    own[index] = given[index]
+                else:
+                    for at in [positions] if isinstance(positions, int) else positions:
+                        own[:, at] = given[:, at]
+                states.append(own[:, 1:6].save())
+                found.append(model.logits.save())
+    assert torch.equal(found[0].value, found[1].value)
+    assert torch.equal(states[0].value, states[1].value)
+    with model.trace(PROMPT):
+        clean = model.logits.save()
+        taken = model.layers[0].ssm.state[:, 1:6].save()
+        part = model.layers[0].ssm.state[:, 1:6, ..., :2].save()
+    assert float((clean.value - found[0].value).abs().max()) > 1e-4
+    assert torch.equal(taken.value[..., :2], part.value)
+    assert taken.value.shape == states[0].value.shape
+
+
+def test_a_slice_of_states_is_a_view_of_them(pairs: Pairs) -> None:
+    model, _ = pairs["mamba_odd"]
+    found = []
+    for through in (True, False):
+        with model.trace(PROMPT):
+            state = model.layers[0].ssm.state
+            if through:
+                part = state[:, 2:5]
+                part[:, 1] = 0.5
+            else:
+                state[:, 3] = 0.5
+            found += [state.save(), model.logits.save()]
+    for one, other in zip(found[:2], found[2:], strict=True):
+        assert torch.equal(one.value, other.value)
+    assert bool((found[0].value[:, 3] == 0.5).all())
+
+
 def test_states_are_written_at_positions(pairs: Pairs) -> None:
     model, _ = pairs["mamba_odd"]
 

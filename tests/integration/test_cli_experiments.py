@@ -117,7 +117,7 @@ def test_what_makes_no_experiment_is_refused(zoo: Server, tmp_path: Path) -> Non
 
     assert "two models or more" in refusal("compare", zoo, "facts-gpt2", *asked)
     assert "not both" in refusal("trace", zoo, "facts-gpt2", *asked, "--noise", "3", "--replace", OTHER)
-    assert "There is no place “head”" in refusal("trace", zoo, "facts-gpt2", *asked, "--place", "head")
+    assert "There is no place “head”" in refusal("trace", zoo, "facts-gpt2", *asked, "--at", "head")
     assert "is not in the tokens" in refusal("trace", zoo, "facts-gpt2", *asked[:3], "Nobody")
     assert not list(tmp_path.iterdir())
 

@@ -388,6 +388,39 @@ def test_what_is_no_metric_is_refused(model: patchwire.Model, metric: Any) -> No
         methods.activation_patching(model, CLEAN, CORRUPT, metric)
 
 
+@pytest.mark.parametrize(
+    ("metric", "instead"), [(methods.KL, "KL()"), (methods.LogitDifference, "LogitDifference(answer, foil)")]
+)
+def test_a_class_of_metrics_is_no_metric(model: patchwire.Model, metric: Any, instead: str) -> None:
+    with pytest.raises(patchwire.InputError, match="is a class") as caught:
+        methods.activation_patching(model, CLEAN, CORRUPT, metric)
+    assert instead in caught.value.hint
+
+
+@pytest.mark.parametrize("answer", [-1, 10**6])
+def test_an_answer_is_a_token_that_there_is(model: patchwire.Model, answer: int) -> None:
+    with pytest.raises(patchwire.InputError, match=f"no token {answer}"):
+        methods.activation_patching(model, CLEAN, CORRUPT, answer=answer)
+    number = methods.activation_patching(model, CLEAN, CORRUPT, answer=torch.tensor(ANSWER))
+    assert torch.equal(number.values, methods.activation_patching(model, CLEAN, CORRUPT, answer=ANSWER).values)
+
+
+def test_the_states_of_an_ssm_are_patched_at_single_tokens(served: Any) -> None:
+    """Each cell is what writing that token's state by hand gives."""
+    model = served["mamba"]
+    found = methods.activation_patching(model, CLEAN, CORRUPT, answer=ANSWER, at="ssm.state")
+    for layer in range(model.num_layers):
+        for token in range(len(CLEAN)):
+            with model.trace() as trace:
+                with trace.invoke(CLEAN):
+                    state = model.layers[layer].ssm.state[:, token]
+                with trace.invoke(CORRUPT):
+                    model.layers[layer].ssm.state[:, token] = state
+                    expected = model.logits[0, -1].softmax(-1)[ANSWER].save()
+            assert float(found.values[layer, token]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(found.effect().values.abs().max()) > 0
+
+
 def test_a_result_says_what_it_is_and_where_it_is_highest(model: patchwire.Model) -> None:
     found = methods.activation_patching(model, CLEAN, CORRUPT, answer=ANSWER)
     best = found.values.argmax()

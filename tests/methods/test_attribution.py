@@ -262,3 +262,26 @@ def test_results_over_other_cells_do_not_agree_or_disagree(served: Any) -> None:
     other = methods.attribution_patching(served["gpt2"], CLEAN, CORRUPT, METRIC, over={"layer": [0], "token": None})
     with pytest.raises(patchwire.InputError, match="not the same axes"):
         methods.agreement(one, other)
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ({"metric": methods.Probability(ANSWER)}, "metrics"),
+        ({"direction": "noising"}, "directions"),
+        ({"at": "mlp"}, "sites"),
+        ({"clean": CORRUPT, "corrupt": CLEAN}, "clean prompts"),
+        ({"model": "llama"}, "models"),
+    ],
+)
+def test_results_of_other_experiments_do_not_agree_or_disagree(served: Any, more: dict[str, Any], what: str) -> None:
+    usual = {"model": "gpt2", "clean": CLEAN, "corrupt": CORRUPT, "metric": METRIC, "over": {"layer": [0, 1]}}
+    one, other = (
+        function(served[given["model"]], **{name: each for name, each in given.items() if name != "model"})
+        for function, given in (
+            (methods.attribution_patching, usual),
+            (methods.activation_patching, usual | more),
+        )
+    )
+    with pytest.raises(patchwire.InputError, match=f"different {what}"):
+        methods.agreement(one, other)

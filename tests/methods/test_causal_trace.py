@@ -122,7 +122,7 @@ def noise(reference: Reference) -> tuple[Tensor, dict[nn.Module, Callable[[Tenso
 def test_noise_gives_what_hooks_give(model: patchwire.Model, reference: Reference, place: str, window: int) -> None:
     rows, corrupt = noise(reference)
     corruption = methods.Noise(std=STD, samples=SAMPLES, seed=SEED)
-    found = methods.causal_trace(model, PROMPT, SUBJECT, corruption, answer=ANSWER, place=place, window=window)
+    found = methods.causal_trace(model, PROMPT, SUBJECT, corruption, answer=ANSWER, at=place, window=window)
 
     torch.testing.assert_close(found.values, reference.trace(rows, corrupt, place, window), rtol=1e-4, atol=1e-6)
     assert found.numbers["base"] == pytest.approx(float(reference.run(rows, corrupt)), rel=1e-4)
@@ -133,7 +133,7 @@ def test_noise_gives_what_hooks_give(model: patchwire.Model, reference: Referenc
 @pytest.mark.parametrize("place", ["resid", "mixer"])
 def test_another_subject_gives_what_hooks_give(model: patchwire.Model, reference: Reference, place: str) -> None:
     corruption = methods.Replacement(OTHER)
-    found = methods.causal_trace(model, PROMPT, SUBJECT, corruption, answer=ANSWER, place=place, window=2)
+    found = methods.causal_trace(model, PROMPT, SUBJECT, corruption, answer=ANSWER, at=place, window=2)
 
     torch.testing.assert_close(found.values, reference.trace(torch.tensor([OTHER]), {}, place, 2), rtol=1e-4, atol=1e-6)
 
@@ -147,7 +147,7 @@ def test_what_is_severed_stays_as_in_the_corrupted_run(
         pytest.skip("a Mamba has no MLPs")
     rows, corrupt = noise(reference)
     corruption = methods.Noise(std=STD, samples=SAMPLES, seed=SEED)
-    found = methods.causal_trace(model, PROMPT, SUBJECT, corruption, answer=ANSWER, place=place, severed=severed)
+    found = methods.causal_trace(model, PROMPT, SUBJECT, corruption, answer=ANSWER, at=place, severed=severed)
 
     expected = reference.trace(rows, corrupt, place, 1, severed)
     torch.testing.assert_close(found.values, expected, rtol=1e-4, atol=1e-6)

@@ -99,7 +99,7 @@ def reference(references: Mapping[str, PreTrainedModel], name: str) -> Reference
 def test_events_are_those_that_hooks_find(model: patchwire.Model, reference: Reference, name: str, place: str) -> None:
     if (name, place) == ("mamba", "mlp"):
         pytest.skip("a Mamba has no MLPs")
-    found = methods.extraction_events(model, IDS, place=place)
+    found = methods.extraction_events(model, IDS, at=place)
 
     expected = torch.tensor([reference.events(ids, place) for ids in IDS])
     assert torch.equal(found.values, expected)
@@ -128,7 +128,7 @@ def test_events_with_earlier_states_are_those_that_hooks_find(
         (IDS, {"earlier": 0}, "depends on the subject"),
         (MENTIONS, {"earlier": 2}, "No layer comes after 2"),
         (MENTIONS, {"earlier": 0, "written": "first"}, "no group “first”"),
-        (IDS, {"place": "attn"}, "no place “attn”"),
+        (IDS, {"at": "attn"}, "no place “attn”"),
     ],
 )
 def test_what_cannot_be_extracted_is_refused(
@@ -174,4 +174,4 @@ def test_attention_extracts_facts_from_what_early_layers_made_of_the_subject(
     early = methods.extraction_events(model, FACTS, earlier=0, written="subject").numbers["any"]
     assert plain >= 0.4
     assert early <= plain / 2
-    assert methods.extraction_events(model, FACTS, place="mlp").numbers["any"] <= plain / 2
+    assert methods.extraction_events(model, FACTS, at="mlp").numbers["any"] <= plain / 2

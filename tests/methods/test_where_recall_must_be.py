@@ -111,7 +111,7 @@ def test_it_takes_the_mlp_and_no_attention_at_the_last_name(model: patchwire.Mod
 
 @of_mambas
 def test_a_fact_of_a_mamba_is_at_the_last_name_until_the_last_layer(model: patchwire.Model) -> None:
-    shares = {place: traced(model, place=place) for place in ("resid", "mixer", "scan", "gate")}
+    shares = {place: traced(model, at=place) for place in ("resid", "mixer", "scan", "gate")}
 
     assert shares["resid"][1, LAST_NAME] >= 0.7
     assert shares["resid"][:2, ELSEWHERE].abs().max() <= 0.02

@@ -101,14 +101,14 @@ NUMBERS = ".safetensors"
     "patchwire trace gpt2 --prompt 'The Eiffel Tower is in the city of' --subject 'The Eiffel Tower' "
     "--answer ' Paris' --server gpu-box:50051\n\n"
     "patchwire trace zoo:facts-mamba --prompt 'Ada Barlow lives in the city of' --subject 'Ada Barlow' "
-    "--replace 'Hugo Keller lives in the city of' --place scan --out scan.pdf"
+    "--replace 'Hugo Keller lives in the city of' --at scan --out scan.pdf"
 )
 def trace(
     model: ModelName,
     prompt: Prompt,
     subject: Subject,
     answer: Answer = None,
-    place: PlaceName = "resid",
+    at: PlaceName = "resid",
     window: Window = 1,
     severed: Severed = None,
     noise: NoiseScale = None,
@@ -129,10 +129,10 @@ def trace(
 
     A cell is what restoring a place after a layer, at a token, does to the probability of the answer.
     """
-    experiment = _tracing(prompt, subject, answer, place, window, severed, noise, samples, seed, replace, ids)
+    experiment = _tracing(prompt, subject, answer, at, window, severed, noise, samples, seed, replace, ids)
     _check(to)
     proxy = opened(model, server, token, tls_of(tls, tls_ca), device, dtype)
-    _side_by_side({proxy.name: experiment(proxy)}, to, f"{place} restored", normalised)
+    _side_by_side({proxy.name: experiment(proxy)}, to, f"{at} restored", normalised)
 
 
 @app.command(
@@ -140,7 +140,7 @@ def trace(
     "patchwire compare gpt2 pythia mamba --prompt 'The Eiffel Tower is in the city of' --subject 'The Eiffel Tower' "
     "--server gpu-box:50051\n\n"
     "patchwire compare zoo:facts-gpt2 zoo:facts-mamba --prompt 'Ada Barlow lives in the city of' "
-    "--subject 'Ada Barlow' --place mixer --normalised --out mixers.png"
+    "--subject 'Ada Barlow' --at mixer --normalised --out mixers.png"
 )
 def compare(
     models: Annotated[
@@ -149,7 +149,7 @@ def compare(
     prompt: Prompt,
     subject: Subject,
     answer: Answer = None,
-    place: PlaceName = "resid",
+    at: PlaceName = "resid",
     window: Window = 1,
     severed: Severed = None,
     noise: NoiseScale = None,
@@ -172,21 +172,21 @@ def compare(
     """
     if len(models) < 2:
         raise InputError("A comparison is of two models or more.", hint="`patchwire trace` is for one.")
-    experiment = _tracing(prompt, subject, answer, place, window, severed, noise, samples, seed, replace, ids)
+    experiment = _tracing(prompt, subject, answer, at, window, severed, noise, samples, seed, replace, ids)
     _check(to)
     found: dict[str, Result] = {}
     for each in models:
         proxy = opened(each, server, token, tls_of(tls, tls_ca), device, dtype)
         name = proxy.name if proxy.name not in found else f"{proxy.name} ({len(found) + 1})"
         found[name] = experiment(proxy)
-    _side_by_side(found, to, f"{place} restored", normalised)
+    _side_by_side(found, to, f"{at} restored", normalised)
 
 
 def _tracing(
     prompt: str,
     subject: str,
     answer: str | None,
-    place: str,
+    at: str,
     window: int,
     severed: str | None,
     noise: float | None,
@@ -210,7 +210,7 @@ def _tracing(
             ids_of(subject) if ids else subject,
             corruption if other is None else Replacement(other),
             answer=wanted[0] if isinstance(wanted, list) else wanted,
-            place=place,
+            at=at,
             window=window,
             severed=severed,
         )

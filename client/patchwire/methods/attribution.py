@@ -204,6 +204,17 @@ class Agreement:
         return table
 
 
+_COMPARABLE = {
+    "model": "models",
+    "prompt": "clean prompts",
+    "corrupt": "corrupt prompts",
+    "metric": "metrics",
+    "at": "sites",
+    "direction": "directions",
+}
+"""What an estimate and the exact effects have to have in common, by the argument's name."""
+
+
 def agreement(approximate: Result, exact: Result, *, threshold: float = 0.05) -> Agreement:
     """How far estimated effects agree with exact ones, in size and in sign.
 
@@ -213,7 +224,7 @@ def agreement(approximate: Result, exact: Result, *, threshold: float = 0.05) ->
         threshold: From which share of the largest exact effect on an effect is large.
 
     Raises:
-        InputError: they are of other cells, or one is no patching experiment.
+        InputError: they are of other cells, prompts, sites or metrics, or one is no patching experiment.
     """
     if approximate.axes != exact.axes:
         raise InputError(
@@ -221,6 +232,14 @@ def agreement(approximate: Result, exact: Result, *, threshold: float = 0.05) ->
             hint="Give both methods the same prompts, `at` and `over`.",
             lines=here(),
         )
+    for name, what in _COMPARABLE.items():
+        given = [{"model": each.origin.model, **each.origin.arguments}.get(name) for each in (approximate, exact)]
+        if given[0] != given[1] and not any(" at 0x" in str(each) for each in given):  # functions may be the same
+            raise InputError(
+                f"The two results are of different {what}: {given[0]} and {given[1]}.",
+                hint="Give both methods the same.",
+                lines=here(),
+            )
     effects = approximate.effect(), exact.effect()
     one, other = (each.values.double().flatten() for each in effects)
     largest = other.abs().max()

@@ -13,7 +13,7 @@ from typing import Any
 from patchwire import random
 from patchwire.errors import InputError, here
 from patchwire.methods.metrics import Metric, Probability, checked
-from patchwire.methods.places import Place, at, window_around
+from patchwire.methods.places import Place, value_of, window_around
 from patchwire.methods.prompts import Prompt, answer_of, prompt_of, span
 from patchwire.methods.result import Origin, Result, layers_axis, tokens_axis
 from patchwire.methods.sweeping import sweep
@@ -81,7 +81,7 @@ def causal_trace(
     *,
     answer: str | int | None = None,
     metric: Metric | None = None,
-    place: Place = "resid",
+    at: Place = "resid",
     window: int = 1,
     severed: Place | None = None,
 ) -> Result:
@@ -100,7 +100,7 @@ def causal_trace(
         answer: Whose probability is measured: how the text goes on, or a token id; what the model itself says if left
             out.
         metric: What is measured, instead of the answer's probability.
-        place: What is restored: one of `patchwire.methods.PLACES`.
+        at: What is restored: one of `patchwire.methods.PLACES`.
         window: In how many layers around each: `[l - window // 2, l + (window + 1) // 2)`, clipped.
         severed: Hold this place, in all layers, at the token that is restored, at what it is in the corrupted run
             (section 2.3: with "mlp", what the state does without the MLPs after it). What is restored is not held.
@@ -126,14 +126,14 @@ def causal_trace(
 
     def before(trace: Trace) -> _Runs:
         with trace.invoke(clean.rows):
-            states = {layer: at(model.layers[layer], place) for layer in range(last)}
+            states = {layer: value_of(model.layers[layer], at) for layer in range(last)}
             logits = model.logits[:, -1]
             source = metric(logits, logits).mean().save()
         with trace.invoke(corrupted.rows):
             corrupted.corrupt(model)
             # Every cell is the corrupted run until its first layer, and begins there.
-            streams = {first: _begin(model, place, first) for first in {each.start for each in around}}
-            frozen = {layer: at(model.layers[layer], severed) for layer in range(last)} if severed else {}
+            streams = {first: _begin(model, at, first) for first in {each.start for each in around}}
+            frozen = {layer: value_of(model.layers[layer], severed) for layer in range(last)} if severed else {}
             base = metric(model.logits[:, -1], logits).mean().save()
         return _Runs(states, logits, streams, frozen, source, base)
 
@@ -143,12 +143,12 @@ def causal_trace(
         first = restored.start
         with trace.invoke(corrupted.rows):
             if corrupted.noise is not None:
-                _go_on(model, place, first, runs.streams[first])
+                _go_on(model, at, first, runs.streams[first])
             for each in range(first, last):
-                if severed is not None and not (severed == place and each in restored):
-                    at(model.layers[each], severed)[:, token] = runs.frozen[each][:, token]
+                if severed is not None and not (severed == at and each in restored):
+                    value_of(model.layers[each], severed)[:, token] = runs.frozen[each][:, token]
                 if each in restored:
-                    at(model.layers[each], place)[:, token] = runs.clean[each][:, token]
+                    value_of(model.layers[each], at)[:, token] = runs.clean[each][:, token]
             return metric(model.logits[:, -1], runs.logits).mean()
 
     cells = [(layer, token) for layer in range(last) for token in range(len(clean))]
@@ -165,7 +165,7 @@ def causal_trace(
             subject=list(where),
             corruption=repr(corruption or Noise()),
             metric=repr(metric),
-            place=place,
+            at=at,
             window=window,
             severed=severed,
         ),
@@ -210,14 +210,14 @@ def _corrupted(model: Model, clean: Prompt, subject: range, corruption: Noise | 
     return _Corrupted(other.rows, None, subject)
 
 
-def _begin(model: Model, place: Place, layer: int) -> Any:
+def _begin(model: Model, at: Place, layer: int) -> Any:
     """The residual stream from which a run can go on: after a layer if that is restored, or else before it."""
-    found: Any = model.layers[layer].output if place == "resid" else model.layers[layer].input
+    found: Any = model.layers[layer].output if at == "resid" else model.layers[layer].input
     return found
 
 
-def _go_on(model: Model, place: Place, layer: int, stream: Any) -> None:
-    if place == "resid":
+def _go_on(model: Model, at: Place, layer: int, stream: Any) -> None:
+    if at == "resid":
         model.layers[layer].output[:] = stream
     else:
         model.layers[layer].input[:] = stream

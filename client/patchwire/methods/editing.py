@@ -23,7 +23,7 @@ from torch import Tensor
 import patchwire
 from patchwire.errors import InputError, here
 from patchwire.kept import Kept
-from patchwire.methods.prompts import Prompt, prompt_of, span
+from patchwire.methods.prompts import Prompt, continuation, known_id, prompt_of, span
 from patchwire.methods.result import Axis, Origin, Result
 from patchwire.model import Model, Module
 from patchwire.optim import Adam
@@ -85,9 +85,9 @@ class SecondMoment:
 class RankOneEdit:
     """An edited model, and how the edit was found. The model that it was made from is as it was."""
 
-    model: Model
+    model: Model = field(repr=False)
     """The model with the edit. Nobody else's is edited: to revert it, go on with `original`."""
-    original: Model
+    original: Model = field(repr=False)
     layer: int
     projection: str
     key: Tensor = field(repr=False)
@@ -369,22 +369,15 @@ def target_ids(model: Model, prompt: Prompt, target: str | int | Sequence[int]) 
     """The token ids of how a prompt is to go on.
 
     Raises:
-        InputError: the text does not go on like that, the prompt is token ids, or there are none.
+        InputError: the text does not go on like that, the prompt is token ids, or there are no such tokens.
     """
     if isinstance(target, str) and isinstance(prompt.given, str):
-        whole = model.tokenize(prompt.given + target)[0]
-        if tuple(whole[: len(prompt)]) == prompt.ids and len(whole) > len(prompt):
-            return whole[len(prompt) :]
-        raise InputError(
-            f"“{target}” is not how “{prompt.given}” goes on: together they are other tokens.",
-            hint="Begin it with a space where a new word begins, or give token ids.",
-            lines=here(),
-        )
+        return continuation(model, prompt, target)
     if isinstance(target, str) or (not isinstance(target, int) and not len(target)):
         raise InputError(
             f"{target!r} is not how token ids go on.", hint="Give a token id, or a list of them.", lines=here()
         )
-    return [target] if isinstance(target, int) else [int(each) for each in target]
+    return [known_id(model, int(each)) for each in ([target] if isinstance(target, int) else target)]
 
 
 def _projection(model: Model, layer: int, name: str | None) -> tuple[str, Projection]:

@@ -14,7 +14,7 @@ import torch
 
 from patchwire.errors import InputError, here
 from patchwire.methods.editing import Mention
-from patchwire.methods.places import Place, at
+from patchwire.methods.places import Place, value_of
 from patchwire.methods.prompts import Prompt, group, prompt_of, span
 from patchwire.methods.result import Axis, Origin, Result, layers_axis
 from patchwire.methods.sweeping import sweep
@@ -26,7 +26,7 @@ def extraction_events(
     model: Model,
     prompts: Sequence[Any],
     *,
-    place: Place = "mixer",
+    at: Place = "mixer",
     earlier: int | None = None,
     written: str | Sequence[int] = "subject",
 ) -> Result:
@@ -39,7 +39,7 @@ def extraction_events(
     Args:
         model: Any model with an unembedding: attention or SSM alike.
         prompts: Texts, token ids, or `Mention`s, which say their subject.
-        place: Whose output: "mixer", attention or the SSM, or "mlp".
+        at: Whose output: "mixer", attention or the SSM, or "mlp".
         earlier: Write the residual stream before this layer into that before each later one, of the same prompt.
         written: At which tokens: a group of `patchwire.methods.prompts.GROUPS`, "subject", "last subject",
             "non-subject" or "last"; or positions.
@@ -66,7 +66,7 @@ def extraction_events(
 
     def events(layers: Sequence[int]) -> Any:
         """The first tokens, `[layers]`."""
-        outputs = [_added(model.layers[each], place)[0, -1] for each in layers]
+        outputs = [_added(model.layers[each], at)[0, -1] for each in layers]
         return (torch.stack(outputs) @ model.W_U).argmax(-1)
 
     def measure(trace: Trace, _: None, cell: tuple[Prompt, list[int]]) -> Any:
@@ -95,7 +95,7 @@ def extraction_events(
             "extraction_events",
             model,
             prompts=[prompt.given for prompt, _ in cells],
-            place=place,
+            at=at,
             earlier=earlier,
             written=[where for _, where in cells],
         ),
@@ -104,10 +104,10 @@ def extraction_events(
     )
 
 
-def _added(layer: Module, place: Place) -> Any:
+def _added(layer: Module, at: Place) -> Any:
     """What a module adds to the residual stream: after a norm of its own, where it has one."""
-    module = {"mixer": lambda: layer.mixer, "mlp": lambda: layer.mlp}.get(place, lambda: None)()
-    return module.update if module is not None and hasattr(module, "update") else at(layer, place)
+    module = {"mixer": lambda: layer.mixer, "mlp": lambda: layer.mlp}.get(at, lambda: None)()
+    return module.update if module is not None and hasattr(module, "update") else value_of(layer, at)
 
 
 def _placed(model: Model, given: Any, written: str | Sequence[int] | None) -> tuple[Prompt, list[int]]:

@@ -51,7 +51,7 @@ class LogitLens:
     """`[layers, tokens, top]` float32."""
     ids: Tensor = field(repr=False)
     """`[layers, tokens, top]` int64: the token ids."""
-    words: tuple[tuple[tuple[str, ...], ...], ...]
+    words: tuple[tuple[tuple[str, ...], ...], ...] = field(repr=False)
     """The same as text."""
     likeliest: Result
     """`[layer, token]`: the probability of the likeliest token."""

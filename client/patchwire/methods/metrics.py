@@ -7,7 +7,7 @@ say which to take: the logit difference sees parts of a model that work against 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, Protocol
 
 from patchwire.errors import InputError, here
@@ -42,6 +42,13 @@ def checked(metric: Metric | None) -> Metric | None:
     Raises:
         InputError: it is no metric.
     """
+    if isinstance(metric, type):
+        needs = [each.name for each in fields(metric) if each.default is MISSING] if is_dataclass(metric) else ["…"]
+        raise InputError(
+            f"`{metric.__name__}` is a class: a metric is one of its objects.",
+            hint=f"Write `{metric.__name__}({', '.join(needs)})`.",
+            lines=here(),
+        )
     if metric is None or (callable(metric) and hasattr(metric, "unit") and hasattr(metric, "signed")):
         return metric
     raise InputError(

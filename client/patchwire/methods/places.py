@@ -24,7 +24,7 @@ PLACES: Mapping[Place, Callable[[Module], Any]] = {
 """By name: the value `[rows, tokens, width]` of a layer."""
 
 
-def at(layer: Module, place: Place) -> Any:
+def value_of(layer: Module, place: Place) -> Any:
     """The value of a layer at a place, to be read or written at indices.
 
     Raises:

@@ -109,22 +109,44 @@ def token_of(model: Model, prompt: Prompt, answer: str | int) -> int:
         answer: How, " Paris"; or a token id.
 
     Raises:
-        InputError: the text does not go on like that, or the prompt is token ids.
+        InputError: the text does not go on like that, or the prompt is token ids; or there is no such token.
     """
-    if isinstance(answer, int):
-        return answer
+    if not isinstance(answer, str):
+        return known_id(model, int(answer))
     if not isinstance(prompt.given, str):
         raise InputError(
             "Token ids go on with a token id, not with a text.", hint="Give the answer's id.", lines=here()
         )
-    whole = model.tokenize(prompt.given + answer)[0]
+    return continuation(model, prompt, answer)[0]
+
+
+def known_id(model: Model, token: int) -> int:
+    """A token id that a model has.
+
+    Raises:
+        InputError: it has not.
+    """
+    if token < 0 or (model.vocab_size and token >= model.vocab_size):
+        raise InputError(f"There is no token {token}; {model.name} has 0 to {model.vocab_size - 1}.", lines=here())
+    return token
+
+
+def continuation(model: Model, prompt: Prompt, text: str) -> list[int]:
+    """The token ids with which a prompt's text goes on.
+
+    Raises:
+        InputError: it does not go on like that, or the tokenizer does not know one of its words.
+    """
+    whole = model.tokenizer.encode(prompt.given + text)
     if len(whole) <= len(prompt) or tuple(whole[: len(prompt)]) != prompt.ids:
         raise InputError(
-            f"“{answer}” is not how “{prompt.given}” goes on: together they are other tokens.",
-            hint="Begin it with a space where a new word begins, or give a token id.",
+            f"“{text}” is not how “{prompt.given}” goes on: together they are other tokens.",
+            hint="Begin it with a space where a new word begins, or give token ids.",
             lines=here(),
         )
-    return whole[len(prompt)]
+    if unknown := model.tokenizer.unknown(text):
+        raise InputError(f"The tokenizer of {model.name} does not know “{unknown[0]}”.", lines=here())
+    return whole[len(prompt) :]
 
 
 def answer_of(model: Model, prompt: Prompt, answer: str | int | None) -> int:

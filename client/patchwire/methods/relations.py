@@ -30,7 +30,7 @@ from patchwire.results import Stats
 class LinearRelation:
     """A relation as an affine map of the subject's state."""
 
-    model: Model
+    model: Model = field(repr=False)
     layer: int
     """After which layer the subject's state is read."""
     jacobian: Tensor = field(repr=False)

@@ -108,7 +108,7 @@ class Result:
 
     def __repr__(self) -> str:
         """What was measured of what, from its lowest to its highest number, and what else was measured."""
-        axes = " × ".join(f"{len(each)} {each.name}s" for each in self.axes)
+        axes = " × ".join(_counted(len(each), each.name) for each in self.axes)
         said = [f"{self.origin.method} of {self.origin.model}: {self.unit}{f', {axes}' if axes else ''}"]
         numbers = self.values.nan_to_num(torch.nan, torch.nan, torch.nan).flatten()
         if self.axes and not numbers.isnan().all():
@@ -358,3 +358,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.tolist()
     return list(value) if isinstance(value, (range, set, frozenset)) else repr(value)
+
+
+def _counted(count: int, name: str) -> str:
+    one = name.removesuffix("s")
+    return f"{count} {one if count == 1 else one + 's'}"

@@ -49,11 +49,11 @@ class Triggers:
     layer: int
     kind: str
     """Whose neurons: one of `patchwire.methods.NEURONS`."""
-    neurons: tuple[int, ...]
+    neurons: tuple[int, ...] = field(repr=False)
     """Their numbers in the layer: what the first dimension goes along."""
-    rows: tuple[tuple[int, ...], ...]
+    rows: tuple[tuple[int, ...], ...] = field(repr=False)
     """The token ids of every example."""
-    model: Model
+    model: Model = field(repr=False)
 
     @cached_property
     def following(self) -> Tensor:

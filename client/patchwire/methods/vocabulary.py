@@ -31,7 +31,7 @@ class TopTokens:
     """`[…, token]` float32: their logits, the largest first."""
     ids: Tensor = field(repr=False)
     """`[…, token]` int64: which tokens they are."""
-    model: Model
+    model: Model = field(repr=False)
 
     @cached_property
     def _words(self) -> dict[int, str]:
