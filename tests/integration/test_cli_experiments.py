@@ -71,7 +71,7 @@ def test_trace_restores_any_place_with_another_subject_for_noise(
     zoo: Server, models: dict[str, patchwire.Model], tmp_path: Path
 ) -> None:
     to = tmp_path / "scan.safetensors"
-    asked = ["--prompt", PROMPT, "--subject", SUBJECT, "--replace", OTHER, "--place", "scan", "--window", "2"]
+    asked = ["--prompt", PROMPT, "--subject", SUBJECT, "--replace", OTHER, "--at", "scan", "--window", "2"]
     told = call("trace", zoo, "facts-mamba", *asked, "--severed", "gate", "--normalised", "--out", to)
 
     assert told.exit_code == 0, told.exception
