@@ -77,7 +77,7 @@ def test_trace_restores_any_place_with_another_subject_for_noise(
     assert told.exit_code == 0, told.exception
     replaced = methods.Replacement(OTHER)
     expected = methods.causal_trace(
-        models["facts-mamba"], PROMPT, SUBJECT, replaced, place="scan", window=2, severed="gate"
+        models["facts-mamba"], PROMPT, SUBJECT, replaced, at="scan", window=2, severed="gate"
     )
     torch.testing.assert_close(methods.load(to).values, expected.values)
     shown = [float(each) for each in re.findall(r"-?\d\.\d\d", told.output.splitlines()[-4])]
