@@ -81,12 +81,12 @@ def _shares(tasks: Mapping[str, Mapping[str, Line]]) -> Iterable[str]:
 
 
 def _users(tasks: Mapping[str, Mapping[str, Line]]) -> Iterable[str]:
-    """Compared by way of plain hooks, which do the same for both, and had their turns with each."""
+    """Both had their turns in the same rounds."""
     together, apart = (tasks.get(name, {}).get("patchwire") for name in ("users", "users_one_by_one"))
     if together and apart:
         yield (
             f"“{together['says']}”: {together['requests'] / together['seconds']:.0f} requests/s, "
-            f"{apart['to_raw'] / together['to_raw']:.2f} times as many as one after the other on the same worker."
+            f"{apart['seconds'] / together['seconds']:.2f} times as many as one after the other on the same worker."
         )
 
 

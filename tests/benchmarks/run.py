@@ -122,23 +122,44 @@ class Run:
                     self.versions[process.library] = answer["versions"]
                     for name in able.keys() & answer["tasks"]:
                         able[name].append(process)
-                for name, those in able.items():
-                    yield from self._of_task(name, those)
+                for name in able:
+                    beside = [each for each in able if TASKS[each].beside == name]
+                    if TASKS[name].beside not in able:
+                        yield from self._of_tasks({each: able[each] for each in (name, *beside)})
         finally:
             for process in processes:
                 process.close()
 
-    def _of_task(self, name: str, processes: Sequence[Process]) -> Iterable[Line]:
-        task = TASKS[name]
-        differences, first = self._checked(name, processes)
-        seconds = {library: [first[library]] if task.slow else [] for library in first}
-        times = {process.library: self._times(name, process, first[process.library]) for process in processes}
+    def _of_tasks(self, tasks: Mapping[str, Sequence[Process]]) -> Iterable[Line]:
+        """The lines of tasks that have their turns in the same rounds."""
+        differences: dict[str, dict[str, float]] = {}
+        seconds: dict[str, dict[str, list[float]]] = {}
+        times: dict[tuple[str, str], int] = {}
         products: list[float] = []
-        for _ in range(0 if task.slow else self._rounds):
-            for process in processes:
-                seconds[process.library] += process.tell("run", task=name, times=times[process.library])["seconds"]
-            if task.sweep:
-                products += processes[0].tell("run", task=MATMUL, times=WARM_UP)["seconds"]
+        for name, processes in tasks.items():
+            differences[name], first = self._checked(name, processes)
+            seconds[name] = {library: [first[library]] if TASKS[name].slow else [] for library in first}
+            for each in processes:
+                times[name, each.library] = self._times(name, each, first[each.library])
+        for _ in range(0 if any(TASKS[name].slow for name in tasks) else self._rounds):
+            for name, processes in tasks.items():
+                for each in processes:
+                    turn = each.tell("run", task=name, times=times[name, each.library])
+                    seconds[name][each.library] += turn["seconds"]
+                if TASKS[name].sweep:
+                    products += processes[0].tell("run", task=MATMUL, times=WARM_UP)["seconds"]
+        for name, processes in tasks.items():
+            yield from self._lines(name, processes, differences[name], seconds[name], products)
+
+    def _lines(
+        self,
+        name: str,
+        processes: Sequence[Process],
+        differences: Mapping[str, float],
+        seconds: Mapping[str, Sequence[float]],
+        products: Sequence[float],
+    ) -> Iterable[Line]:
+        task = TASKS[name]
         medians = {library: statistics.median(each) for library, each in seconds.items()}
         for library, median in medians.items():
             line: Line = {

@@ -47,6 +47,8 @@ class Task:
     """How many requests it is made of, if it is measured as their number in a second."""
     sweep: bool = False
     """Whether it is a sweep, whose operations are planned."""
+    beside: str = ""
+    """The task in whose rounds it has its turns, too: the two are compared, and a machine is not always as fast."""
     slow: bool = False
     """Whether it is so many runs that one time, without any before, has to be enough."""
 
@@ -60,7 +62,9 @@ TASKS: Mapping[str, Task] = {
     "attribution": Task(SMOLLM2, "attribution patching, every layer × token", relative=True),
     "generation": Task(SMOLLM2, f"generate {NEW_TOKENS} tokens, steered at every step", tolerance=0),
     "users": Task(SMOLLM2, f"{USERS} users at once, {REQUESTS} short requests each", requests=USERS * REQUESTS),
-    "users_one_by_one": Task(SMOLLM2, "the same requests, one after the other", requests=USERS * REQUESTS),
+    "users_one_by_one": Task(
+        SMOLLM2, "the same requests, one after the other", requests=USERS * REQUESTS, beside="users"
+    ),
 }
 """By name. Plain hooks do all of them; another library leaves out what it cannot do."""
 
