@@ -17,6 +17,7 @@ from patchwire import graph as g
 from patchwire.background import Cancellation, in_thread
 from patchwire.connection import Connection
 from patchwire.errors import GraphError, PatchwireError, PatchwireWarning, here, trim, user_frame
+from patchwire.garbage import Rarely
 from patchwire.jobs import Job, submit
 from patchwire.plans import Plan
 from patchwire.proxy import Value
@@ -34,6 +35,7 @@ class Request:
     Attributes:
         recorder: Turns what user code does into a graph.
         connection: Where it will run.
+        collecting: That garbage is collected rarely, until the recording ends.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Request:
     ) -> None:
         self.connection = connection
         self.progress = progress
+        self.collecting = Rarely()
         self.recorder = recorder(self._catalogue, value_bytes=connection.limits.value_bytes or None)
         self.recorder.keeps = blocking
         self.failed = False
@@ -143,6 +146,7 @@ class Request:
         """A block raised: nothing is sent."""
         self.recorder.open = False
         self.failed = True
+        self.collecting.end()
         if isinstance(error, PatchwireError):
             trim(error)
 
@@ -164,6 +168,8 @@ class Block(ABC):
     """
 
     _request: Request
+    _own = True
+    """Whether its recording is sent when it ends, and not with that of a block around it."""
 
     def __init__(self, *, blocking: bool) -> None:
         self._blocking = blocking
@@ -193,11 +199,18 @@ class Block(ABC):
     def _end(self, error: BaseException | None) -> g.Graph | None:
         """Leave the block; the graph that is to run, if one is."""
 
+    def _ended(self, error: BaseException | None) -> g.Graph | None:
+        try:
+            return self._end(error)
+        finally:
+            if self._own:
+                self._request.collecting.end()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         stopped = isinstance(error, Stopped) and error.block is self
-        graph = self._end(None if stopped else error)
+        graph = self._ended(None if stopped else error)
         if graph is not None:
             try:
                 self._run(graph, Cancellation())
@@ -213,7 +226,7 @@ class Block(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         stopped = isinstance(error, Stopped) and error.block is self
-        graph = self._end(None if stopped else error)
+        graph = self._ended(None if stopped else error)
         if graph is not None:
             try:
                 await in_thread(partial(self._run, graph))

@@ -42,6 +42,7 @@ from patchwire.errors import (
     SourceLine,
     VersionError,
 )
+from patchwire.garbage import rarely
 from patchwire.sites import SOURCE, Address, Inside
 from patchwire.status import error_to_status
 from patchwire.v1 import graph_pb2, job_pb2, job_pb2_grpc, service_pb2, service_pb2_grpc, tensor_pb2
@@ -302,8 +303,9 @@ class PatchwireService(service_pb2_grpc.PatchwireServiceServicer):
 
     async def _admit(self, message: graph_pb2.Graph) -> Any:
         def work(until: float = math.inf) -> Any:
-            admitted = self.admission.admit(message, until=until)
-            return admitted, plan(admitted)
+            with rarely():
+                admitted = self.admission.admit(message, until=until)
+                return admitted, plan(admitted)
 
         self.admission.check_nodes(message)
         await self._learn_sources(message)
