@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,7 +38,7 @@ from torch import Tensor
 from patchwire import graph as g
 from patchwire import selecting, tensors
 from patchwire.background import Cancellation
-from patchwire.errors import GraphError, InputError, SiteError, StoreError, here
+from patchwire.errors import GraphError, InputError, PatchwireWarning, SiteError, StoreError, here
 from patchwire.proxy import Value
 from patchwire.results import Progress, Results
 from patchwire.scanning import Scan
@@ -110,6 +111,16 @@ def stream(
         begun = _Index(model.name, model.fingerprint, _recipe(model, read, first), start=start, stop=start)
         writer = _Writer(Path(path), begun, ids, shard_bytes)
     position = start if writer is None else writer.index.stop
+    if writer is not None and (more := next(ids, None)) is None:
+        warnings.warn(
+            PatchwireWarning(
+                f"{path} has all of these prompts already, so nothing runs: read it with "
+                f'`patchwire.activations.open("{path}")`, or give another path.'
+            ),
+            stacklevel=3,
+        )
+    elif writer is not None:
+        ids = _chained(more, ids)
     total = len(dataset) if isinstance(dataset, Sized) else None
     return _batches(model, ids, read, batch_size, writer, position, total)
 
@@ -121,6 +132,8 @@ def _reader(model: Model, sites: Sequence[str] | Read, dtype: torch.dtype | None
     """What saves the sites in a block, for the rows of one prompt."""
     if callable(sites):
         ask: Read = sites
+    elif not sites:
+        raise InputError("No site was named.", hint='Name some: `["layers.5.output"]`.', lines=here())
     else:
         try:
             selected = selecting.of_addresses(model.catalogue, [sites] if isinstance(sites, str) else sites)

@@ -93,7 +93,7 @@ def _rows(
     if hasattr(given, "keys") and "input_ids" in given:  # a tokenizer's batch
         return _masked(given)
     raise InputError(
-        f"A {type(given).__name__} is not a prompt." if given else "There is no prompt.",
+        f"This {type(given).__name__} is not a prompt." if given else "There is no prompt.",
         hint=_FORMS,
         lines=here(),
     )
@@ -186,9 +186,11 @@ class ModelTokenizer:
         """
         rows = self.batch(texts)
         for text, row in zip(texts, rows, strict=True):
-            if self._unknown in row and text not in self._warned:
-                self._warned.add(text)
-                words = ", ".join(f"“{word}”" for word in dict.fromkeys(self.unknown(text)))
+            if self._unknown not in row or text in self._warned:
+                continue
+            self._warned.add(text)
+            if unknown := self.unknown(text):
+                words = ", ".join(f"“{word}”" for word in dict.fromkeys(unknown))
                 line = user_line()
                 warnings.warn_explicit(
                     PatchwireWarning(
@@ -205,7 +207,9 @@ class ModelTokenizer:
         if self._unknown is None or self._backend is None:
             return []
         found = self._backend.encode(text)
-        return [text[slice(*at)] for each, at in zip(found.ids, found.offsets, strict=True) if each == self._unknown]
+        words = (text[slice(*at)] for each, at in zip(found.ids, found.offsets, strict=True) if each == self._unknown)
+        # The token may stand there as what it is, or be what every text begins with.
+        return [word for word in words if word not in ("", self._backend.id_to_token(self._unknown))]
 
     def _ids_of(self, text: str) -> tuple[int, ...]:
         assert self._backend is not None

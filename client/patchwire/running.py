@@ -171,7 +171,12 @@ class Block(ABC):
     _own = True
     """Whether its recording is sent when it ends, and not with that of a block around it."""
 
-    def __init__(self, *, blocking: bool) -> None:
+    def __init__(self, *, blocking: bool, exact: bool) -> None:
+        for name, given in (("blocking", blocking), ("exact", exact)):
+            if not isinstance(given, bool):  # "no" would be yes
+                raise GraphError(
+                    f"`{name}` is True or False, not {given!r}.", hint=f"Write `{name}=True`.", lines=here()
+                )
         self._blocking = blocking
         self.stats: Stats | None = None
         self.job: Job | None = None

@@ -58,7 +58,7 @@ class Session(Block):
         exact: bool = False,
         model: Model | None = None,
     ) -> None:
-        super().__init__(blocking=blocking)
+        super().__init__(blocking=blocking, exact=exact)
         self.exact = exact
         self._connection = connection
         self._model = model

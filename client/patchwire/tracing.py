@@ -138,7 +138,7 @@ class Trace(Block):
         blocking: bool = True,
         exact: bool = False,
     ) -> None:
-        super().__init__(blocking=blocking)
+        super().__init__(blocking=blocking, exact=exact)
         self._model = model
         self._given = given
         self._trace = g.Trace(model.name, generation=generation, exact=exact)

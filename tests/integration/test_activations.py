@@ -219,7 +219,10 @@ class TestGoingOn:
         for _ in model.activations(PROMPTS[:4], "logits", path=tmp_path):
             pass
 
-        assert list(model.activations(PROMPTS[:4], "logits", path=tmp_path)) == []
+        with pytest.warns(patchwire.PatchwireWarning, match="has all of these prompts already") as caught:
+            again = model.activations(PROMPTS[:4], "logits", path=tmp_path)
+        assert caught[0].filename == __file__
+        assert list(again) == []
         assert [each.indices for each in model.activations(PROMPTS, "logits", path=tmp_path)] == [range(4, 7)]
 
     def test_after_the_program_was_killed(self, server, model, seen, tmp_path):
@@ -320,6 +323,10 @@ class TestRefusals:
             model.activations(PROMPTS, SITES, path=tmp_path)  # this line
         with refused(StoreError, "There is no store"):
             patchwire.activations.open(tmp_path)  # this line
+
+    def test_of_no_site(self, model):
+        with pytest.raises(patchwire.InputError, match="No site was named"):
+            model.activations(PROMPTS, [])
 
     def test_of_sites_that_are_not_there(self, model):
         with refused(SiteError, "mixr"):

@@ -26,6 +26,7 @@ from integration.refusals import refused
 from patchwire import cli
 from patchwire.cli.terminal import ids_of
 from patchwire.methods import load
+from patchwire_worker.config import Limits
 
 COMMAND = Path(sys.executable).parent / "patchwire"
 SECONDS = 120
@@ -150,6 +151,31 @@ def serving(checkpoint: Path) -> Iterator[Serving]:
     yield server
     server.process.kill()
     server.process.communicate()
+
+
+def test_a_pass_holds_no_more_than_it_is_told(checkpoint: Path) -> None:
+    """The same trace of many prompts, in one pass or in several."""
+    passes = []
+    for option in ((), ("--max-memory", "0.001")):
+        server = start(f"tiny={checkpoint}", *option)
+        try:
+            with patchwire.connect(server.address, progress=False) as client:
+                model = client.model("tiny")
+                with model.trace() as trace:
+                    for length in range(1, 31):
+                        with trace.invoke([token % 11 for token in range(length)]):
+                            model.logits.sum().save()
+                passes.append(trace.stats.passes)
+        finally:
+            server.end(signal.SIGINT)
+    assert passes[0] == 1 < passes[1]
+
+
+def test_help_says_what_the_limits_are_by_themselves() -> None:
+    result = CliRunner().invoke(cli.app, ["serve", "--help"], prog_name="patchwire")
+    shown = " ".join(result.output.replace("│", " ").split())
+    for option, limit in (("tokens", Limits.tokens), ("seconds", Limits.seconds), ("queued", Limits.queued)):
+        assert re.search(rf"--max-{option} [^-]*?\[default: \({limit:g}\)\]", shown), option
 
 
 def test_help_names_every_command_and_shows_examples() -> None:

@@ -567,8 +567,14 @@ class TestPrompts:
             model.logits.save()
 
     def test_that_are_none(self, model):
-        with refused(InputError, "A float is not a prompt", hint="text"), model.trace(3.14):  # this line
+        with refused(InputError, "This float is not a prompt", hint="text"), model.trace(3.14):  # this line
             model.logits.save()
+
+    def test_with_a_word_for_true(self, model):
+        with refused(GraphError, "`exact` is True or False, not 'no'"), model.trace(IDS, exact="no"):  # this line
+            model.logits.save()
+        with refused(GraphError, "`blocking` is True or False, not 0"), model.session(blocking=0):  # this line
+            pass
 
     def test_in_an_invoke(self, model):
         with refused(InputError, "token id -5"), model.trace() as trace, trace.invoke([-5]):  # this line

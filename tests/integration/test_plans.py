@@ -201,6 +201,17 @@ def test_rows_that_fork_late_cost_less_than_rows_apart(served: Served):
     assert len(costs[1].passes) == 3
 
 
+def test_where_it_stops_is_said_in_the_short_name_of_what_is_inside_a_forward(served: Served):
+    for name, read in (
+        ("gpt2", lambda model: model.layers[1].attn.pattern),
+        ("mamba", lambda model: model.layers[1].ssm.state[:, -1]),
+    ):
+        with served[name].trace(IDS) as trace:
+            read(served[name]).save()
+            (each,) = trace.plan().passes
+        assert each.stops_after == {"gpt2": "layers.1.attn.pattern", "mamba": "layers.1.ssm.state"}[name]
+
+
 def test_where_it_stops_is_said_in_names_that_sites_have(served: Served):
     model = served["gpt2"]
     with model.session() as session:

@@ -134,7 +134,18 @@ def _part(catalogue: Catalogue, index: int) -> str:
 
 def _address(catalogue: Catalogue, location: Location) -> str:
     inside = [part for operation in location.operations for part in (SOURCE, operation)]
+    if inside:  # what has a short name of its own is known by that
+        raw = ".".join([location.module, *inside, location.side])
+        named = [each.name for each in catalogue.names.values() if each.part and _is_at(each.part.address, raw)]
+        if len(named) == 1:
+            return named[0]
     return ".".join([part for part in (_name(catalogue, location), *inside, location.side) if part])
+
+
+def _is_at(address: str, location: str) -> bool:
+    """Whether an address is of a value there, or of a part of one."""
+    address = address.replace("[*]", "")
+    return address == location or address.startswith(f"{location}[")
 
 
 def _name(catalogue: Catalogue, location: Location) -> str:

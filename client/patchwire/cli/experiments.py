@@ -65,8 +65,8 @@ NoiseScale = Annotated[
     float | None,
     typer.Option(
         min=0.0,
-        help="Corrupt the subject's embeddings with noise of so many of their standard deviations.  [default: 3]",
-        show_default=False,
+        help="Corrupt the subject's embeddings with noise of so many of their standard deviations.",
+        show_default="3, without --replace",
     ),
 ]
 Samples = Annotated[int, typer.Option(min=1, help="How often noise is drawn.")]

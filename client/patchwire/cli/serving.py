@@ -75,13 +75,23 @@ def serve(
         typer.Option(help="Let in only clients with a certificate from this file (PEM).", show_default=False),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of all rows of one trace, at most.", show_default=False)
+        int | None,
+        typer.Option(min=1, help="Tokens of all rows of one trace, at most.", show_default="262144"),
     ] = None,
     max_seconds: Annotated[
-        float | None, typer.Option(min=0.1, help="Seconds that a request may run.", show_default=False)
+        float | None, typer.Option(min=0.1, help="Seconds that a request may run.", show_default="600")
     ] = None,
     max_queued: Annotated[
-        int | None, typer.Option(min=1, help="Requests of one model that may wait.", show_default=False)
+        int | None, typer.Option(min=1, help="Requests of one model that may wait.", show_default="256")
+    ] = None,
+    max_memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            metavar="GIB",
+            help="GiB of activations that a pass may hold; more is split.",
+            show_default="0.25 on a CPU; on a GPU four fifths of what is left",
+        ),
     ] = None,
     jobs: Annotated[
         Path | None,
@@ -137,6 +147,8 @@ def serve(
             model = host_model(spec, name=name, device=device, dtype=dtype, attention=attention)
         if model.name in hosted:
             raise PatchwireError(f"Two models are called `{model.name}`.", hint=f"Name one of them: `other={spec}`.")
+        if max_memory is not None:
+            model.pass_bytes = int(max_memory * (1 << 30))
         hosted[model.name] = model
     _warn_if_open(host, token=token, encrypted=tls_cert is not None)
     gc.freeze()  # what is loaded stays, and need not be looked through whenever a request leaves garbage behind
