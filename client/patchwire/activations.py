@@ -111,16 +111,16 @@ def stream(
         begun = _Index(model.name, model.fingerprint, _recipe(model, read, first), start=start, stop=start)
         writer = _Writer(Path(path), begun, ids, shard_bytes)
     position = start if writer is None else writer.index.stop
-    if writer is not None and (more := next(ids, None)) is None:
-        warnings.warn(
-            PatchwireWarning(
+    if writer is not None:
+        more = next(ids, None)
+        if more is not None:
+            ids = _chained(more, ids)
+        else:
+            told = (
                 f"{path} has all of these prompts already, so nothing runs: read it with "
                 f'`patchwire.activations.open("{path}")`, or give another path.'
-            ),
-            stacklevel=3,
-        )
-    elif writer is not None:
-        ids = _chained(more, ids)
+            )
+            warnings.warn(PatchwireWarning(told), stacklevel=3)
     total = len(dataset) if isinstance(dataset, Sized) else None
     return _batches(model, ids, read, batch_size, writer, position, total)
 
