@@ -6,6 +6,7 @@ the server sent (or by asking the server, for chat templates and for tokenizers 
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -149,15 +150,14 @@ class ModelTokenizer:
     `encode`, `decode` and `tokens` are enough to find positions.
     """
 
-    def __init__(self, json: str, ask: Callable[[Sequence[str]], Rows]) -> None:
-        self._backend: Tokenizer | None = Tokenizer.from_str(json) if json else None
+    def __init__(self, text: str, ask: Callable[[Sequence[str]], Rows]) -> None:
+        self._backend: Tokenizer | None = Tokenizer.from_str(text) if text else None
         if self._backend is not None:
             self._backend.no_padding()
             self._backend.no_truncation()
         self._ask = ask
         self._warned: set[str] = set()
-        unknown = getattr(self._backend.model, "unk_token", None) if self._backend is not None else None
-        self._unknown = None if unknown is None or self._backend is None else self._backend.token_to_id(unknown)
+        self._unknown = None if self._backend is None else _unknown(self._backend, text)
         self._ids: Callable[[str], tuple[int, ...]] = lru_cache(_REMEMBERED_TEXTS)(self._ids_of)
 
     @property
@@ -238,3 +238,12 @@ class ModelTokenizer:
 
     def __call__(self, text: str) -> list[int]:
         return self.encode(text)
+
+
+def _unknown(backend: Tokenizer, text: str) -> int | None:
+    """The token of all words that a tokenizer does not know; None if it knows all."""
+    if type(backend.model).__name__ == "Unigram":
+        found: int | None = json.loads(text)["model"].get("unk_id")
+        return found
+    token = getattr(backend.model, "unk_token", None)
+    return None if token is None else backend.token_to_id(token)

@@ -64,7 +64,7 @@ class States(Value):
             return self.recorder.call(_GETITEM, (token, rest), {})
         if self._tensor is not None:
             return self._tensor[index]
-        if found is not None and found[0] and isinstance(index[0], slice):
+        if found is not None and found[0] and isinstance(index[0], slice) and all(map(_is_basic, index)):
             tokens, rest = found
             # As states, so that each may be written where it was taken from: all of them exist only after the last.
             whole = all(each == slice(None) for each in rest)
@@ -83,11 +83,17 @@ class States(Value):
                              lines=here())  # fmt: skip
         tokens, rest = found
         single = isinstance(index[_SEQ], int)
+        if not single and not all(map(_is_basic, rest)) and sum(not isinstance(each, slice) for each in rest) > 1:
+            # PyTorch puts the dimensions of such an index first.
+            raise GraphError("Several states are not written at lists and numbers in several dimensions.",
+                             hint=_AT_A_POSITION, lines=here())  # fmt: skip
         place = self[index]
         if isinstance(value, Value) and not single and value.memory is place.memory:
             raise GraphError("Several states cannot be edited in place at once.", hint=_AT_A_POSITION, lines=here())
-        if isinstance(value, States) and not value.ready and len(value._tokens) == len(tokens) and not single:
-            for token, new in zip(tokens, value._tokens, strict=True):
+        if isinstance(value, States) and not value.ready and isinstance(place, States) and value.shape == place.shape:
+            # Each as it is now, before the first is written: they may be the same ones.
+            given = [Value(each.recorder, each.node) for each in value._tokens]
+            for token, new in zip(tokens, given, strict=True):
                 token[rest] = new
             return
         if isinstance(value, (Tensor, Value)) and not single:
@@ -114,10 +120,17 @@ class States(Value):
         first, position, *rest = index
         if not all(isinstance(each, (int, slice)) and not isinstance(each, bool) for each in (first, position)):
             return None
+        if isinstance(position, slice) and not (position.step is None or position.step > 0):
+            return None  # PyTorch says what is wrong with that
         if not isinstance(position, slice) and not -len(self._tokens) <= position < len(self._tokens):
             raise IndexError(f"there is no state {position}: there are {len(self._tokens)} tokens")
         found = self._tokens[position] if isinstance(position, slice) else [self._tokens[position]]
         return found, (first, *rest)
+
+
+def _is_basic(index: Any) -> bool:
+    """Whether an index is a number or a slice, which leaves the dimensions in their order."""
+    return isinstance(index, (int, slice)) and not isinstance(index, bool)
 
 
 def _stacked(tokens: Sequence[Value]) -> Value:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import patchwire
 import tiny
 from conformance.recurrences import by_formula, mixed
-from patchwire.errors import GraphError, SiteError
+from patchwire.errors import GraphError, ShapeError, SiteError
 from serving import Server
 
 FAMILIES: dict[str, bool] = {
@@ -538,6 +538,66 @@ def test_states_of_one_run_are_written_into_another_at_the_same_positions(
     assert float((clean.value - found[0].value).abs().max()) > 1e-4
     assert torch.equal(taken.value[..., :2], part.value)
     assert taken.value.shape == states[0].value.shape
+
+
+def test_states_are_moved_as_they_were(pairs: Pairs) -> None:
+    """What is written is what was there before the first of them was written, as with tensors."""
+    model, _ = pairs["mamba_odd"]
+    with model.trace(PROMPT):
+        before = model.layers[0].ssm.state.save()
+    with model.trace(PROMPT):
+        state = model.layers[0].ssm.state
+        state[:, 1:3] = state[:, 0:2]
+        after = state.save()
+    assert torch.equal(after.value[:, 1:3], before.value[:, 0:2])
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        (slice(None), slice(1, 3), [0, 2], slice(None), [1, 3]),
+        (slice(None), slice(1, 3), [0, 2]),
+        (slice(None), slice(1, 3), 0, slice(None), [1, 3]),
+        (slice(None), slice(1, 3), 1),
+        (0, slice(1, 3), [0, 2]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["mamba2_odd"])
+def test_any_index_takes_of_states_what_it_takes_of_a_tensor(name: str, index: Any, pairs: Pairs) -> None:
+    model, _ = pairs[name]
+    with model.trace([PROMPT, PROMPT[::-1]]):
+        whole = model.layers[0].ssm.state.save()
+        part = model.layers[0].ssm.state[index].save()
+    assert part.value.shape == whole.value[index].shape
+    assert torch.equal(part.value, whole.value[index])
+
+
+def test_an_index_that_is_a_value_takes_of_states_what_it_takes_of_a_tensor(pairs: Pairs) -> None:
+    model, _ = pairs["mamba_odd"]
+    with model.trace(PROMPT):
+        state = model.layers[0].ssm.state
+        best = state[:, 0].sum((0, 2)).argsort()[:2]
+        part, whole, index = state[:, 1:3, best].save(), state.save(), best.save()
+    assert torch.equal(part.value, whole.value[:, 1:3, index.value])
+
+
+def test_states_that_do_not_fit_are_refused(pairs: Pairs) -> None:
+    model, _ = pairs["mamba_odd"]
+    with model.trace() as trace:
+        with trace.invoke(PROMPT[::-1]):
+            other = model.layers[0].ssm.state
+        with trace.invoke(PROMPT):
+            state = model.layers[0].ssm.state
+            with pytest.raises(ShapeError, match="does not fit"):
+                state[:, 0:2] = other[:, 0:2, 0]
+            with pytest.raises(ShapeError, match="does not fit"):
+                state[:, 0:2] = other[:, 0:3]
+            with pytest.raises(GraphError, match="several dimensions"):
+                state[:, 0:2, 0, [0, 1]] = 0.0
+            with pytest.raises((ShapeError, ValueError)):
+                state[:, ::-1].sum()
+            model.logits.save()
 
 
 def test_a_slice_of_states_is_a_view_of_them(pairs: Pairs) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from transformers import RobertaConfig, RobertaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaForCausalLM
 
 import patchwire
 import tiny
@@ -58,7 +60,8 @@ INDICES: dict[str, tuple[Callable[[Any], Any], int]] = {
     "one from the end": (lambda logits: logits[:, -3, 5:9], 1),
     "some": (lambda logits: logits[:, 1:4], 3),
     "every third": (lambda logits: logits[0, 2::3], 3),
-    "half": (lambda logits: logits[:, 1:6], 9),
+    "most": (lambda logits: logits[:, 1:6], 5),
+    "each of them": (lambda logits: logits[:, 0:9], 9),
     "all": (lambda logits: logits * 1, 9),
     "a row": (lambda logits: logits[0], 9),
     "from the end of all": (lambda logits: logits[..., 4], 9),
@@ -146,6 +149,66 @@ def test_forks_of_one_prompt_have_the_positions_that_each_looks_at(gpt2: Watched
         handle = mlp.register_forward_hook(ablate)
         assert_same(each.value, gpt2.expected(LONG)[:, position])
         handle.remove()
+
+
+def test_each_run_of_a_prompt_is_given_what_it_looks_at_and_no_more() -> None:
+    """Their rows are one, so it has the positions of all; what one takes of it is a part, however many there are."""
+    watched = Watched("gpt2")
+    model, found = watched.model, []
+    with model.session():
+        for position in range(8):
+            with model.trace(LONG):
+                found.append((model.logits[:, position].save(), model.logits[0, position : position + 2].save()))
+        with model.trace(LONG):
+            both = (model.logits[:, -1] - model.logits[:, 2]).save()
+    assert watched.positions == [9]
+    expected = watched.expected(LONG)
+    for position, (one, two) in enumerate(found):
+        assert_same(one.value, expected[:, position])
+        assert_same(two.value, expected[0, position : position + 2])
+    assert_same(both.value, expected[:, -1] - expected[:, 2])
+
+
+def test_an_exact_run_has_what_the_model_has_to_the_last_bit() -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=1, n_embd=192, n_head=2, n_positions=64, vocab_size=5000)
+    module = GPT2LMHeadModel(config).eval()
+    model = patchwire.local(module, progress=False)
+    prompts = [list(range(30, 52)), list(range(9, 40))]
+    with torch.no_grad():
+        expected = [module(torch.tensor([each])).logits[0] for each in prompts]
+    with model.trace(prompts[0], exact=True):
+        last = model.logits[0, -1].save()
+        some = model.logits[0, -4:-2, :5].save()
+    assert torch.equal(last.value, expected[0][-1])
+    assert torch.equal(some.value, expected[0][-4:-2, :5])
+
+
+MEMORY = """
+import resource, torch, patchwire
+from transformers import GPT2Config, GPT2LMHeadModel
+module = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, n_positions=256, vocab_size=20_000)).eval()
+model, prompt, found = patchwire.local(module, progress=False), list(range(200)), []
+with model.trace(prompt):
+    model.logits[:, -1].argmax(-1).save()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with model.session():
+    for position in range(0, 180, 4):
+        with model.trace(prompt):
+            one, other = model.logits[0, position].argmax(-1), model.logits[0, position + 1 : position + 3].argmax(-1)
+            found.append((one.save(), other.save()))
+with torch.no_grad():
+    best = module(torch.tensor([prompt])).logits[0].argmax(-1).tolist()
+assert [[int(one), *other.tolist()] for one, other in found] == [best[at : at + 3] for at in range(0, 180, 4)]
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_runs_that_share_a_row_hold_what_each_looks_at() -> None:
+    """All logits would be 16 MB for each of them, those of three positions are a quarter of one."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 150 * 1024
 
 
 @pytest.mark.parametrize("what", ["whole", "head", "written"])

@@ -264,6 +264,12 @@ def test_results_over_other_cells_do_not_agree_or_disagree(served: Any) -> None:
         methods.agreement(one, other)
 
 
+def test_the_same_prompt_may_be_given_in_other_forms(served: Any) -> None:
+    one = methods.attribution_patching(served["gpt2"], torch.tensor([CLEAN]), CORRUPT, METRIC)
+    other = methods.activation_patching(served["gpt2"], CLEAN, CORRUPT, METRIC)
+    assert methods.agreement(one, other).cells == one.values.numel()
+
+
 @pytest.mark.parametrize(
     ("more", "what"),
     [

@@ -26,7 +26,11 @@ Part = tuple[Taken, Taken, Taken]
 
 
 def parts_of(
-    read: torch.fx.Node, shape: tuple[int, int, int], needed: Collection[torch.fx.Node]
+    read: torch.fx.Node,
+    shape: tuple[int, int, int],
+    needed: Collection[torch.fx.Node],
+    *,
+    any_columns: bool = False,
 ) -> dict[torch.fx.Node, Part | None] | None:
     """What a graph takes of a tensor `[batch, seq, vocabulary]`, if that is a few columns.
 
@@ -34,6 +38,7 @@ def parts_of(
         read: Its value is the tensor.
         shape: The tensor's.
         needed: The nodes that are evaluated.
+        any_columns: Whether it may be more of them: then it is what is indexed first.
 
     Returns:
         All that is indexed: the nodes whose value is a part of few columns, and, with None, those on the way there,
@@ -49,7 +54,8 @@ def parts_of(
             part = _indexed(whole, user.args[1]) if is_of(user, operator.getitem, node) else None
             if part is None:
                 return None
-            few = are_few_columns(len(columns_of(part)), shape[2]) or not columns_of(part)
+            columns = columns_of(part)
+            few = any_columns or not columns or are_few_columns(len(columns), shape[2])
             found[user] = part if few else None
             stack += [] if few else [(user, part)]
     return found
@@ -65,19 +71,20 @@ def positions_of(part: Part) -> Sequence[int]:
     return _several(part[1])
 
 
-def moved(part: Part, positions: Mapping[int, int], columns: Mapping[int, int]) -> Part:
+def moved(part: Part, positions: Mapping[int, int], columns: Mapping[int, int] | None) -> Part:
     """The same part in a tensor that does not have all positions and columns.
 
     Args:
         part: The part.
         positions: Where each position is.
-        columns: Where each column is.
+        columns: Where each column is; None if all are there.
     """
-    second, third = (
-        there[each] if isinstance(each, int) else tuple(there[one] for one in each)
-        for each, there in zip(part[1:], (positions, columns), strict=True)
-    )
-    return part[0], second, third
+    rows, second, third = part
+    return rows, _moved(second, positions), third if columns is None else _moved(third, columns)
+
+
+def _moved(taken: Taken, there: Mapping[int, int]) -> Taken:
+    return there[taken] if isinstance(taken, int) else tuple(there[each] for each in taken)
 
 
 def take(whole: Tensor, part: Part) -> Tensor:
@@ -85,7 +92,8 @@ def take(whole: Tensor, part: Part) -> Tensor:
     for dim, each in enumerate(part):
         places = _several(each)
         first = places[0] if places else 0
-        if list(places) == list(range(first, first + len(places))):
+        follow = range(first, first + len(places))
+        if places == follow if isinstance(places, range) else all(map(operator.eq, places, follow)):
             whole = whole.narrow(dim, first, len(places))
         else:
             whole = whole.index_select(dim, torch.tensor(places, device=whole.device))

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx
@@ -84,7 +84,7 @@ class Needed:
     def __init__(self, nodes: Collection[torch.fx.Node]) -> None:
         self.nodes = nodes
         self._taken: dict[tuple[torch.fx.Node, int], Positions | None] = {}
-        self._parts: dict[tuple[torch.fx.Node, int, int], Mapping[torch.fx.Node, Part | None] | None] = {}
+        self._parts: dict[tuple[Any, ...], Mapping[torch.fx.Node, Part | None] | None] = {}
 
     def taken(self, read: torch.fx.Node, length: int) -> Positions | None:
         """The positions of a tensor of so many that anybody looks at; None if it may be any."""
@@ -93,12 +93,13 @@ class Needed:
         return self._taken[read, length]
 
     def parts(
-        self, read: torch.fx.Node, rows: int, length: int, vocabulary: int
+        self, read: torch.fx.Node, rows: int, length: int, vocabulary: int, *, any_columns: bool = False
     ) -> Mapping[torch.fx.Node, Part | None] | None:
         """What is made of logits, if it is of few columns; see `columns.parts_of`."""
-        if (read, rows, length) not in self._parts:
-            self._parts[read, rows, length] = parts_of(read, (rows, length, vocabulary), self.nodes)
-        return self._parts[read, rows, length]
+        key = read, rows, length, any_columns
+        if key not in self._parts:
+            self._parts[key] = parts_of(read, (rows, length, vocabulary), self.nodes, any_columns=any_columns)
+        return self._parts[key]
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +158,9 @@ class Group:
         ways = {(leaf.module, leaf.operations) for leaf in map(leaf_of, self.nodes)}
         stepwise = self.model.interleaver.goes_stepwise(ways)
         positions = None if self.looked_at is None else sum(map(self._count_looked_at, self.invokes))
-        columns = None if self.parts is None else _columns(self.parts)
+        # Of rows that differ in length few columns are known to be looked at only together with their positions.
+        whole = self.parts is None or (positions is None and any(map(self._is_ragged, self.invokes)))
+        columns = None if self.parts is None or whole else _columns(self.parts)
         return Size(len(lengths), max(lengths), self.end, positions, held, rows, stepwise, columns)
 
     @cached_property
@@ -165,8 +168,9 @@ class Group:
         """The positions that each read of the logits is for; None if that is not known of all of them.
 
         Rows of different lengths are aligned at their end, and of those only positions that all of them have are known.
+        A pass that is to be exact has all logits: of fewer a product may round otherwise.
         """
-        reads = self._reads_of_logits(self.model.trimmed)
+        reads = None if self.trace.exact else self._reads_of_logits(self.model.trimmed)
         if reads is None:
             return None
         found = {node: self.needed.taken(node, max(lengths)) for node, lengths in reads}
@@ -186,6 +190,9 @@ class Group:
         known = self.looked_at or {}
         return frozenset().union(*(known.get(node, ()) for node in self.accesses.get(invoke, ())))
 
+    def _is_ragged(self, invoke: Invoke) -> bool:
+        return len(set(map(len, self.rows(invoke)))) > 1
+
     def _count_looked_at(self, invoke: Invoke) -> int:
         trace, number = invoke
         return len(self.positions_of(invoke)) * len(self.admitted.graph.traces[trace].invokes[number].rows)
@@ -201,11 +208,7 @@ class Group:
             return None
         vocabulary = self.model.vocabulary if reads else 0
         found = {node: self.needed.parts(node, len(each), max(each), vocabulary) for node, each in reads}
-        known = {
-            node: each
-            for (node, lengths), each in zip(reads, found.values(), strict=True)
-            if each is not None and (len(set(lengths)) == 1 or self.model.trimmed is not None)
-        }
+        known = {node: each for node, each in found.items() if each is not None}
         return known if len(known) == len(found) else None
 
     def _reads_of_logits(self, modules: Collection[str] | None) -> list[tuple[torch.fx.Node, list[int]]] | None:
@@ -323,19 +326,23 @@ def placed(groups: Sequence[Group]) -> Pass:
             if site.step:
                 before = owned.lengths[0] + site.step - 1 if leaf.in_steps else 1
                 owned = replace(owned, lengths=(before,) * len(owned.lengths), seq=before)
-            position_at: Mapping[int, int] = (
-                {past + each: each for each in range(owned.longest)} if node in parts else {}
-            )
+            taken, length = parts.get(node), owned.longest + past
             if trimmed is not None and _is_logits(leaf):
                 first_at, position_at = trimmed.of[owned.start]
-                length = owned.longest + past
-                count = len(trimmed.positions)
-                owned = SomePositions(owned.start, owned.lengths, count, 1, first_at, position_at, length)
-            elif past:
-                owned = LaterPositions(owned.start, owned.lengths, owned.batch, owned.seq, past)
+                own = {each: position_at[each] for each in group.looked_at[node]}
+                whole, each_has = len(trimmed.positions), len(position_at)
+                owned = SomePositions(owned.start, owned.lengths, whole, 1, first_at, each_has, own, length)
+                if taken is None and len(own) > 1:
+                    # What is taken of it, and not all positions with nothing in most of them.
+                    shape = len(owned.lengths), length, model.vocabulary
+                    taken = group.needed.parts(node, *shape, any_columns=True)
+            else:
+                position_at = {past + each: each for each in range(owned.longest)} if taken is not None else {}
+                if past:
+                    owned = LaterPositions(owned.start, owned.lengths, owned.batch, owned.seq, past)
             access = Access(node, leaf, owned, key[0])
-            if node in parts:
-                access = _with_parts(access, parts[node], position_at, column_at)
+            if taken is not None:
+                access = _with_parts(access, taken, position_at, column_at if node in parts else None)
             (work.reads if node.target is g.read else work.writes).append(access)
     last = max(((step, work.order) for (step, _), work in works.items()), default=(0, ()))
     for place, fork in rows.at:
@@ -430,11 +437,13 @@ def _with_parts(
     access: Access,
     parts: Mapping[torch.fx.Node, Part | None],
     positions: Mapping[int, int],
-    columns: Mapping[int, int],
+    columns: Mapping[int, int] | None,
 ) -> Access:
-    """The read of a tensor of which some columns are computed, and parts of it where they are then."""
-    *dims, _ = access.leaf.shape
-    leaf = replace(access.leaf, shape=(*dims, Dim(Axis.CONSTANT, len(columns))))
+    """The read of a tensor of which some positions or columns are computed, and parts of it where they are then."""
+    leaf = access.leaf
+    if columns is not None:
+        *dims, _ = leaf.shape
+        leaf = replace(leaf, shape=(*dims, Dim(Axis.CONSTANT, len(columns))))
     placed = {node: None if part is None else moved(part, positions, columns) for node, part in parts.items()}
     return replace(access, leaf=leaf, parts=placed)
 

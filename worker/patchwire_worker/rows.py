@@ -134,18 +134,21 @@ class SomePositions(Rows):
 
     first: int = 0
     """Where those of its first row begin."""
+    count: int = 0
+    """How many each row has."""
     places: Mapping[int, int] = field(default_factory=dict)
-    """The positions that were computed, of rows that are aligned at their end, and which of its row's each is."""
+    """The positions that are looked at, of rows that are aligned at their end, and which of its row's each is."""
     length: int = 0
     """How many positions it looks as if it had."""
 
     def take(self, whole: Tensor, leaf: Leaf) -> Tensor:
-        """This invoke's part; a view of it if one position was computed."""
+        """This invoke's part; a view of it if one position is looked at, or none."""
         if not self.places:
             return whole.narrow(0, 0, 1).expand(len(self.lengths), self.length, *whole.shape[2:])
         mine = self.computed(whole)
         if len(self.places) == 1:
-            return mine.expand(-1, self.length, *mine.shape[2:])
+            (place,) = self.places.values()
+            return mine.narrow(1, place, 1).expand(-1, self.length, *mine.shape[2:])
         index = torch.zeros(self.length, dtype=torch.long)
         for position, place in self.places.items():
             index[position] = place
@@ -153,9 +156,9 @@ class SomePositions(Rows):
 
     def computed(self, whole: Tensor) -> Tensor:
         """What a tensor has of this invoke's rows, `[row, place, …]`; a view of it."""
-        rows, places = len(self.lengths), len(self.places)
-        mine = whole.narrow(0, self.first, rows * places)
-        return mine.view(rows, places, *mine.shape[2:])
+        rows = len(self.lengths)
+        mine = whole.narrow(0, self.first, rows * self.count)
+        return mine.view(rows, self.count, *mine.shape[2:])
 
 
 @dataclass(frozen=True)

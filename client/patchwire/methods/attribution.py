@@ -204,6 +204,11 @@ class Agreement:
         return table
 
 
+def _flat(given: Any) -> Any:
+    """Token ids without the dimension that a row of them may have."""
+    return given[0] if isinstance(given, list) and len(given) == 1 and isinstance(given[0], list) else given
+
+
 _COMPARABLE = {
     "model": "models",
     "prompt": "clean prompts",
@@ -233,7 +238,9 @@ def agreement(approximate: Result, exact: Result, *, threshold: float = 0.05) ->
             lines=here(),
         )
     for name, what in _COMPARABLE.items():
-        given = [{"model": each.origin.model, **each.origin.arguments}.get(name) for each in (approximate, exact)]
+        given = [
+            _flat({"model": each.origin.model, **each.origin.arguments}.get(name)) for each in (approximate, exact)
+        ]
         if given[0] != given[1] and not any(" at 0x" in str(each) for each in given):  # functions may be the same
             raise InputError(
                 f"The two results are of different {what}: {given[0]} and {given[1]}.",
