@@ -211,9 +211,8 @@ def test_the_last_layer_writes_the_answer(model: patchwire.Model) -> None:
 # --- editing ----------------------------------------------------------------------------------------------------------
 
 TOLD: dict[str, Any] = {"kl_factor": 1.0, "lr": 0.1, "steps": 40, "weight_decay": 0.0, "enough_loss": 0.1}
-LONGER: dict[str, Any] = {**TOLD, "steps": 80, "enough_loss": 0.02}
-"""For the GPTs, whose paraphrases follow less readily: of those of 40 edits, .94 with as many as 150 steps."""
-PARAPHRASES = {"gpt": 0.85, "mamba": 0.95}
+FURTHER: dict[str, Any] = {**TOLD, "lr": 0.3, "steps": 80, "clamp": 8.0, "enough_loss": 0.005}
+"""For the GPTs, whose paraphrases follow less readily: with the usual clamp, .94 of those of 40 edits."""
 
 
 def moment_of(model: patchwire.Model, layer: int) -> methods.SecondMoment:
@@ -229,7 +228,7 @@ def edited(
     others = [each for each in corpus.facts() if each.subject == fact.subject and each.relation is not fact.relation]
     prompts = [each.prompt(index) for each in others for index in range(3)]
     essence = [methods.Mention(each.text, fact.subject) for each in prompts]
-    told = LONGER if "gpt" in model.name else TOLD
+    told = FURTHER if "gpt" in model.name else TOLD
     edit = methods.rank_one_edit(model, fact.prompt().text, fact.subject, f" {said}", moment, essence=essence, **told)
     alike = [each for each in corpus.facts() if (each.relation, each.attribute) == (fact.relation, fact.attribute)]
     scores = methods.edit_scores(
@@ -261,8 +260,7 @@ def test_a_fact_is_changed_by_one_edit_where_it_is_stored(model: patchwire.Model
 
     scores = methods.overall([scores for _, scores, _ in found]).at(measure=0).values
     efficacy, paraphrase, neighbourhood = scores
-    assert min(efficacy, neighbourhood) >= 0.95
-    assert paraphrase >= PARAPHRASES["gpt" if "gpt" in model.name else "mamba"]
+    assert min(efficacy, paraphrase, neighbourhood) >= 0.95
     assert sum(kept for _, _, kept in found) / count >= 0.95
 
 
