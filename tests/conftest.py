@@ -106,6 +106,16 @@ def served(client: patchwire.Client) -> dict[str, patchwire.Model]:
 
 
 @pytest.fixture(scope="session")
+def facts() -> Iterator[patchwire.Model]:
+    """The proxy of the zoo's GPT-2 that knows facts."""
+    with (
+        Server({"facts-gpt2": "zoo:facts-gpt2"}) as server,
+        patchwire.connect(server.address, progress=False) as client,
+    ):
+        yield client.model("facts-gpt2")
+
+
+@pytest.fixture(scope="session")
 def references(checkpoints: dict[str, str]) -> dict[str, PreTrainedModel]:
     """The same models as plain Hugging Face modules in this process."""
     return {

@@ -33,6 +33,7 @@ import importlib.util
 import linecache
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -245,6 +246,13 @@ def here(*others: SourceLine | None) -> tuple[SourceLine, ...]:
     """The running line of the user's program, and after it `others`, for an error's `lines`."""
     lines = (user_line(), *others)
     return tuple(with_code(line) for line in lines if line is not None)
+
+
+def warn(message: str, line: SourceLine | None = None) -> None:
+    """Warn of something at a line of the user's program: at the one that is running, if none is given."""
+    line = line or user_line()
+    where = ("<block>", 1) if line is None else (line.file, line.line)
+    warnings.warn_explicit(PatchwireWarning(message), None, *where)
 
 
 def first_line(error: BaseException) -> str:

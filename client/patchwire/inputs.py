@@ -7,7 +7,6 @@ the server sent (or by asking the server, for chat templates and for tokenizers 
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from patchwire.errors import InputError, PatchwireWarning, here, user_line
+from patchwire.errors import InputError, here, warn
 from patchwire.graph import Invoke
 
 Rows = list[list[int]]
@@ -185,21 +184,15 @@ class ModelTokenizer:
             PatchwireWarning: it has no tokens for some words; once for each text.
         """
         rows = self.batch(texts)
+        if self._unknown is None:
+            return rows
         for text, row in zip(texts, rows, strict=True):
             if self._unknown not in row or text in self._warned:
                 continue
             self._warned.add(text)
             if unknown := self.unknown(text):
                 words = ", ".join(f"“{word}”" for word in dict.fromkeys(unknown))
-                line = user_line()
-                warnings.warn_explicit(
-                    PatchwireWarning(
-                        f"The model's tokenizer does not know {words}: all such words are one token to it."
-                    ),
-                    None,
-                    line.file if line else __file__,
-                    line.line if line else 0,
-                )
+                warn(f"The model's tokenizer does not know {words}: all such words are one token to it.")
         return rows
 
     def unknown(self, text: str) -> list[str]:

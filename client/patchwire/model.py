@@ -550,7 +550,7 @@ class Model(Module):
             given,
             texts_to_ids=self.tokenizer.prompts,
             messages_to_ids=lambda messages: self.connection.tokenize(self.name, messages=list(messages)),  # type: ignore[arg-type]
-            vocabulary=self._description.vocabulary,
+            vocabulary=self.vocab_size,
             max_positions=self._description.max_positions,
         )
 

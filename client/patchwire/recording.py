@@ -11,7 +11,6 @@ import functools
 import itertools
 import math
 import operator
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -32,12 +31,12 @@ from patchwire.errors import (
     OperationError,
     OrderError,
     PatchwireError,
-    PatchwireWarning,
     ShapeError,
     SiteError,
     SourceLine,
     here,
     user_line,
+    warn,
     with_code,
 )
 from patchwire.graph import Graph, KeptTensor, Site
@@ -1028,14 +1027,10 @@ class Recorder(TracerBase):
             while origin is not None and (origin is not value or done == "kept"):  # a handle is another name
                 origin = origin.parent
             if origin is None and where is not None and line is not None:
-                warnings.warn_explicit(
-                    PatchwireWarning(
-                        f"A {done} value was edited in place afterwards, and shows the edit, as a tensor would:\n\n"
-                        f"{with_code(line)}\n{with_code(where)}\n\nWrite `.clone().{do}()` for it as it was."
-                    ),
-                    None,
-                    line.file,
-                    line.line,
+                warn(
+                    f"A {done} value was edited in place afterwards, and shows the edit, as a tensor would:\n\n"
+                    f"{with_code(line)}\n{with_code(where)}\n\nWrite `.clone().{do}()` for it as it was.",
+                    line,
                 )
                 return
 

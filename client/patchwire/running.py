@@ -6,7 +6,6 @@ A `Request` is what is recorded and sent together: a trace of its own is one, a 
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from patchwire import graph as g
 from patchwire.background import Cancellation, in_thread
 from patchwire.connection import Connection
-from patchwire.errors import GraphError, PatchwireError, PatchwireWarning, here, trim, user_frame
+from patchwire.errors import GraphError, PatchwireError, here, trim, warn
 from patchwire.garbage import Rarely
 from patchwire.jobs import Job, submit
 from patchwire.plans import Plan
@@ -103,13 +102,7 @@ class Request:
         """
         graph = self.recorder.finish()
         if not self.recorder.asked_for:
-            frame = user_frame()
-            warnings.warn_explicit(
-                PatchwireWarning("The block saved nothing, so nothing comes back. Write `.save()` on what you want."),
-                None,
-                frame.f_code.co_filename if frame else "<block>",
-                frame.f_lineno if frame else 1,
-            )
+            warn("The block saved nothing, so nothing comes back. Write `.save()` on what you want.")
         return graph
 
     def plan(self) -> Plan:

@@ -82,6 +82,7 @@ class States(Value):
             raise GraphError("This does not say which positions of the states are written.", hint=_AT_A_POSITION,
                              lines=here())  # fmt: skip
         tokens, rest = found
+        given: list[Any]
         single = isinstance(index[_SEQ], int)
         if not single and not all(map(_is_basic, rest)) and sum(not isinstance(each, slice) for each in rest) > 1:
             # PyTorch puts the dimensions of such an index first.
@@ -93,10 +94,7 @@ class States(Value):
         if isinstance(value, States) and not value.ready and isinstance(place, States) and value.shape == place.shape:
             # Each as it is now, before the first is written: they may be the same ones.
             given = [Value(each.recorder, each.node) for each in value._tokens]
-            for token, new in zip(tokens, given, strict=True):
-                token[rest] = new
-            return
-        if isinstance(value, (Tensor, Value)) and not single:
+        elif isinstance(value, (Tensor, Value)) and not single:
             try:
                 value = torch.broadcast_to(value, place.shape)  # type: ignore[arg-type]
             except (RuntimeError, ShapeError):
@@ -105,20 +103,22 @@ class States(Value):
                     hint=_AT_A_POSITION,
                     lines=here(),
                 ) from None
-        elif not isinstance(value, (Tensor, Value, Number)):
+            dim = 0 if isinstance(index[0], int) else _SEQ
+            given = [value.select(dim, at) for at in range(len(tokens))]
+        elif isinstance(value, (Tensor, Value, Number)):
+            given = [value] * len(tokens)
+        else:
             raise ShapeError(f"A state cannot become a {type(value).__name__}.", hint="Write a tensor or a number.",
                              lines=here())  # fmt: skip
-        whole = isinstance(value, (Tensor, Value)) and not single
-        dim = 0 if isinstance(index[0], int) else _SEQ
-        for position, token in enumerate(tokens):
-            token[rest] = value.select(dim, position) if whole else value
+        for token, new in zip(tokens, given, strict=True):
+            token[rest] = new
 
     def _positions(self, index: Any) -> tuple[list[Value], tuple[Any, ...]] | None:
         """The values that an index is of, and the index in each of them; None if it does not say so plainly."""
         if not isinstance(index, tuple) or len(index) <= _SEQ:
             return None
         first, position, *rest = index
-        if not all(isinstance(each, (int, slice)) and not isinstance(each, bool) for each in (first, position)):
+        if not (_is_basic(first) and _is_basic(position)):
             return None
         if isinstance(position, slice) and not (position.step is None or position.step > 0):
             return None  # PyTorch says what is wrong with that

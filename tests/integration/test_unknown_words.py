@@ -3,68 +3,57 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 
 import pytest
 
 import patchwire
 from patchwire import methods
-from serving import Server
 
 PROMPT, SUBJECT = "Ada Barlow lives in the city of", "Ada Barlow"
 
 
-@pytest.fixture(scope="module")
-def model() -> Iterator[patchwire.Model]:
-    with (
-        Server({"facts-gpt2": "zoo:facts-gpt2"}) as server,
-        patchwire.connect(server.address, progress=False) as client,
-    ):
-        yield client.model("facts-gpt2")
-
-
-def ask_twice(model: patchwire.Model) -> None:
+def ask_twice(facts: patchwire.Model) -> None:
     for _ in range(2):
-        with model.trace("The Eiffel Tower Tower is in"):
-            model.logits.save()
+        with facts.trace("The Eiffel Tower Tower is in"):
+            facts.logits.save()
 
 
-def test_a_prompt_with_such_words_is_warned_of_once_at_its_line(model: patchwire.Model) -> None:
+def test_a_prompt_with_such_words_is_warned_of_once_at_its_line(facts: patchwire.Model) -> None:
     with pytest.warns(patchwire.PatchwireWarning, match="does not know “Eiffel”, “Tower”") as caught:
-        ask_twice(model)
+        ask_twice(facts)
     assert len(caught) == 1
     assert caught[0].filename == __file__
     with pytest.warns(patchwire.PatchwireWarning, match="“Zanzibar”"):
-        methods.logit_lens(model, ["Ada lives in Zanzibar"])
+        methods.logit_lens(facts, ["Ada lives in Zanzibar"])
 
 
-def test_a_prompt_without_is_not(model: patchwire.Model) -> None:
+def test_a_prompt_without_is_not(facts: patchwire.Model) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert model.tokenize(PROMPT) == [model.tokenizer.encode(PROMPT)]
-        assert model.tokenizer.tokens("The Eiffel")[1] == " <unk>"  # only looked at
+        assert facts.tokenize(PROMPT) == [facts.tokenizer.encode(PROMPT)]
+        assert facts.tokenizer.tokens("The Eiffel")[1] == " <unk>"  # only looked at
 
 
-def test_an_answer_of_such_a_word_is_refused(model: patchwire.Model) -> None:
+def test_an_answer_of_such_a_word_is_refused(facts: patchwire.Model) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for ask in (
-            lambda: methods.causal_trace(model, PROMPT, SUBJECT, answer=" Zanzibar"),
-            lambda: methods.logit_lens(model, PROMPT, answer=" Zanzibar"),
-            lambda: methods.edit_scores(model, " Zanzibar", " Lisbon", efficacy=[PROMPT], paraphrase=[PROMPT],
+            lambda: methods.causal_trace(facts, PROMPT, SUBJECT, answer=" Zanzibar"),
+            lambda: methods.logit_lens(facts, PROMPT, answer=" Zanzibar"),
+            lambda: methods.edit_scores(facts, " Zanzibar", " Lisbon", efficacy=[PROMPT], paraphrase=[PROMPT],
                                         neighbourhood=[PROMPT]),
         ):  # fmt: skip
             with pytest.raises(patchwire.InputError, match="does not know “Zanzibar”"):
                 ask()
 
 
-def test_results_are_shown_without_what_is_large(model: patchwire.Model) -> None:
-    moment = methods.second_moment(model, 1, [PROMPT] * 40)
-    edit = methods.rank_one_edit(model, PROMPT, SUBJECT, " Oslo", moment, steps=2)
+def test_results_are_shown_without_what_is_large(facts: patchwire.Model) -> None:
+    moment = methods.second_moment(facts, 1, [PROMPT] * 40)
+    edit = methods.rank_one_edit(facts, PROMPT, SUBJECT, " Oslo", moment, steps=2)
     for shown in (
-        methods.logit_lens(model, PROMPT),
-        methods.patchscope(model, PROMPT, PROMPT),
-        methods.triggers(model, 1, [PROMPT]),
+        methods.logit_lens(facts, PROMPT),
+        methods.patchscope(facts, PROMPT, PROMPT),
+        methods.triggers(facts, 1, [PROMPT]),
         edit,
     ):
         assert type(shown).__name__ in repr(shown)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -15,7 +15,6 @@ import tiny
 from patchwire import methods
 from patchwire.methods import triggering, vocabulary
 from patchwire_worker.zoo import corpus
-from serving import Server
 
 DATA = [tiny.prompt(2 + index % 7, seed=index) for index in range(30)]
 
@@ -126,15 +125,6 @@ def test_memories_that_are_none_are_refused(served: Mapping[str, patchwire.Model
         methods.key_value_memories(gpt2, DATA, batch_size=0)
     with pytest.raises(patchwire.InputError, match="has layers 0 to 2"):
         methods.key_value_memories(gpt2, DATA, layers=[3])
-
-
-@pytest.fixture(scope="module")
-def facts() -> Iterator[patchwire.Model]:
-    with (
-        Server({"facts-gpt2": "zoo:facts-gpt2"}) as server,
-        patchwire.connect(server.address, progress=False) as client,
-    ):
-        yield client.model("facts-gpt2")
 
 
 def test_values_of_late_keys_predict_what_follows_and_outputs_are_composed(facts: patchwire.Model) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -182,15 +182,6 @@ def test_are_refused_with_a_reason(served: Mapping[str, patchwire.Model], case: 
     kind, words, call = refusals(served)[case]
     with pytest.raises(kind, match=words):
         call()
-
-
-@pytest.fixture(scope="module")
-def facts() -> Iterator[patchwire.Model]:
-    with (
-        Server({"facts-gpt2": "zoo:facts-gpt2"}) as server,
-        patchwire.connect(server.address, progress=False) as client,
-    ):
-        yield client.model("facts-gpt2")
 
 
 class TestFacts:

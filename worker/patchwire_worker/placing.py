@@ -138,28 +138,38 @@ class Group:
         """Whether what is equal, or what nobody looks at, may be left out."""
         return not self.differentiated and self.trace.generation is None
 
+    def invoke(self, invoke: Invoke) -> g.Invoke:
+        """One of its invokes, as it is in the graph."""
+        trace, number = invoke
+        return self.admitted.graph.traces[trace].invokes[number]
+
     def rows(self, invoke: Invoke) -> Ids:
         """The token ids of the rows of one of its invokes, all of them."""
-        return tuple(map(tuple, self.admitted.graph.traces[invoke[0]].invokes[invoke[1]].rows))
+        return tuple(map(tuple, self.invoke(invoke).rows))
 
     @cached_property
     def count(self) -> int:
         """How many rows it has."""
-        return sum(len(self.admitted.graph.traces[trace].invokes[invoke].rows) for trace, invoke in self.invokes)
+        return sum(len(self.invoke(each).rows) for each in self.invokes)
 
     @cached_property
     def size(self) -> Size:
         """How large its pass is."""
-        lengths = [len(row) for invoke in self.invokes for row in self.rows(invoke)]
+        of_each = [self.invoke(each).lengths for each in self.invokes]
+        lengths = list(chain(*of_each))
         reads = [node for node in self.nodes if node.target is g.read]
         logits = {node for node in reads if _is_logits(leaf_of(node))}
         held = sum(_bytes(node) for node in reads if node not in logits)
         rows = sum(_rows_of(node) for node in logits)
         ways = {(leaf.module, leaf.operations) for leaf in map(leaf_of, self.nodes)}
         stepwise = self.model.interleaver.goes_stepwise(ways)
-        positions = None if self.looked_at is None else sum(map(self._count_looked_at, self.invokes))
+        positions = None
+        if self.looked_at is not None:
+            positions = sum(
+                len(self.looked_at_by(invoke)) * len(rows) for invoke, rows in zip(self.invokes, of_each, strict=True)
+            )
         # Of rows that differ in length few columns are known to be looked at only together with their positions.
-        whole = self.parts is None or (positions is None and any(map(self._is_ragged, self.invokes)))
+        whole = self.parts is None or (positions is None and any(map(_differ, of_each)))
         columns = None if self.parts is None or whole else _columns(self.parts)
         return Size(len(lengths), max(lengths), self.end, positions, held, rows, stepwise, columns)
 
@@ -185,17 +195,10 @@ class Group:
         }
         return known if len(known) == len(found) else None
 
-    def positions_of(self, invoke: Invoke) -> Positions:
+    def looked_at_by(self, invoke: Invoke) -> Positions:
         """The positions that one of its invokes looks at the logits of, as far as `looked_at` knows."""
         known = self.looked_at or {}
         return frozenset().union(*(known.get(node, ()) for node in self.accesses.get(invoke, ())))
-
-    def _is_ragged(self, invoke: Invoke) -> bool:
-        return len(set(map(len, self.rows(invoke)))) > 1
-
-    def _count_looked_at(self, invoke: Invoke) -> int:
-        trace, number = invoke
-        return len(self.positions_of(invoke)) * len(self.admitted.graph.traces[trace].invokes[number].rows)
 
     @cached_property
     def parts(self) -> Mapping[torch.fx.Node, Mapping[torch.fx.Node, Part | None]] | None:
@@ -221,7 +224,7 @@ class Group:
             return None
         found = []
         for invoke in self.invokes:
-            lengths = [len(row) for row in self.rows(invoke)]
+            lengths = self.invoke(invoke).lengths
             for node in self.accesses.get(invoke, ()):
                 leaf = leaf_of(node)
                 if not _is_logits(leaf):
@@ -308,8 +311,7 @@ def placed(groups: Sequence[Group]) -> Pass:
     works: dict[tuple[int, Location], Work] = {}
     results: list[torch.fx.Node] = []
     trimmed = _trimmed(groups, keys, rows)
-    ragged = any(len(set(lengths)) > 1 for lengths in rows.lengths.values())
-    parts = {} if ragged and trimmed is None else _parts(groups)
+    parts = {} if trimmed is None and any(map(_differ, rows.lengths.values())) else _parts(groups)
     columns = tuple(sorted(_columns(parts)))
     column_at = {each: place for place, each in enumerate(columns)}
     for key in keys:
@@ -375,6 +377,11 @@ def _unchanged(group: Group, keys: Sequence[_Key], rows: Forks) -> dict[tuple[in
     return found
 
 
+def _differ(lengths: Collection[int]) -> bool:
+    """Whether rows are of different lengths."""
+    return len(set(lengths)) > 1
+
+
 def _is_logits(leaf: Leaf) -> bool:
     return leaf.location == _RESULT and leaf.path == _LOGITS
 
@@ -406,7 +413,7 @@ def _trimmed(groups: Sequence[Group], keys: Sequence[_Key], rows: Forks) -> _Tri
     wanted: dict[int, set[int]] = {}
     lengths: dict[int, tuple[int, ...]] = {}
     for key in keys:  # some of them share rows
-        wanted.setdefault(last.starts[key], set()).update(groups[key[0]].positions_of(key[1:]))
+        wanted.setdefault(last.starts[key], set()).update(groups[key[0]].looked_at_by(key[1:]))
         lengths[last.starts[key]] = rows.lengths[key]
     found: list[tuple[int, int]] = []
     of: dict[int, tuple[int, Mapping[int, int]]] = {}

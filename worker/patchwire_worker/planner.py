@@ -328,11 +328,7 @@ def halves(group: Group) -> list[Group]:
 
 
 def _lengths(group: Group) -> set[int]:
-    return {length for trace, invoke in group.invokes for length in _invoke(group, trace, invoke).lengths}
-
-
-def _invoke(group: Group, trace: int, invoke: int) -> g.Invoke:
-    return group.admitted.graph.traces[trace].invokes[invoke]
+    return {length for each in group.invokes for length in group.invoke(each).lengths}
 
 
 def _cost(model: HostedModel, size: Size) -> float:

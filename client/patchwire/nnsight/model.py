@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from patchwire.client import connect, local
 from patchwire.connection import TLS
-from patchwire.errors import GraphError, InputError, PatchwireWarning, SiteError, here, user_frame
+from patchwire.errors import GraphError, InputError, SiteError, here, warn
 from patchwire.model import Model, Module
 from patchwire.nnsight.attached import Attached
 from patchwire.nnsight.cache import ROOT
@@ -403,15 +402,7 @@ class LanguageModel(Envoy, Model):
     def _meant(named: Mapping[str, Any]) -> dict[str, Any]:
         kept = {name: value for name, value in named.items() if name not in _ELSEWHERE}
         if kept.pop("max_new_tokens", None) is not None:
-            frame = user_frame()
-            warnings.warn_explicit(
-                PatchwireWarning(
-                    "A trace is one forward pass: `max_new_tokens` means nothing. Write `model.generate(…)`."
-                ),
-                None,
-                frame.f_code.co_filename if frame else "<block>",
-                frame.f_lineno if frame else 1,
-            )
+            warn("A trace is one forward pass: `max_new_tokens` means nothing. Write `model.generate(…)`.")
         return kept
 
     def generate(
