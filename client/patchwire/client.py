@@ -113,7 +113,8 @@ def local(model: Any, *, progress: bool = True, **options: Any) -> Model:
     Args:
         model: A Hugging Face hub id, a local directory, a `.gguf` file, `zoo:NAME`, or a loaded Hugging Face model.
         progress: Whether to show progress bars of requests; those of loading are transformers'.
-        options: `device`, `dtype`, `tokenizer`, `attention` and `name`, as for `patchwire_worker.embedded.start`.
+        options: `device`, `dtype`, `tokenizer`, `attention`, `matmul` and `name`, as for
+            `patchwire_worker.embedded.start`.
 
     Raises:
         ModelNotFoundError: the worker is not installed, or the model cannot be loaded.

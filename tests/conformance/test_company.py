@@ -223,7 +223,7 @@ class TestEditsThatCannotFollow:
                 positive += 1
 
     def test_a_refused_edit_leaves_nothing_behind(self, gpt2: PreTrainedModel, embedded: patchwire.Model):
-        with embedded.trace([1, 2, 3]):
+        with embedded.trace([1, 2, 3], exact=True):
             hidden = embedded.layers[0].output
             before = hidden.clone().save()
             with pytest.raises(patchwire.OrderError):

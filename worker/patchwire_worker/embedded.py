@@ -65,7 +65,8 @@ def start(spec: str | nn.Module, **options: Any) -> EmbeddedServer:
 
     Args:
         spec: A hub id, a directory, a `.gguf` file, `zoo:NAME`, or a loaded Hugging Face model.
-        options: As for `patchwire_worker.models.loading.load`: `name`, `device`, `dtype`, `tokenizer`, `attention`.
+        options: As for `patchwire_worker.models.loading.load`: `name`, `device`, `dtype`, `tokenizer`, `attention`,
+            `matmul`.
 
     Raises:
         ModelNotFoundError: the model cannot be loaded.

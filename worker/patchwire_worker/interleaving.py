@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import inspect
 import threading
 import time
 import warnings
@@ -174,7 +175,11 @@ class _Controllers:
             for path in {*paths, *opened}:
                 module, slots = self._by_path[path]
                 before.append((module, self._slots(module)))
+                forward = module.__dict__.get("forward")
                 self._fill(module, slots)
+                if inspect.ismethod(forward) and forward.__self__ is module:  # one that it has for this pass
+                    states.append(state := module.__dict__[STATE])
+                    state.body = forward.__func__
             for path in opened:
                 state = self._by_path[path][0].__dict__[STATE]
                 states.append(state)

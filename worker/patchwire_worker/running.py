@@ -203,14 +203,15 @@ def _attempt(each: Pass, executions: Sequence[Execution]) -> None:
     for work in each.works:
         steps[work.step].append(SiteMediator(work.location, partial(arrive, work)))
     generated = None
+    exact = any(group.trace.exact for group in each.groups)
     with each.model.weights(executions[0].weights(each.weights)):
         if each.generation is None:
-            each.model.run(each.ids, steps[0], stopping, each.positions, past or noting, each.columns)
+            each.model.run(each.ids, steps[0], stopping, each.positions, past or noting, each.columns, exact=exact)
             if noting is not None:
                 remembered.note(each.model, noting)
         else:
             tell = partial(executions[0].listener.tokens, each.generation.trace, each.generation.invoke)
-            generated = each.model.generate(each.ids, each.generation.options, steps, stopping, tell)
+            generated = each.model.generate(each.ids, each.generation.options, steps, stopping, tell, exact=exact)
     calls = each.model.interleaver.calls
     for index, execution in enumerate(executions):
         with _failing_alone(execution):

@@ -64,6 +64,13 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    matmul: Annotated[
+        str,
+        typer.Option(
+            help="What multiplies float32 matrices on a CPU: pytorch, as everywhere; onednn, which rounds differently; "
+            "or auto, whichever is faster on this processor."
+        ),
+    ] = "auto",
     token: Annotated[
         str | None,
         typer.Option(envvar="PATCHWIRE_TOKEN", help="What clients have to present.", show_default=False),
@@ -144,7 +151,7 @@ def serve(
     hosted: dict[str, HostedModel] = {}
     for name, spec in specs:
         with loading(spec):
-            model = host_model(spec, name=name, device=device, dtype=dtype, attention=attention)
+            model = host_model(spec, name=name, device=device, dtype=dtype, attention=attention, matmul=matmul)
         if model.name in hosted:
             raise PatchwireError(f"Two models are called `{model.name}`.", hint=f"Name one of them: `other={spec}`.")
         if max_memory is not None:

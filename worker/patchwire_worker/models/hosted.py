@@ -38,6 +38,7 @@ from patchwire_worker.models.detecting import family_of
 from patchwire_worker.models.learning import POSITIONS, Learner, pads
 from patchwire_worker.models.loading import Loaded, load
 from patchwire_worker.models.metering import meter
+from patchwire_worker.models.products import Products
 from patchwire_worker.models.remembered import Noting, Past, remember
 from patchwire_worker.models.standins import prompts_of
 from patchwire_worker.models.texts import choosing_attention
@@ -89,6 +90,7 @@ class HostedModel:
         self._slots: list[_Slot] = []
         self._replaced: dict[tuple[nn.Module, str], Tensor] = {}
         self.interleaver = PassInterleaver(self.module)
+        self._products = Products(self.module, loaded.matmul)
         self._options = self._call_options()
         self._memory = _Memory(self.module)
         family, detected = family_of(self.module, getattr(self.config, "model_type", ""))
@@ -244,7 +246,7 @@ class HostedModel:
 
     def remember(self, tokens: Sequence[int]) -> Past:
         """What the model remembers of tokens, for a pass over later ones."""
-        with self.lock, prompts_of(len(tokens)):
+        with self.lock, prompts_of(len(tokens)), self._products.on():
             try:
                 return remember(self.module, torch.tensor([list(tokens)], device=self.device), self._options)
             finally:
@@ -266,6 +268,8 @@ class HostedModel:
         positions: Sequence[tuple[int, int]] | None = None,
         past: Past | Noting | None = None,
         columns: Sequence[int] | None = None,
+        *,
+        exact: bool = False,
     ) -> None:
         """One forward pass.
 
@@ -277,6 +281,7 @@ class HostedModel:
                 for all.
             past: What is remembered of the tokens before, or what notes what is remembered of these.
             columns: The entries of the vocabulary whose logits are computed, in their order; None for all.
+            exact: Whether it gives what Hugging Face does, to the last bit.
         """
         ids = ids.to(self.device)
         more: dict[str, Any] = {}
@@ -287,12 +292,15 @@ class HostedModel:
             mediators = [*mediators, *self._head_gives(positions, columns)]
         with self.lock:
             try:
-                with prompts_of(ids.shape[1]):
+                with prompts_of(ids.shape[1]), self._multiplying(exact):
                     self.interleaver.run(
                         lambda: self.module(input_ids=ids, **self._options, **more), {0: mediators}, stopping
                     )
             finally:
                 self._memory.restore()
+
+    def _multiplying(self, exact: bool) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if exact else self._products.on()
 
     def _head_gives(
         self, positions: Sequence[tuple[int, int]] | None = None, columns: Sequence[int] | None = None
@@ -392,6 +400,8 @@ class HostedModel:
         steps: Mapping[int, Sequence[SiteMediator]],
         stopping: Stopping,
         on_tokens: Callable[[list[int]], None],
+        *,
+        exact: bool = False,
     ) -> Tensor | None:
         """Generate tokens after token ids `[batch, seq]`.
 
@@ -401,6 +411,7 @@ class HostedModel:
             steps: Who waits in which step.
             stopping: Ends it early.
             on_tokens: Told the new token of each row.
+            exact: As for `run`.
 
         Returns:
             All token ids `[batch, seq + new]`, on the CPU; None if a mediator ended it.
@@ -411,7 +422,7 @@ class HostedModel:
         looked_at = any(each.location[0] in ("", head) for each in steps.get(0, ()))
         more = {_POSITIONS: 0} if looked_at and self._takes(_POSITIONS) else {}
         try:
-            with prompts_of(ids.shape[1]), self._all_logits(looked_at):
+            with prompts_of(ids.shape[1]), self._all_logits(looked_at), self._multiplying(exact):
                 made = self.interleaver.run(
                     lambda: generate(self.module, ids, options, on_tokens, more), steps, stopping
                 )

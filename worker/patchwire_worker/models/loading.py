@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from patchwire.errors import ModelNotFoundError, first_line
 from patchwire_worker import zoo
+from patchwire_worker.models.products import AUTO, check
 from patchwire_worker.zoo import toy
 
 DTYPES = {
@@ -37,6 +38,7 @@ class Loaded:
     name: str
     module: nn.Module
     tokenizer: Any | None
+    matmul: str = AUTO
 
 
 def load(
@@ -47,6 +49,7 @@ def load(
     dtype: str | torch.dtype = "float32",
     tokenizer: Any | None = None,
     attention: str | None = None,
+    matmul: str = AUTO,
 ) -> Loaded:
     """Load a model.
 
@@ -59,12 +62,15 @@ def load(
         attention: How attention is computed: one of `ATTENTION`. "eager" goes step by step, so that scores and
             probabilities exist; the others hand everything to one kernel, which is faster and rounds differently. What
             transformers prefers for this model if left out.
+        matmul: What multiplies float32 matrices on a CPU: "pytorch" does so as everywhere in PyTorch, "onednn" calls
+            another of its libraries, which rounds differently, and "auto" whichever is faster on this processor.
 
     Raises:
         ModelNotFoundError: it cannot be found or loaded; the message says why.
     """
     if attention is not None and attention not in ATTENTION:
         raise ModelNotFoundError(f"`{attention}` is no attention.", hint=f"Write one of {', '.join(ATTENTION)}.")
+    check(matmul)
     if isinstance(spec, nn.Module):
         if attention is not None:
             raise ModelNotFoundError(
@@ -73,7 +79,7 @@ def load(
             )
         called = name or getattr(spec, "name_or_path", "") or type(spec).__name__
         spec.eval()
-        return Loaded(_name_of(called), spec, tokenizer)
+        return Loaded(_name_of(called), spec, tokenizer, matmul)
     wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if wanted is None:
         raise ModelNotFoundError(f"`{dtype}` is not a dtype.", hint=f"Write one of {', '.join(DTYPES)}.")
@@ -93,7 +99,8 @@ def load(
         ) from error
     if place != "balanced":
         module = module.to(place)  # type: ignore[arg-type]
-    return Loaded(name or _name_of(spec), module.eval(), tokenizer or _tokenizer(source, options))  # type: ignore[no-untyped-call]
+    found = tokenizer or _tokenizer(source, options)
+    return Loaded(name or _name_of(spec), module.eval(), found, matmul)  # type: ignore[no-untyped-call]
 
 
 def _source(spec: str) -> tuple[str, dict[str, Any]]:
