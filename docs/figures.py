@@ -21,11 +21,14 @@ Line = Mapping[str, Any]
 LIBRARIES = {
     "raw": "plain hooks",
     "patchwire": "Patchwire",
+    "patchwire_pytorch": "Patchwire, `--matmul pytorch`",
     "nnsight": "nnsight",
     "transformer_lens": "TransformerLens",
     "pyvene": "pyvene",
 }
 """The columns, and what is above them."""
+_OWN = {"patchwire": "", "patchwire_pytorch": " with `--matmul pytorch`"}
+"""What a sentence says of ours, and adds."""
 _PACKAGES = {"patchwire": "patchwire", "nnsight": "nnsight", "transformer_lens": "transformer-lens", "pyvene": "pyvene"}
 
 
@@ -71,23 +74,27 @@ def _time(seconds: float) -> str:
 
 def _shares(tasks: Mapping[str, Mapping[str, Line]]) -> Iterable[str]:
     for by_library in tasks.values():
-        line = by_library.get("patchwire", {})
-        if "share_of_bound" in line:
+        lines = [line for each, line in by_library.items() if each in _OWN and "share_of_bound" in line]
+        for line in lines[:1]:
+            shares = " and ".join(
+                f"{each['share_of_bound']:.0%} of what Patchwire takes{_OWN[each['library']]}" for each in lines
+            )
             yield (
                 f"“{line['says']}”: its plan computes {line['gflop']:.0f} GFLOP, which take "
-                f"{_time(line['bound_seconds'])} at {line['gflops']:.0f} GFLOP/s, the rate of large matrix products in "
-                f"this run: {line['share_of_bound']:.0%} of what Patchwire takes."
+                f"{_time(line['bound_seconds'])} at {line['gflops']:.0f} GFLOP/s, the rate of PyTorch's large matrix "
+                f"products in this run: {shares}."
             )
 
 
 def _users(tasks: Mapping[str, Mapping[str, Line]]) -> Iterable[str]:
     """Both had their turns in the same rounds."""
-    together, apart = (tasks.get(name, {}).get("patchwire") for name in ("users", "users_one_by_one"))
-    if together and apart:
-        yield (
-            f"“{together['says']}”: {together['requests'] / together['seconds']:.0f} requests/s, "
-            f"{apart['seconds'] / together['seconds']:.2f} times as many as one after the other on the same worker."
-        )
+    for library, how in _OWN.items():
+        together, apart = (tasks.get(task, {}).get(library) for task in ("users", "users_one_by_one"))
+        if together and apart:
+            yield (
+                f"“{together['says']}”: {together['requests'] / together['seconds']:.0f} requests/s{how}, "
+                f"{apart['seconds'] / together['seconds']:.2f} times as many as one after the other on the same worker."
+            )
 
 
 def _scripts(results: Iterable[Line]) -> Iterable[str]:
@@ -105,7 +112,8 @@ _SENTENCES = {
     "and one forward pass for each cell: {times_faster} times as fast, largest difference {difference:.0e}.",
     "causal_trace_noise": "The same with ten rows of noise: {cells} cells in {seconds} s, and in {hooks_seconds} s "
     "with one forward pass of ten rows for each: {times_faster} times as fast, largest difference {difference:.0e}.",
-    "one_read_worker": "One read of GPT-2 inside the worker, without the wire: {ratio:.2f} times plain hooks.",
+    "one_read_worker": "One read of GPT-2 inside the worker, without the wire and with the same products: {ratio:.2f} "
+    "times plain hooks.",
     "wire": "A large result arrives at {ratio_into:.0%} of what plain TCP moves here, into memory that the program "
     "gives; at {ratio_one:.0%} as one new tensor, and at {ratio_parts:.0%} as many. gRPC alone, from Python: "
     "{ratio_grpc:.0%}.",

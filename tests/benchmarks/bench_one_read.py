@@ -1,8 +1,8 @@
 """What one read costs inside the worker, beyond the forward pass: a hidden state of a GPT-2 of 124 M parameters.
 
 From the request's message to the saved tensor, against a raw PyTorch hook on the same model in the same process, in
-turns; `pass` is the pass alone, without reading the message and planning. The last layer is read, and the hook's model
-has no unembedding either, so that ending the pass early saves next to nothing.
+turns, with the same products of matrices; `pass` is the pass alone, without reading the message and planning. The last
+layer is read, and the hook's model has no unembedding either, so that ending the pass early saves next to nothing.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def raw_hook(model: nn.Module) -> torch.Tensor:
 
 def main() -> None:
     directory = checkpoints.directory() / GPT2
-    hosted = HostedModel(load(str(directory), name="gpt2"))
+    hosted = HostedModel(load(str(directory), name="gpt2", matmul="pytorch"))
     plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     last = f"layers.{len(plain.transformer.h) - 1}.output"
     limits = Limits()

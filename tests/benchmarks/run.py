@@ -41,7 +41,7 @@ from tasks import MATMUL, MATMUL_REPEATS, MATMUL_ROWS, PLANNING, RAW, SMOLLM2, T
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 RESULTS = HERE / "results"
-LIBRARIES = (RAW, PLANNING, "nnsight", "transformer_lens", "pyvene")
+LIBRARIES = (RAW, *PLANNING, "nnsight", "transformer_lens", "pyvene")
 ROUNDS = 5
 TURN_SECONDS, TURN_TIMES = 0.5, 10
 """A turn does a quick task several times: about so long, and at most so often."""
@@ -58,7 +58,7 @@ class Process:
         self.library = library
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         python = sys.executable
-        if library not in (RAW, "patchwire"):
+        if library not in (RAW, *PLANNING):
             python = str(ROOT / ".venv-bench" / library / "bin" / "python")
             environment.pop("PYTHONPATH", None)
             if not Path(python).exists():
@@ -173,8 +173,8 @@ class Run:
             }
             if task.requests:
                 line["requests"] = task.requests
-            if products and library == PLANNING:
-                planned = next(each for each in processes if each.library == PLANNING).tell("plan", task=name)
+            if products and library in PLANNING:
+                planned = next(each for each in processes if each.library == library).tell("plan", task=name)
                 line |= self._bound(planned["flops"], median, statistics.median(products))
             yield line
 

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 GPT2, SMOLLM2 = "gpt2-124m", "smollm2-135m"
-RAW, MATMUL, PLANNING = "raw", "matmul", "patchwire"
+RAW, MATMUL, PLANNING = "raw", "matmul", ("patchwire", "patchwire_pytorch")
 KEPT = 5
 """How many logits of the last token a sweep gives back for each run."""
 ROWS = 60

@@ -33,7 +33,7 @@ def test_are_up_to_date():
 def test_show_times_beside_plain_hooks_and_leave_a_cell_empty_where_nothing_was_measured():
     shown = figures.tables([[RUN, line("sweep", "raw", 1.0), line("sweep", "patchwire", 0.5)]])
 
-    assert "| the sweep | 1 s | 0.50× (500 ms) |  |  |  |" in shown
+    assert "| the sweep | 1 s | 0.50× (500 ms) |  |  |  |  |" in shown
 
 
 def test_say_which_share_of_the_time_the_arithmetic_needs():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,10 +19,12 @@ class Library:
     """See `tasks.Library`."""
 
     packages = ("patchwire", "torch", "transformers", "grpcio")
+    options: Sequence[str] = ()
+    """What the server is told besides."""
 
     def __init__(self, directory: Path, inputs: Inputs) -> None:
         serve = [sys.executable, "-m", "patchwire", "serve", f"model={directory}", "--port", "0", "--device", "cpu"]
-        self.server = subprocess.Popen(serve, stdout=subprocess.PIPE, text=True)
+        self.server = subprocess.Popen([*serve, *self.options], stdout=subprocess.PIPE, text=True)
         assert self.server.stdout is not None
         first = self.server.stdout.readline()
         if not first.startswith("Serving on "):
