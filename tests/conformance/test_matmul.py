@@ -86,12 +86,49 @@ def test_who_looks_changes_not_a_bit(model: patchwire.Model, reference: PreTrain
 
 
 def test_gradients_are_pytorchs(model: patchwire.Model, reference: PreTrainedModel) -> None:
+    """Also where what they come from is one number everywhere, which is not laid out in memory."""
     with model.trace(IDS):
-        gradient = patchwire.grad(model.logits[0, -1, 7], model.embed.output).save()
+        states = model.embed.output
+        found = [patchwire.grad(each, states).save() for each in (model.logits.sum(), model.logits[0, -1, 7])]
 
     embedded = reference.get_input_embeddings()(torch.tensor([IDS])).requires_grad_()
-    (expected,) = torch.autograd.grad(reference(inputs_embeds=embedded).logits[0, -1, 7], embedded)
-    torch.testing.assert_close(gradient.value, expected, atol=1e-5, rtol=1e-5)
+    whole = reference(inputs_embeds=embedded).logits
+    for one, of in zip(found, (whole.sum(), whole[0, -1, 7]), strict=True):
+        (expected,) = torch.autograd.grad(of, embedded, retain_graph=True)
+        torch.testing.assert_close(one.value, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_pass_edits_in_place(model: patchwire.Model, reference: PreTrainedModel) -> None:
+    head = reference.get_output_embeddings()
+
+    def edited(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        output[:, 2:, :9] *= 3
+        return output
+
+    with model.trace(IDS):
+        states = model.embed.output
+        model.lm_head.output[:, 2:, :9] *= 3
+        gradient = patchwire.grad(model.logits.pow(2).sum(), states).save()
+
+    embedded = reference.get_input_embeddings()(torch.tensor([IDS])).requires_grad_()
+    handle = head.register_forward_hook(edited)
+    (expected,) = torch.autograd.grad(reference(inputs_embeds=embedded).logits.pow(2).sum(), embedded)
+    handle.remove()
+    torch.testing.assert_close(gradient.value, expected, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("path", ["transformer.h.1.mlp.c_fc", "transformer.h.2.attn.c_proj"])
+def test_gradients_of_weights(path: str) -> None:
+    module = tiny.build("gpt2")
+    model = patchwire.local(module, name="gpt2", matmul="onednn", progress=False)
+    with model.trace(IDS):
+        owner = at(model, path)
+        found = [each.save() for each in patchwire.grad(model.logits[0, -1].max(), [owner.weight, owner.bias])]
+
+    own = module.get_submodule(path).requires_grad_()
+    expected = torch.autograd.grad(logits(module)[0, -1].max(), [own.weight, own.bias])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.value, other, atol=1e-5, rtol=1e-5)
 
 
 def test_generations(model: patchwire.Model, reference: PreTrainedModel) -> None:

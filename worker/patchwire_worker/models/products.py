@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from patchwire.errors import ModelNotFoundError
@@ -85,14 +86,14 @@ class Products:
 
     def _forward(self, kind: type[nn.Module]) -> Callable[[Any, Tensor], Tensor]:
         """The forward of one kind of module."""
-        usual, weights, product = kind.forward, _WEIGHTS[kind], torch.ops.mkldnn._linear_pointwise
+        usual, weights = kind.forward, _WEIGHTS[kind]
 
         def forward(module: Any, *given: Tensor, **named: Tensor) -> Tensor:
             weight, bias = weights(module), module.bias
             own = threading.get_ident() == self._thread and len(given) == 1 and not named
             result: Tensor
             if own and _fits(given[0], weight, bias):
-                result = product(given[0].contiguous(), weight, bias, "none", [], "")
+                result = _product(given[0], weight, bias)
             else:
                 result = usual(module, *given, **named)
             return result
@@ -100,14 +101,45 @@ class Products:
         return forward
 
 
+class _Differentiable(torch.autograd.Function):
+    """The product of a matrix, where gradients are wanted: they are products too, and so are gradients of these."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        _, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(weight, rows if of_weight else None)
+        return _product(rows, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (weight, rows) = gradients, ctx.saved_tensors
+        of_rows, of_weight, of_bias = ctx.needs_input_grad
+        fits = _fits(gradient, weight.t(), None)
+        return (
+            (_product if fits else functional.linear)(gradient, weight.t()) if of_rows else None,
+            gradient.t() @ rows if of_weight else None,
+            gradient.sum(0) if of_bias else None,
+        )
+
+
+def _product(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    given = (states, weight) if bias is None else (states, weight, bias)
+    result: Tensor
+    if torch.is_grad_enabled() and any(each.requires_grad for each in given):
+        # Of a view that a function of its own returns, PyTorch could not tell the gradient once it is edited in place.
+        result = _Differentiable.apply(states.flatten(0, -2), weight, bias)  # type: ignore[no-untyped-call]
+        return result.view(states.shape[:-1] + weight.shape[:1])
+    result = torch.ops.mkldnn._linear_pointwise(states.contiguous(), weight, bias, "none", [], "")
+    return result
+
+
 def _fits(states: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether oneDNN can multiply them: plain float32 on the CPU, of which nobody wants gradients.
+    """Whether oneDNN can multiply them: plain float32 on the CPU.
 
     What else is wrong with them PyTorch says better; and of a bias that is not contiguous, oneDNN would take others.
     """
     given = (states, weight) if bias is None else (states, weight, bias)
-    wants_gradients = torch.is_grad_enabled() and any(each.requires_grad for each in given)
-    if wants_gradients or not all(type(each) in _PLAIN and each.is_cpu and each.dtype is _DTYPE for each in given):
+    if not all(type(each) in _PLAIN and each.is_cpu and each.dtype is _DTYPE for each in given):
         return False
     if bias is not None and (not bias.is_contiguous() or bias.shape != weight.shape[:1]):
         return False
