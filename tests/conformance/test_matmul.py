@@ -6,8 +6,10 @@ oneDNN is asked for by name here, so that it is tested on processors where it is
 from __future__ import annotations
 
 import itertools
+import resource
 import threading
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,8 @@ from transformers import PreTrainedModel
 import patchwire
 import tiny
 
+MIB = 1 << 20
+STATM = Path("/proc/self/statm")
 IDS = [5, 17, 3, 41, 8, 29]
 
 
@@ -40,6 +44,11 @@ def model(name: str) -> patchwire.Model:
 def logits(reference: PreTrainedModel, ids: list[int] = IDS) -> Tensor:
     found: Tensor = reference(torch.tensor([ids])).logits
     return found
+
+
+def resident() -> int:
+    """How many bytes of memory this process has."""
+    return int(STATM.read_text().split()[1]) * resource.getpagesize()
 
 
 def at(model: patchwire.Model, path: str) -> Any:
@@ -181,6 +190,20 @@ def test_weights_of_any_layout(how: str, which: str) -> None:
         found = model.logits.save()
 
     torch.testing.assert_close(found.value, logits(module), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="nobody says how much memory this process has")
+def test_prompts_of_many_sizes_take_no_more_memory() -> None:
+    """oneDNN keeps the code that it makes for each number of tokens: 0.6 MiB for each matrix."""
+    model = patchwire.local(tiny.build("llama"), name="llama", matmul="onednn", progress=False)
+    sizes = {rows * length: (rows, length) for rows in range(1, 12) for length in range(1, 60)}
+    before = resident()
+    for rows, length in sizes.values():
+        with model.trace([[7] * length] * rows):
+            model.layers[-1].output[0, 0].save()
+
+    assert len(sizes) > 200
+    assert resident() - before < 256 * MIB
 
 
 def test_what_there_is_not_is_refused() -> None:

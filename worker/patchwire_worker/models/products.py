@@ -108,7 +108,7 @@ class _Differentiable(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         _, of_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(weight, rows if of_weight else None)
-        return _product(rows, weight, bias)
+        return _multiply(rows, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -123,14 +123,33 @@ class _Differentiable(torch.autograd.Function):
 
 
 def _product(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    given = (states, weight) if bias is None else (states, weight, bias)
+    """States `[…, in]` times weights `[out, in]`."""
+    rows = states.flatten(0, -2)
+    count = rows.shape[0]
+    more = _rounded(count) - count
+    rows = functional.pad(rows, (0, 0, 0, more)) if more else rows.contiguous()
+    given = (rows, weight) if bias is None else (rows, weight, bias)
     result: Tensor
     if torch.is_grad_enabled() and any(each.requires_grad for each in given):
-        # Of a view that a function of its own returns, PyTorch could not tell the gradient once it is edited in place.
-        result = _Differentiable.apply(states.flatten(0, -2), weight, bias)  # type: ignore[no-untyped-call]
-        return result.view(states.shape[:-1] + weight.shape[:1])
-    result = torch.ops.mkldnn._linear_pointwise(states.contiguous(), weight, bias, "none", [], "")
+        result = _Differentiable.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
+    else:
+        result = _multiply(rows, weight, bias)
+    return result[:count].view(states.shape[:-1] + weight.shape[:1])
+
+
+def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return result
+
+
+def _rounded(count: int) -> int:
+    """How many rows are computed, with some of zeros: at most an eighth more.
+
+    oneDNN makes code for each number of rows (0.6 MiB, in 0.6 ms) and keeps it: prompts are of any length, and this way
+    there are eight numbers between one power of two and the next.
+    """
+    step = 1 << max(0, (count - 1).bit_length() - 4)
+    return -(-count // step) * step
 
 
 def _fits(states: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
