@@ -39,9 +39,10 @@ class Counted:
         self.name = name
         self.reference: Any = tiny.build(name).requires_grad_(False)
         served: Any = tiny.build(name).requires_grad_(False)
-        self.model = patchwire.local(served, progress=False)
+        # With the reference's products, so that nothing but what is reused can differ.
+        self.model = patchwire.local(served, matmul="pytorch", progress=False)
         self.tokens = self.passes = 0
-        served.base_model.register_forward_pre_hook(self._count_pass)
+        served.register_forward_pre_hook(self._count_pass)
         for path in self.model.catalogue.layers:
             served.get_submodule(path).register_forward_pre_hook(self._count, with_kwargs=True)
 
