@@ -104,6 +104,8 @@ class Connection:
         options = [
             ("grpc.max_receive_message_length", -1),
             ("grpc.max_send_message_length", -1),
+            # A connection of its own: clients of one program that share one wait for each other's threads to read it.
+            ("grpc.use_local_subchannel_pool", 1),
             # A server that comes back is found again within a second.
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.max_reconnect_backoff_ms", 1000),
