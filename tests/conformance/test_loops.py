@@ -413,7 +413,8 @@ def test_a_generation_in_a_loop(model):
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 PROGRAM = """
-import sys, torch, patchwire
+import signal, sys, torch, patchwire
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background have it ignored
 model = patchwire.connect(sys.argv[1], progress=False).model("gpt2")
 with model.session() as session:
     with model.trace([1]) as trace:

@@ -133,6 +133,7 @@ import os, signal, sys, threading, time, patchwire
 from patchwire import methods
 from patchwire.methods import triggering
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background have it ignored
 triggering._BATCHES = 5_000
 model = patchwire.connect(sys.argv[1], progress=False).model("gpt2")
 
